@@ -1,0 +1,94 @@
+"""A saved adapter, looked at before any model is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from axolotl_reft.config import LoreftConfig, resolve_layers
+from axolotl_reft.peft_type import LOREFT
+
+_KEY = re.compile(r"\.(?P<layer>\d+)\.intv_[01]\.(?P<name>\w+)$")
+# Which axis of each parameter is the hidden size.
+_HIDDEN_AXIS = {"rotation": 0, "rotation_base": 0, "weight": 1, "proj_weight": 1}
+
+
+def read_adapter_config(directory: str, setting: str) -> LoreftConfig:
+    """The configuration of a LoReFT adapter, in a directory or on the hub.
+
+    Args:
+        directory: path or hub id.
+        setting: the YAML key it came from, for the message.
+
+    Raises:
+        ValueError: there is no adapter, or one of another method.
+    """
+    try:
+        config = PeftConfig.from_pretrained(directory)
+    except Exception as error:
+        raise ValueError(
+            f"{setting}: there is no readable adapter in {directory!r} (looked for "
+            "adapter_config.json). Name the directory an earlier run saved to, which "
+            f"is its output_dir or a checkpoint-N below it. ({error})"
+        ) from error
+    if config.peft_type != LOREFT:
+        raise ValueError(
+            f"{setting}: the adapter in {directory!r} is {config.peft_type}, not "
+            "LOREFT; name a directory trained with adapter: loreft, or set the adapter "
+            "that it was trained with"
+        )
+    return config
+
+
+def check_adapter_fits(
+    directory: str, setting: str, hidden_size: int, num_layers: int
+) -> LoreftConfig:
+    """See that a saved adapter belongs to a base model of this size.
+
+    Raises:
+        ValueError: it does not, or :func:`read_adapter_config` refuses it.
+    """
+    config = read_adapter_config(directory, setting)
+    weights = Path(directory) / SAFETENSORS_WEIGHTS_NAME
+    if not Path(directory).is_dir():
+        return config  # on the hub: PEFT compares when it has fetched the weights
+    found_layers, sizes = _sizes(weights, setting)
+    if sizes - {hidden_size}:
+        raise ValueError(
+            f"{setting}: the adapter in {directory!r} was trained on a base model of "
+            f"hidden size {min(sizes - {hidden_size})}, this base has {hidden_size}; "
+            "set base_model to the one it was trained on"
+        )
+    expected = set(resolve_layers(config.layers, num_layers))
+    if found_layers != expected:
+        raise ValueError(
+            f"{setting}: the adapter in {directory!r} holds layers "
+            f"{sorted(found_layers)}, but on this base of {num_layers} layers it "
+            f"needs {sorted(expected)}; set base_model to the one it was trained on"
+        )
+    return config
+
+
+def _sizes(weights: Path, setting: str) -> tuple[set[int], set[int]]:
+    """Layer numbers and hidden sizes in an adapter's file; no tensor is read."""
+    layers, sizes = set(), set()
+    try:
+        with safe_open(weights, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                match = _KEY.search(key)
+                if match is None:
+                    continue
+                layers.add(int(match["layer"]))
+                axis = _HIDDEN_AXIS.get(match["name"])
+                if axis is not None:
+                    sizes.add(file.get_slice(key).get_shape()[axis])
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{setting}: the adapter's weights {str(weights)!r} are missing or damaged "
+            f"({error}); save the adapter again, or name another checkpoint"
+        ) from error
+    return layers, sizes

@@ -1,0 +1,230 @@
+"""The adapter's configuration: what ``adapter_config.json`` and the YAML block hold."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from peft import PeftConfig
+from transformers.activations import ACT2FN
+
+from axolotl_reft.peft_type import LOREFT
+from axolotl_reft.positions import Positions
+
+INTERVENTIONS = (
+    "loreft",
+    "noreft",
+    "direft",
+    "orthogonal_direft",
+    "consreft",
+    "lobireft",
+)
+COMPONENTS = ("block_output",)
+
+# What pyreft's class takes but never reads, so that setting it would change nothing.
+_WITHOUT_ACT_FN = ("consreft", "lobireft")
+_WITHOUT_DROPOUT = ("consreft",)
+
+_LAYER_ITEM = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+
+
+@dataclass
+class LoreftConfig(PeftConfig):
+    """Configuration of a LoReFT adapter (arXiv 2404.03592).
+
+    Raises:
+        ValueError: a value is out of its range; the message says what was got and what
+            to write instead. Layers and rank are checked against the base model when
+            the adapter is built.
+    """
+
+    layers: str | int | list[int | str] = field(
+        default="all",
+        metadata={
+            "help": "Decoder layers to edit: 'all', a list such as [3, 9, 18, 24], a "
+            "range such as '8-15' (both ends included); negative numbers count from "
+            "the top, -1 being the last layer."
+        },
+    )
+    positions: str = field(
+        default="f7+l7",
+        metadata={
+            "help": "Prompt tokens to edit: 'f<n>' the first n, 'l<n>' the last n, "
+            "'f<n>+l<m>' both, 'all' every token, decode steps included. On short "
+            "prompts each side takes at most half of the prompt."
+        },
+    )
+    rank: int = field(
+        default=8,
+        metadata={"help": "Rank of the edit, from 1 to the hidden size."},
+    )
+    tied_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "One intervention for prefix and suffix; false gives each its own, "
+            "with twice the parameters."
+        },
+    )
+    intervention: str = field(
+        default="loreft",
+        metadata={"help": "The edit to learn, one of: " + ", ".join(INTERVENTIONS)},
+    )
+    component: str = field(
+        default="block_output",
+        metadata={
+            "help": "What is edited: 'block_output', the residual stream after the "
+            "layer."
+        },
+    )
+    dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Dropout on the whole edited hidden state, as in pyreft; from 0 to "
+            "below 1."
+        },
+    )
+    act_fn: str | None = field(
+        default=None,
+        metadata={
+            "help": "Activation f in h + Rᵀ(f(Wh + b) − Rh), a key of transformers' "
+            "ACT2FN; null is linear."
+        },
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Other modules to train and to save with the adapter, such as a "
+            "classifier's head."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = LOREFT
+        # Set from `layers` when the adapter meets a model; not part of the file.
+        self.target_modules: set[str] | None = None
+        parse_layers(self.layers)
+        Positions.parse(self.positions)
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(
+                f"rank: {self.rank!r} is not a whole number of at least 1; the paper "
+                "uses 4 to 8"
+            )
+        if type(self.tied_weights) is not bool:
+            raise ValueError(
+                f"tied_weights: {self.tied_weights!r} is neither true nor false"
+            )
+        _check_choice("intervention", self.intervention, INTERVENTIONS)
+        _check_choice("component", self.component, COMPONENTS)
+        _check_dropout(self.dropout, self.intervention)
+        _check_act_fn(self.act_fn, self.intervention)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"{name}: {value!r} is unknown.{did_you_mean(value, choices)} "
+            f"Choose one of: {', '.join(choices)}"
+        )
+
+
+def did_you_mean(value: object, choices: tuple[str, ...]) -> str:
+    """`` Did you mean 'rank'?``, or nothing where nothing is near."""
+    near = get_close_matches(str(value), choices, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _check_dropout(dropout: object, intervention: str) -> None:
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise ValueError(f"dropout: {dropout!r} is not a number from 0 to below 1")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: {dropout!r} is not from 0 to below 1")
+    if dropout and intervention in _WITHOUT_DROPOUT:
+        raise ValueError(
+            f"dropout: {dropout!r} would have no effect, {intervention} has no dropout "
+            "in pyreft; set dropout: 0.0"
+        )
+
+
+def _check_act_fn(act_fn: object, intervention: str) -> None:
+    if act_fn is None:
+        return
+    known = tuple(ACT2FN)
+    _check_choice("act_fn", act_fn, known)
+    if intervention in _WITHOUT_ACT_FN:
+        raise ValueError(
+            f"act_fn: {act_fn!r} would have no effect, {intervention} has no Wh to "
+            "apply it to; set act_fn: null"
+        )
+    if list(ACT2FN[act_fn].parameters()):
+        raise ValueError(
+            f"act_fn: {act_fn!r} has parameters of its own, which an adapter would not "
+            "train; choose one without, such as gelu, relu, silu or tanh"
+        )
+
+
+def parse_layers(layers: object) -> list[tuple[int, int]] | None:
+    """Read the ``layers`` setting.
+
+    Returns:
+        Inclusive ranges, negative numbers still counting from the top; None for all.
+
+    Raises:
+        ValueError: the setting is not understood.
+    """
+    if layers == "all":
+        return None
+    items = layers if isinstance(layers, (list, tuple)) else [layers]
+    ranges = []
+    for item in items:
+        for part in str(item).split(",") if isinstance(item, (int, str)) else [""]:
+            match = _LAYER_ITEM.fullmatch(part.strip())
+            if match is None or isinstance(item, bool):
+                raise _bad_layers(layers, f"{item!r} is not a layer")
+            start = int(match[1])
+            ranges.append((start, int(match[2]) if match[2] else start))
+    if not ranges:
+        raise _bad_layers(layers, "no layer is named")
+    return ranges
+
+
+def _bad_layers(layers: object, reason: str) -> ValueError:
+    return ValueError(
+        f"layers: {layers!r} is not understood, {reason}. Write layers: all, a list "
+        "such as [3, 9, 18, 24], a range such as 8-15, or negative numbers from the "
+        "top such as [-1]"
+    )
+
+
+def resolve_layers(layers: object, count: int) -> list[int]:
+    """The layer numbers that ``layers`` names in a model of ``count`` layers, sorted.
+
+    Raises:
+        ValueError: a layer is outside the model, named twice, or a range is empty.
+    """
+    ranges = parse_layers(layers)
+    if ranges is None:
+        return list(range(count))
+    numbers: list[int] = []
+    for ends in ranges:
+        for end in ends:
+            if not -count <= end < count:
+                raise ValueError(
+                    f"layers: {end} in {layers!r} is out of range, the base model has "
+                    f"{count} layers; use 0 to {count - 1}, or -{count} to -1 from "
+                    "the top"
+                )
+        start, stop = (end % count for end in ends)
+        if start > stop:
+            raise ValueError(
+                f"layers: the range {ends[0]}-{ends[1]} in {layers!r} is empty in a "
+                f"model of {count} layers; write the lower layer first"
+            )
+        numbers.extend(range(start, stop + 1))
+    if len(set(numbers)) < len(numbers):
+        twice = sorted({n for n in numbers if numbers.count(n) > 1})
+        raise ValueError(
+            f"layers: {layers!r} names layer {twice[0]} twice; name it once"
+        )
+    return sorted(numbers)

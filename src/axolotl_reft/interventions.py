@@ -1,0 +1,272 @@
+"""The six interventions, as leaf modules with O(dr) numbers.
+
+Each is a subclass of pyreft's class and computes the same edit, so the objects also run
+inside a ``pyreft.ReftModel``. What differs is how they are held: parameters directly on
+the module (``weight``, ``bias``, ``rotation``, ``proj_weight``), an ordinary
+``state_dict``, float32 whatever happens to the base model, and a compact rotation
+(see ``rotation.py``).
+
+Shapes: N positions, D hidden size, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from axolotl_reft.pyreft_install import pyreft_unusable
+from axolotl_reft.rotation import random_base, rotation
+
+try:
+    import pyreft
+except Exception as error:  # pyvene's imports can fail in their own ways
+    raise pyreft_unusable(f"importing it failed: {error}") from error
+
+
+class _Intervention(nn.Module):
+    """What the six have in common; comes before pyreft's class in the bases.
+
+    Args:
+        embed_dim: hidden size D.
+        low_rank_dimension: rank R, at most D.
+        dropout: probability of zeroing an entry of the **whole** new hidden state, as
+            pyreft does; not of the edit.
+        act_fn: key of transformers' ``ACT2FN``; None is linear.
+
+    Raises:
+        ValueError: the rank is larger than the hidden size.
+    """
+
+    pyreft_class: type[nn.Module]
+
+    # pyreft overrides these with ones that ignore `destination`, and so save nothing
+    # from inside a parent module.
+    state_dict = nn.Module.state_dict
+    load_state_dict = nn.Module.load_state_dict
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        low_rank_dimension: int,
+        dropout: float = 0.0,
+        act_fn: str | None = None,
+    ) -> None:
+        if not 1 <= low_rank_dimension <= embed_dim:
+            raise ValueError(
+                f"rank: {low_rank_dimension} is not from 1 to the hidden size, which "
+                f"is {embed_dim}"
+            )
+        # Past pyreft's own constructor, which would build the d×d base; and without
+        # embed_dim, which pyvene would keep as buffers and so save.
+        super(self.pyreft_class, self).__init__(keep_last_dim=True)  # type: ignore[call-arg]
+        self.hidden_size = embed_dim
+        self.rank = low_rank_dimension
+        self.dropout_p = dropout
+        # Not through nn.Module's setattr: activations are modules, and this is a leaf.
+        self.__dict__["act_fn"] = ACT2FN[act_fn or "linear"]
+        self._create_parameters()
+
+    def _create_parameters(self) -> None:
+        raise NotImplementedError
+
+    def _edit(self, h_ND: Tensor) -> Tensor:
+        """The new hidden states in float32."""
+        raise NotImplementedError
+
+    def forward(
+        self, base: Tensor, source: object = None, subspaces: object = None
+    ) -> Tensor:
+        """Φ(h) for hidden states ``base`` (…, D), in their dtype.
+
+        ``source`` and ``subspaces`` are pyvene's and not used, as in pyreft.
+        """
+        with torch.autocast(base.device.type, enabled=False):
+            new_ND = self._edit(base.float()).to(base.dtype)
+        return F.dropout(new_ND, self.dropout_p, self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Follow a move to another device, but stay in float32 under a cast."""
+
+        def without_cast(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            return out if out.dtype == tensor.dtype else tensor.to(out.device)
+
+        return super()._apply(without_cast, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: object
+    ) -> None:
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape != tensor.shape:
+                raise ValueError(
+                    f"the adapter's {prefix}{name} has shape {tuple(saved.shape)}, but "
+                    f"this base model (hidden size {self.hidden_size}) with rank "
+                    f"{self.rank} needs {tuple(tensor.shape)}; load it on the base "
+                    "model it was trained on"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, rank={self.rank}"
+
+
+class _Affine(_Intervention):
+    """Those with a source f(Wh + b)."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    act_fn: Callable[[Tensor], Tensor]
+
+    def _linear_parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """W (R, D) and b (R,), initialised as ``nn.Linear`` does, as in pyreft."""
+        weight = nn.Parameter(
+            torch.empty(self.rank, self.hidden_size, dtype=torch.float32)
+        )
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        bias = nn.Parameter(torch.empty(self.rank, dtype=torch.float32))
+        bound = 1 / math.sqrt(self.hidden_size)
+        nn.init.uniform_(bias, -bound, bound)
+        return weight, bias
+
+    def _source(self, h_ND: Tensor) -> Tensor:
+        """f(Wh + b) (N, R)."""
+        return self.act_fn(F.linear(h_ND, self.weight, self.bias))
+
+    @property
+    def learned_source(self) -> SimpleNamespace:
+        """pyreft's name for W and b."""
+        return SimpleNamespace(weight=self.weight, bias=self.bias)
+
+
+class _Rotated(_Intervention):
+    """Those with an orthonormal R: ``rotation`` holds its Householder vectors."""
+
+    rotation: nn.Parameter
+    rotation_base: Tensor
+
+    def _create_rotation(self) -> None:
+        self.rotation = nn.Parameter(
+            torch.zeros(self.hidden_size, self.rank, dtype=torch.float32)
+        )
+        self.register_buffer("rotation_base", random_base(self.hidden_size, self.rank))
+
+    def rotation_matrix(self) -> Tensor:
+        """R transposed, as pyreft holds it: (D, R), orthonormal columns."""
+        return rotation(self.rotation, self.rotation_base)
+
+    @property
+    def rotate_layer(self) -> SimpleNamespace:
+        """pyreft's name for R: ``rotate_layer.weight`` is :meth:`rotation_matrix`."""
+        return SimpleNamespace(weight=self.rotation_matrix())
+
+
+class _RotatedAffine(_Rotated, _Affine):
+    """Those with both R and f(Wh + b)."""
+
+    def _create_parameters(self) -> None:
+        self._create_rotation()
+        self.weight, self.bias = self._linear_parameters()
+
+
+class _Projected(_Affine):
+    """Those with a free W₂ (R, D), ``proj_weight``, in the place of R."""
+
+    def _create_parameters(self) -> None:
+        self.weight, self.bias = self._linear_parameters()
+        self.proj_weight, _ = self._linear_parameters()
+
+    @property
+    def proj_layer(self) -> SimpleNamespace:
+        """pyreft's name for W₂."""
+        return SimpleNamespace(weight=self.proj_weight, bias=None)
+
+
+class _BiasOnly(_Rotated):
+    """Those whose source is b alone, whatever the hidden state."""
+
+    def _create_parameters(self) -> None:
+        self._create_rotation()
+        self.bias = nn.Parameter(torch.rand(self.rank, dtype=torch.float32))
+
+    @property
+    def learned_source(self) -> nn.Parameter:
+        """pyreft's name for b."""
+        return self.bias
+
+
+class LoreftIntervention(_RotatedAffine, pyreft.LoreftIntervention):
+    """Φ(h) = h + Rᵀ(f(Wh + b) − Rh) (arXiv 2404.03592, equation 2)."""
+
+    pyreft_class = pyreft.LoreftIntervention
+
+    def _edit(self, h_ND: Tensor) -> Tensor:
+        r_DR = self.rotation_matrix()
+        return h_ND + (self._source(h_ND) - h_ND @ r_DR) @ r_DR.T
+
+
+class NoreftIntervention(_Projected, pyreft.NoreftIntervention):
+    """Φ(h) = h + W₂ᵀ(f(W₁h + b) − W₂h), nothing constrained (pyreft)."""
+
+    pyreft_class = pyreft.NoreftIntervention
+
+    def _edit(self, h_ND: Tensor) -> Tensor:
+        projected_NR = F.linear(h_ND, self.proj_weight)
+        return h_ND + (self._source(h_ND) - projected_NR) @ self.proj_weight
+
+
+class DireftIntervention(_Projected, pyreft.NodireftIntervention):
+    """Φ(h) = h + W₂ᵀ(f(W₁h + b)), the paper's DiReFT (equation 3).
+
+    pyreft calls this ``NodireftIntervention``.
+    """
+
+    pyreft_class = pyreft.NodireftIntervention
+
+    def _edit(self, h_ND: Tensor) -> Tensor:
+        return h_ND + self._source(h_ND) @ self.proj_weight
+
+
+class OrthogonalDireftIntervention(_RotatedAffine, pyreft.DireftIntervention):
+    """Φ(h) = h + Rᵀ(f(Wh + b)), an ablation; pyreft's ``DireftIntervention``."""
+
+    pyreft_class = pyreft.DireftIntervention
+
+    def _edit(self, h_ND: Tensor) -> Tensor:
+        return h_ND + self._source(h_ND) @ self.rotation_matrix().T
+
+
+class ConsreftIntervention(_BiasOnly, pyreft.ConsreftIntervention):
+    """Φ(h) = h + Rᵀ(b − Rh), an ablation (pyreft)."""
+
+    pyreft_class = pyreft.ConsreftIntervention
+
+    def _edit(self, h_ND: Tensor) -> Tensor:
+        r_DR = self.rotation_matrix()
+        return h_ND + (self.bias - h_ND @ r_DR) @ r_DR.T
+
+
+class LobireftIntervention(_BiasOnly, pyreft.LobireftIntervention):
+    """Φ(h) = h + Rᵀb, an ablation (pyreft)."""
+
+    pyreft_class = pyreft.LobireftIntervention
+
+    def _edit(self, h_ND: Tensor) -> Tensor:
+        return h_ND + self.bias @ self.rotation_matrix().T
+
+
+INTERVENTION_CLASSES: dict[str, type[_Intervention]] = {
+    "loreft": LoreftIntervention,
+    "noreft": NoreftIntervention,
+    "direft": DireftIntervention,
+    "orthogonal_direft": OrthogonalDireftIntervention,
+    "consreft": ConsreftIntervention,
+    "lobireft": LobireftIntervention,
+}

@@ -1,0 +1,29 @@
+"""LOREFT as a member of PEFT's closed enumeration of methods.
+
+PEFT has no door for methods from outside its tree: saving looks a method up in
+``PeftType`` itself, so a plain string that merely loads would fail at the first save.
+"""
+
+from __future__ import annotations
+
+from peft import PeftType
+
+
+def _extend_peft_type(name: str) -> PeftType:
+    """Add a member to ``PeftType`` as its class body would have; once."""
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member._sort_order_ = len(PeftType)
+    member.__objclass__ = PeftType
+    # The attribute first: the metaclass refuses to set one that the map already holds.
+    setattr(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member
+
+
+LOREFT = _extend_peft_type("LOREFT")

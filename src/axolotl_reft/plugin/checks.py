@@ -1,0 +1,144 @@
+"""What cannot be right beside ``adapter: loreft``, said before the base model loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl_reft.adapter_directory import check_adapter_fits
+from axolotl_reft.config import resolve_layers
+
+# Settings that are refused when set (true, non-zero, non-empty), and why.
+_REFUSED = {
+    "merge_lora": "a LoReFT adapter edits hidden states at some positions of a prompt, "
+    "so it cannot be merged into weights; serve the adapter beside the base model",
+    "load_in_8bit": "quantised bases are not supported with adapter: loreft yet, and "
+    "axolotl would load the base in full precision without saying so; remove it",
+    "load_in_4bit": "quantised bases are not supported with adapter: loreft yet, and "
+    "axolotl would load the base in full precision without saying so; remove it",
+    "gptq": "quantised bases are not supported with adapter: loreft yet; remove it",
+    "relora": "ReLoRA merges the adapter at every restart, and LoReFT cannot be "
+    "merged; remove it",
+    "loraplus_lr_ratio": "LoRA+ sets the learning rate of LoRA's B matrices, which "
+    "LoReFT has not; remove it and set learning_rate",
+    "unfrozen_parameters": "LoReFT keeps the base frozen, and unfrozen base weights "
+    "would not be saved with the adapter; remove it",
+    "rl": "preference training is not supported with adapter: loreft yet (TRL takes "
+    "away the labels that tell prompt from answer); remove it",
+    "reward_model": "reward models are not supported with adapter: loreft yet; remove "
+    "it",
+    "process_reward_model": "reward models are not supported with adapter: loreft yet; "
+    "remove it",
+}
+# Refused above 1: they cut a sequence or a hidden state into pieces.
+_REFUSED_PARALLEL = {
+    "context_parallel_size": "each process would see a piece of a sequence and not "
+    "know where its prompt begins",
+    "sequence_parallel_degree": "each process would see a piece of a sequence and not "
+    "know where its prompt begins",
+    "tensor_parallel_size": "PEFT supports tensor parallelism for LoRA alone",
+}
+# lora_* keys that axolotl reads for any adapter.
+_ADAPTER_KEYS = ("lora_model_dir", "lora_on_cpu")
+# These take the labels away before the model sees them.
+_WITHOUT_LABELS = ("use_eaft", "kd_trainer")
+
+
+def check_settings(config: Any, positions: str) -> None:
+    """Refuse settings of axolotl that contradict the adapter.
+
+    Args:
+        config: axolotl's validated config, or anything with its settings as attributes.
+        positions: the adapter's positions.
+
+    Raises:
+        ValueError: the setting, what it is, why not, and the remedy.
+    """
+    for key, reason in _REFUSED.items():
+        if value := getattr(config, key, None):
+            raise ValueError(f"{key}: {_plain(value)} with adapter: loreft: {reason}")
+    for key, reason in _REFUSED_PARALLEL.items():
+        if (value := getattr(config, key, None)) and value > 1:
+            raise ValueError(
+                f"{key}: {value} with adapter: loreft: {reason}; set {key}: 1"
+            )
+    _refuse_lora_settings(config)
+    if positions != "all":
+        _need_prompts(config, positions)
+
+
+def _refuse_lora_settings(config: Any) -> None:
+    for key in type(config).model_fields:
+        is_lora = key.startswith(("lora_", "peft_")) or key == "peft"
+        if not is_lora or key in (*_ADAPTER_KEYS, "peft_autocast_adapter_dtype"):
+            continue
+        if value := getattr(config, key):
+            raise ValueError(
+                f"{key}: {_plain(value)} is a setting of LoRA and would do nothing "
+                "with adapter: loreft; remove it. LoReFT's rank, layers and dropout "
+                "are set in the loreft: block"
+            )
+
+
+def _need_prompts(config: Any, positions: str) -> None:
+    """With prompt positions, every sample must have a prompt that is not trained."""
+    remedy = "or edit every token with positions: all"
+    if getattr(config, "train_on_inputs", None):
+        raise ValueError(
+            f"train_on_inputs: true with positions: {positions}: LoReFT takes the "
+            "tokens before the first trained one for the prompt, and here there would "
+            f"be none; set train_on_inputs: false, {remedy}"
+        )
+    if getattr(config, "pretraining_dataset", None):
+        raise ValueError(
+            f"pretraining_dataset with positions: {positions}: raw text has no prompt "
+            f"to edit; use instruction data under datasets, {remedy}"
+        )
+    for name in ("datasets", "test_datasets"):
+        for dataset in getattr(config, name, None) or []:
+            kind = getattr(dataset, "type", None)
+            if isinstance(kind, str) and kind.split(".")[0].split(":")[0] in (
+                "completion",
+                "pretrain",
+            ):
+                raise ValueError(
+                    f"{name}: type: {kind} with positions: {positions}: raw text has "
+                    f"no prompt to edit; use instruction data, {remedy}"
+                )
+    for key in _WITHOUT_LABELS:
+        if getattr(config, key, None):
+            raise ValueError(
+                f"{key}: true with positions: {positions}: it takes the labels that "
+                f"tell prompt from answer away from the model; remove it, {remedy}"
+            )
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML would show it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return getattr(value, "value", value)
+
+
+def check_against_base(cfg: Any, model_config: Any) -> None:
+    """Check layers, rank and saved adapters against the base model's config.
+
+    Args:
+        cfg: axolotl's config.
+        model_config: the base's transformers config.
+
+    Raises:
+        ValueError: a layer or the rank is out of range, or the adapter of
+            ``lora_model_dir`` or ``resume_from_checkpoint`` is missing, of another
+            method or of another base.
+    """
+    text_config = model_config.get_text_config()
+    hidden_size, count = text_config.hidden_size, text_config.num_hidden_layers
+    resolve_layers(cfg.loreft.layers, count)
+    if cfg.loreft.rank > hidden_size:
+        raise ValueError(
+            f"rank: {cfg.loreft.rank} is larger than the base model's hidden size "
+            f"{hidden_size}; choose a rank of at most {hidden_size}, 4 to 8 are usual"
+        )
+    for setting in ("lora_model_dir", "resume_from_checkpoint"):
+        if directory := cfg[setting]:
+            check_adapter_fits(str(directory), setting, hidden_size, count)

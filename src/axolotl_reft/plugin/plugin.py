@@ -1,0 +1,123 @@
+"""The plugin's hooks, in the order in which axolotl calls them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.loaders.utils import load_model_config
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.utils import CONFIG_NAME
+from transformers import PreTrainedModel
+
+from axolotl_reft.config import LoreftConfig
+from axolotl_reft.plugin.checks import check_against_base
+from axolotl_reft.pyreft_install import check_pyreft
+
+LOG = get_logger(__name__)
+
+# axolotl tells its plugins which command runs in no other way: `evaluate` sets nothing
+# in the config, and `inference` only a key that validation drops.
+_MODULES_THAT_ANSWER = ("axolotl.evaluate", "axolotl.cli.utils.load")
+
+
+class LoreftPlugin(BasePlugin):
+    """``adapter: loreft`` for axolotl.
+
+    .. code-block:: yaml
+
+        plugins:
+          - axolotl_reft.LoreftPlugin
+        adapter: loreft
+        loreft:
+          layers: all
+          positions: f7+l7
+          rank: 8
+    """
+
+    def register(self, cfg: Any) -> None:
+        if cfg.get("adapter") == "loreft":
+            check_pyreft()
+
+    def get_input_args(self) -> str:
+        return "axolotl_reft.plugin.args.LoreftArgs"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        return [AdapterCapabilities(name="loreft")]
+
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
+        """Loads none: the first hook with the base's config within reach, before the
+        data is tokenized."""
+        if cfg.adapter == "loreft":
+            check_against_base(cfg, load_model_config(cfg))
+
+    def pre_model_load(self, cfg: DictDefault) -> None:
+        if cfg.adapter != "loreft":
+            return
+        import axolotl_reft.interventions  # noqa: F401  (a broken pyreft stops here)
+
+        if _answers() and not cfg.lora_model_dir:
+            cfg.lora_model_dir = _trained_adapter(cfg.output_dir)
+            LOG.info("using the LoReFT adapter in %s", cfg.lora_model_dir)
+        check_against_base(cfg, load_model_config(cfg))
+
+    def load_adapter(
+        self,
+        model: PreTrainedModel,
+        cfg: DictDefault,
+        inference: bool = False,
+        config_only: bool = False,
+    ) -> tuple[PeftModel | None, PeftConfig] | None:
+        if cfg.adapter != "loreft":
+            return None
+        config = LoreftConfig(task_type=TaskType.CAUSAL_LM, **cfg.loreft)
+        if config_only:
+            return None, config
+        if cfg.lora_model_dir:
+            peft_model = PeftModel.from_pretrained(
+                model, cfg.lora_model_dir, is_trainable=not (inference or _answers())
+            )
+            config = peft_model.peft_config["default"]
+        else:
+            peft_model = get_peft_model(model, config)
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            peft_model.print_trainable_parameters()
+        return peft_model, config
+
+
+def _answers() -> bool:
+    """Whether the model is being loaded to answer with, and not to be trained."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") in _MODULES_THAT_ANSWER:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _trained_adapter(output_dir: str) -> str:
+    """The adapter that training left in ``output_dir``.
+
+    Raises:
+        ValueError: there is none; the message names what there is instead.
+    """
+    if (Path(output_dir) / CONFIG_NAME).is_file():
+        return str(output_dir)
+    checkpoints = sorted(
+        (path.parent for path in Path(output_dir).glob(f"checkpoint-*/{CONFIG_NAME}")),
+        key=lambda path: path.stat().st_mtime,
+    )
+    remedy = (
+        f"use a checkpoint with --lora-model-dir {checkpoints[-1]}"
+        if checkpoints
+        else "train first with axolotl train, or name an adapter with --lora-model-dir"
+    )
+    raise ValueError(
+        f"output_dir: there is no trained LoReFT adapter in {str(output_dir)!r} "
+        f"(looked for {CONFIG_NAME}), and a fresh one would answer at random; {remedy}"
+    )

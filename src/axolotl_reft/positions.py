@@ -1,0 +1,166 @@
+"""Which tokens are edited: the grammar ``f7+l7``, and prompts turned into indices.
+
+Replaces pyreft's ``unit_locations``: nothing is computed per sample in Python, nothing
+leaves the device, and padding, packing and the cache are read from the batch itself.
+Torch only.
+
+Shapes: B batch, T tokens, N edited positions.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_GRAMMAR = re.compile(r"(?:f(?P<first>[1-9]\d*))?(?P<plus>\+)?(?:l(?P<last>[1-9]\d*))?")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The prompt positions an intervention edits (arXiv 2404.03592, section 3.3).
+
+    ``first`` and ``last`` count tokens from either end of the prompt, 0 for none;
+    ``everywhere`` edits every token, prompt and answer, decode steps included.
+    """
+
+    first: int = 0
+    last: int = 0
+    everywhere: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Positions:
+        """Read ``f<n>``, ``l<n>``, ``f<n>+l<m>`` or ``all``.
+
+        Raises:
+            ValueError: ``text`` is none of these.
+        """
+        if text == "all":
+            return cls(everywhere=True)
+        match = _GRAMMAR.fullmatch(text) if isinstance(text, str) else None
+        if match:
+            first, last = int(match["first"] or 0), int(match["last"] or 0)
+            if bool(match["plus"]) == bool(first and last) and (first or last):
+                return cls(first, last)
+        raise ValueError(
+            f"positions: {text!r} is not understood. Write f<n> for the first n prompt "
+            "tokens, l<n> for the last n, f<n>+l<m> for both (n, m at least 1), or all "
+            "for every token: for example positions: f7+l7"
+        )
+
+    def __str__(self) -> str:
+        if self.everywhere:
+            return "all"
+        sides = [f"f{self.first}"] * bool(self.first) + [f"l{self.last}"] * bool(
+            self.last
+        )
+        return "+".join(sides)
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether the prefix and the suffix are both edited."""
+        return bool(self.first and self.last)
+
+
+@dataclass(frozen=True)
+class PromptSpans:
+    """Where each token of a batch stands in the prompt of its sample.
+
+    Attributes:
+        inside_BT: the token belongs to a prompt.
+        rank_BT: its place in that prompt, from 0; meaningless where not inside.
+        length_BT: the number of tokens of that prompt.
+    """
+
+    inside_BT: Tensor
+    rank_BT: Tensor
+    length_BT: Tensor
+
+    def tail(self, tokens: int) -> PromptSpans:
+        """The same for the last ``tokens`` columns: what a cached forward computes."""
+        return PromptSpans(
+            self.inside_BT[:, -tokens:],
+            self.rank_BT[:, -tokens:],
+            self.length_BT[:, -tokens:],
+        )
+
+    def edited(self, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Masks (B, T) of the edited prefix and of the edited suffix.
+
+        A side never takes more than half of the prompt, and what is cut off is not
+        applied: the rule of pyreft's ``LoReftSupervisedDataset``, with which the paper
+        was run. The two sides therefore never overlap.
+        """
+        half_BT = self.length_BT // 2
+        prefix_BT = self.rank_BT < half_BT.clamp(max=positions.first)
+        suffix_BT = self.rank_BT >= self.length_BT - half_BT.clamp(max=positions.last)
+        return self.inside_BT & prefix_BT, self.inside_BT & suffix_BT
+
+
+def prompt_spans(
+    real_BT: Tensor,
+    starts_BT: Tensor | None = None,
+    answer_BT: Tensor | None = None,
+    pending: int = 0,
+) -> PromptSpans:
+    """Find the prompt of every sample in a batch of rows.
+
+    A sample's prompt runs from its first real token to its first answer token; with no
+    answer in sight, to its end.
+
+    Args:
+        real_BT: True for tokens, False for padding.
+        starts_BT: True where a packed sample begins; None for one sample a row.
+        answer_BT: True for tokens of answers (trained tokens, or columns after the
+            prompt); None if there are none.
+        pending: prompt tokens of every row still to come (a prompt prefilled in
+            chunks).
+    """
+    inside_BT = real_BT
+    if answer_BT is not None:
+        inside_BT = real_BT & (_count_in_sample(answer_BT, starts_BT) == 0)
+    rank_BT = _count_in_sample(inside_BT, starts_BT) - 1
+    # What the sample still has to the right of a token, plus what it has had.
+    right_BT = _count_in_sample(
+        inside_BT.flip(1), None if starts_BT is None else _ends(starts_BT).flip(1)
+    ).flip(1)
+    length_BT = rank_BT + right_BT + pending
+    return PromptSpans(inside_BT, rank_BT, length_BT)
+
+
+def _count_in_sample(mask_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
+    """Running count of ``mask_BT``, this token included, anew in each sample."""
+    count_BT = mask_BT.long().cumsum(1)
+    if starts_BT is None:
+        return count_BT
+    before_BT = (count_BT - mask_BT.long()) * starts_BT
+    return count_BT - before_BT.cummax(1).values
+
+
+def _ends(starts_BT: Tensor) -> Tensor:
+    """True on the last token of each sample."""
+    ends_BT = torch.ones_like(starts_BT)
+    ends_BT[:, :-1] = starts_BT[:, 1:]
+    return ends_BT
+
+
+def flat_indices(mask_BT: Tensor, capacity: int | None = None) -> Tensor:
+    """Indices (N,) of the True entries of a mask laid flat, in order.
+
+    Args:
+        capacity: N where the number of True entries must not be asked for (that would
+            make the host wait for the device). Unused slots get B·T, one past the end.
+            None counts.
+
+    Returns:
+        int64, on the mask's device.
+    """
+    mask = mask_BT.reshape(-1)
+    if capacity is None:
+        return mask.nonzero().squeeze(1)
+    slot = mask.long().cumsum(0) - 1
+    out = mask.new_full((capacity + 1,), mask.numel(), dtype=torch.long)
+    tokens = torch.arange(mask.numel(), device=mask.device)
+    return out.scatter_(0, slot.where(mask, capacity), tokens)[:capacity]

@@ -1,0 +1,21 @@
+"""LOREFT in PEFT's tables of methods."""
+
+from __future__ import annotations
+
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+from axolotl_reft.config import LoreftConfig
+from axolotl_reft.model import LoreftModel
+from axolotl_reft.peft_type import LOREFT
+
+
+def register_loreft() -> None:
+    """Make LOREFT a PEFT method; again is harmless."""
+    if LOREFT not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(
+            name=LOREFT.value.lower(),
+            config_cls=LoreftConfig,
+            model_cls=LoreftModel,
+            prefix=LoreftModel.prefix,
+        )
