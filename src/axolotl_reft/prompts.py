@@ -57,6 +57,22 @@ class _Batch:
         return self._spans
 
 
+class _Override:
+    """A method of one model in the place of its class's, with the same signature:
+    ``generate`` reads the parameters of ``prepare_inputs_for_generation``."""
+
+    def __init__(self, model: nn.Module, name: str, method: Callable[..., Any]) -> None:
+        self._model, self._name, self._method = model, name, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        own = getattr(type(self._model), self._name)
+        return inspect.signature(own.__get__(self._model))
+
+
 class PromptTracker:
     """Turns each forward's labels, masks and cache into edited positions, once.
 
@@ -85,15 +101,21 @@ class PromptTracker:
             backbone.register_forward_hook(self._after_backbone),
         ]
         if self._labels_mark_answers:
-            model.__dict__["generate"] = self._generate
-            model.__dict__["prepare_inputs_for_generation"] = self._prepare_inputs
+            for name, method in self._overrides().items():
+                model.__dict__[name] = _Override(model, name, method)
 
     def detach(self) -> None:
         """Leave the model as it was."""
         for handle in self._handles:
             handle.remove()
-        for name in ("generate", "prepare_inputs_for_generation"):
+        for name in self._overrides():
             self._model.__dict__.pop(name, None)
+
+    def _overrides(self) -> dict[str, Callable[..., Any]]:
+        return {
+            "generate": self._generate,
+            "prepare_inputs_for_generation": self._prepare_inputs,
+        }
 
     # --- what layers ask -----------------------------------------------------------
 

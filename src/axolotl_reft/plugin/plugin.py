@@ -80,7 +80,7 @@ class LoreftPlugin(BasePlugin):
             return None, config
         if cfg.lora_model_dir:
             peft_model = PeftModel.from_pretrained(
-                model, cfg.lora_model_dir, is_trainable=not (inference or _answers())
+                model, cfg.lora_model_dir, is_trainable=not inference
             )
             config = peft_model.peft_config["default"]
         else:

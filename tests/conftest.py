@@ -1,0 +1,92 @@
+"""Tiny random models of every supported architecture, made here; nothing is fetched."""
+
+import os
+
+# Before torch: two workers' threads on two cores make tiny steps ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from axolotl_reft import LoreftConfig
+
+VOCABULARY = 64
+HIDDEN = 32
+LAYERS = 3
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ARCHITECTURES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {},
+    "gemma3_text": {},
+    "phi3": {},
+    "mixtral": {"num_local_experts": LAYERS, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, **_EXPERTS},
+    "gpt2": {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {},
+}
+
+
+def build_model(architecture: str = "llama", **overrides: object) -> PreTrainedModel:
+    """A random model; the same weights at every call with the same arguments."""
+    settings = {**_COMMON, **ARCHITECTURES[architecture], **overrides}
+    if architecture == "gpt2":
+        kept = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "n_")
+        settings = {k: v for k, v in settings.items() if k.startswith(kept)}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **settings)
+    # Larger weights than usual, so that an edit at a wrong place shows in the logits.
+    config.initializer_range = 0.2
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def build_adapter(
+    base: PreTrainedModel, seed: int = 1, **settings: object
+) -> PeftModel:
+    """The base with a random adapter, every number of it away from its start."""
+    torch.manual_seed(seed)
+    config = LoreftConfig(task_type="CAUSAL_LM", **{"positions": "f2+l3"} | settings)
+    model = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.fixture
+def tokens() -> Callable[..., torch.Tensor]:
+    """``tokens(rows, columns)``: ids without specials, the same at every call."""
+
+    def make(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, VOCABULARY, (rows, columns), generator=generator)
+
+    return make
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param

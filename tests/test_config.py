@@ -1,0 +1,89 @@
+import pytest
+
+from axolotl_reft import LoreftConfig
+from axolotl_reft.config import resolve_layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "numbers"),
+    [
+        ("all", [0, 1, 2, 3, 4, 5]),
+        ([0, 3], [0, 3]),
+        ([4, 1], [1, 4]),
+        ("2-4", [2, 3, 4]),
+        ([-1], [5]),
+        (-2, [4]),
+        ("-3--1", [3, 4, 5]),
+        ("1,3-4", [1, 3, 4]),
+        (["0-1", 5], [0, 1, 5]),
+        (3, [3]),
+    ],
+)
+def test_layers_are_resolved(layers, numbers):
+    assert resolve_layers(layers, 6) == numbers
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([6], r"layers: 6 in \[6\] is out of range, the base model has 6 layers; use 0 "
+         "to 5, or -6 to -1"),
+        ([-7], "layers: -7 in .* is out of range"),
+        ("4-9", "layers: 9 in '4-9' is out of range"),
+        ("4-2", "the range 4-2 in '4-2' is empty .* write the lower layer first"),
+        ([5, -1], r"\[5, -1\] names layer 5 twice"),
+    ],
+)  # fmt: skip
+def test_layers_outside_the_model_are_refused(layers, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_layers(layers, 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": "some"}, "layers: 'some' is not understood.*Write layers: all"),
+        ({"layers": []}, r"layers: \[\] is not understood, no layer is named"),
+        ({"layers": ""}, "layers: '' is not understood"),
+        ({"layers": "8-"}, "layers: '8-' is not understood"),
+        ({"layers": [True]}, "layers: .* True is not a layer"),
+        ({"layers": [1.5]}, "layers: .* 1.5 is not a layer"),
+        ({"layers": None}, "layers: None is not understood"),
+        ({"positions": "f7-l7"}, "positions: 'f7-l7' is not understood. Write f<n>"),
+        ({"rank": 0}, "rank: 0 is not a whole number of at least 1"),
+        ({"rank": -4}, "rank: -4 is not a whole number"),
+        ({"rank": 4.0}, "rank: 4.0 is not a whole number"),
+        ({"rank": "8"}, "rank: '8' is not a whole number"),
+        ({"rank": True}, "rank: True is not a whole number"),
+        ({"tied_weights": "yes"}, "tied_weights: 'yes' is neither true nor false"),
+        ({"intervention": "lorefd"}, "intervention: 'lorefd' is unknown. Did you mean "
+         "'loreft'.* Choose one of: loreft, noreft"),
+        ({"component": "mlp"}, "component: 'mlp' is unknown.* one of: block_output"),
+        ({"dropout": 1.0}, "dropout: 1.0 is not from 0 to below 1"),
+        ({"dropout": -0.1}, "dropout: -0.1 is not from 0"),
+        ({"dropout": "0.1"}, "dropout: '0.1' is not a number"),
+        ({"dropout": 0.1, "intervention": "consreft"}, "consreft has no dropout"),
+        ({"act_fn": "gelo"}, "act_fn: 'gelo' is unknown. Did you mean 'gelu'"),
+        ({"act_fn": "relu", "intervention": "lobireft"}, "lobireft has no Wh"),
+        ({"act_fn": "prelu"}, "act_fn: 'prelu' has parameters of its own"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused_with_the_remedy(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoreftConfig(**settings)
+
+
+def test_every_setting_is_described():
+    described = LoreftConfig.__dataclass_fields__
+    own = ("layers", "positions", "rank", "tied_weights", "intervention", "component",
+           "dropout", "act_fn", "modules_to_save")  # fmt: skip
+    assert all(described[name].metadata["help"] for name in own)
+
+
+def test_the_file_holds_what_was_set_and_nothing_derived(tmp_path):
+    config = LoreftConfig(layers=[-1], positions="f3", rank=2, act_fn="gelu")
+    config.target_modules = {"model.layers.5"}
+    config.save_pretrained(tmp_path)
+    loaded = LoreftConfig.from_pretrained(tmp_path)
+    assert loaded == config
+    assert loaded.target_modules is None

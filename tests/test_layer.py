@@ -1,0 +1,102 @@
+import pytest
+import torch
+from conftest import LAYERS, build_adapter, build_model
+
+from axolotl_reft.layer import edit
+
+
+def double(hidden):
+    return 2 * hidden
+
+
+def negate(hidden):
+    return -hidden
+
+
+def test_edit_replaces_the_named_vectors_alone():
+    hidden = torch.arange(24.0).view(2, 4, 3)
+    before = hidden.clone()
+    got = edit(hidden, [torch.tensor([1]), torch.tensor([6, 7])], [double, negate])
+    flat, expected = got.view(8, 3), before.view(8, 3).clone()
+    expected[1] *= 2
+    expected[6:] *= -1
+    assert torch.equal(flat, expected)
+    assert torch.equal(hidden, before)
+
+
+def test_unused_slots_neither_write_nor_send_gradients():
+    hidden = torch.randn(1, 3, 2, requires_grad=True)
+    scale = torch.ones(2, requires_grad=True)
+    index = torch.tensor([1, 3, 3])
+    got = edit(hidden, [index], [lambda rows: rows * scale + scale])
+    got.sum().backward()
+    assert torch.equal(got[0, [0, 2]], hidden[0, [0, 2]])
+    assert torch.allclose(scale.grad, hidden[0, 1].detach() + 1)
+
+
+def test_no_position_at_all_keeps_the_parameters_in_the_graph():
+    """Distributed training hangs on parameters that a step does not use."""
+    hidden = torch.randn(1, 3, 2)
+    scale = torch.ones(2, requires_grad=True)
+    edit(hidden, [torch.tensor([], dtype=torch.long)], [lambda h: h * scale]).sum(
+    ).backward()  # fmt: skip
+    assert torch.equal(scale.grad, torch.zeros(2))
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_is_exact_with_a_forward_in_between(
+    tokens, use_reentrant
+):
+    ids = tokens(2, 10)
+    labels = ids.clone()
+    labels[:, :6] = -100
+    model = build_adapter(build_model(), dropout=0.0).train()
+    expected = gradients(model, model(ids, labels=labels).loss)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    loss = model(ids, labels=labels).loss
+    with torch.no_grad():  # as KTO does: other prompts, other positions
+        model(tokens(3, 7, seed=1), labels=tokens(3, 7, seed=1))
+    got = gradients(model, loss)
+    assert len(got) == len(expected) == 3 * LAYERS
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_hidden_states_that_are_asked_for_are_the_edited_ones(tokens, architecture):
+    model = build_adapter(build_model(architecture))
+    seen = []
+    for module in model.modules():
+        if type(module).__name__ == "LoreftDecoderLayer":
+            module.register_forward_hook(
+                lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out)
+            )
+    states = model(tokens(2, 8), output_hidden_states=True).hidden_states
+    assert len(states) == LAYERS + 1
+    for got, edited in zip(states[1:-1], seen[:-1], strict=True):
+        assert torch.equal(got, edited)
+
+
+def test_the_wrapper_answers_for_its_layer():
+    layer = build_adapter(build_model()).base_model.model.model.layers[0]
+    assert layer.self_attn is layer.base_layer.self_attn
+    assert "DecoderLayer" in type(layer).__name__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = layer.nothing
+
+
+@torch.no_grad()
+def test_layers_that_are_not_named_are_left_alone(tokens):
+    plain = build_model()
+    expected = plain(tokens(1, 8), output_hidden_states=True).hidden_states
+    model = build_adapter(build_model(), layers=[-1])
+    got = model(tokens(1, 8), output_hidden_states=True).hidden_states
+    for layer in range(LAYERS):
+        assert torch.equal(got[layer], expected[layer])
+    assert not torch.equal(got[-1], expected[-1])

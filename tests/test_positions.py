@@ -1,0 +1,135 @@
+import pytest
+import torch
+
+from axolotl_reft.positions import Positions, flat_indices, prompt_spans
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("f7", Positions(7, 0)),
+        ("l1", Positions(0, 1)),
+        ("f7+l7", Positions(7, 7)),
+        ("f10+l3", Positions(10, 3)),
+        ("all", Positions(everywhere=True)),
+    ],
+)
+def test_grammar_reads_and_writes(text, expected):
+    assert Positions.parse(text) == expected
+    assert str(expected) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "f7-l7", "f0", "l0", "l-1", "f7+", "+l7", "f7l7", "l7+f7", "f", "7", "F7",
+     "f7 + l7", "f07", "all+l1", None, 7, True, ["f7"]],
+)  # fmt: skip
+def test_what_is_no_position_is_refused_with_the_grammar(text):
+    with pytest.raises(ValueError, match=r"positions: .* is not understood") as error:
+        Positions.parse(text)
+    assert repr(text) in str(error.value)
+    assert "f7+l7" in str(error.value)
+
+
+def edited_by_the_paper(length, positions):
+    """The rule of pyreft's LoReftSupervisedDataset, one prompt at a time."""
+    first = min(length // 2, positions.first)
+    last = min(length // 2, positions.last)
+    return list(range(first)), list(range(length - last, length))
+
+
+@pytest.mark.parametrize("text", ["f7+l7", "f1+l1", "f3", "l1", "l9", "f2+l5"])
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 14, 15, 30])
+def test_short_prompts_truncate_as_in_the_paper(length, text):
+    positions = Positions.parse(text)
+    spans = prompt_spans(torch.ones(1, length, dtype=torch.bool))
+    prefix, suffix = spans.edited(positions)
+    got = prefix[0].nonzero().flatten().tolist(), suffix[0].nonzero().flatten().tolist()
+    assert got == edited_by_the_paper(length, positions)
+
+
+def test_the_example_of_five_tokens():
+    prefix, suffix = prompt_spans(torch.ones(1, 5, dtype=torch.bool)).edited(
+        Positions(7, 7)
+    )
+    assert prefix.tolist() == [[True, True, False, False, False]]
+    assert suffix.tolist() == [[False, False, False, True, True]]
+
+
+def rows(*texts):
+    """Rows drawn as text: p prompt, a answer, u a later turn, ' ' padding, | start."""
+    masks = {"real": [], "start": [], "answer": []}
+    for text in texts:
+        real, start, answer, begins = [], [], [], True
+        for char in text:
+            if char == "|":
+                begins = True
+                continue
+            real.append(char != " ")
+            start.append(begins)
+            answer.append(char == "a")
+            begins = False
+        for name, row in zip(masks, (real, start, answer), strict=True):
+            masks[name].append(row)
+    return [torch.tensor(mask) for mask in masks.values()]
+
+
+def drawn(spans, positions, width):
+    prefix, suffix = spans.edited(positions)
+    return [
+        "".join(
+            "f" if prefix[b, t] else "l" if suffix[b, t] else "." for t in range(width)
+        )
+        for b in range(prefix.shape[0])
+    ]
+
+
+def test_padding_on_either_side_moves_the_edit_along():
+    real, _, answer = rows("ppppppaa   ", "   ppppppaa")
+    spans = prompt_spans(real, None, answer)
+    assert drawn(spans, Positions(2, 1), 11) == ["ff...l.....", "...ff...l.."]
+
+
+def test_packed_samples_have_a_prompt_each():
+    real, start, answer = rows(
+        "ppppaa|ppppppa|ppa|ppp",
+        "ppa|pppppppppaaa|pppp|",
+    )
+    spans = prompt_spans(real, start, answer)
+    assert drawn(spans, Positions(2, 2), 19) == [
+        "ffll..ff..ll.fl.f.l",
+        "fl.ff.....ll...ffll",
+    ]
+
+
+def test_later_turns_are_not_part_of_the_first_prompt():
+    real, _, answer = rows("ppppaauuuuaa")
+    assert drawn(prompt_spans(real, None, answer), Positions(1, 1), 12) == [
+        "f..l........"
+    ]
+
+
+def test_a_sample_without_prompt_is_not_edited():
+    real, _, answer = rows("aaaa")
+    assert drawn(prompt_spans(real, None, answer), Positions(2, 2), 4) == ["...."]
+
+
+def test_a_prompt_read_in_chunks_is_edited_like_the_whole():
+    whole = drawn(prompt_spans(torch.ones(1, 9, dtype=torch.bool)), Positions(3, 2), 9)
+    chunks = ""
+    for stop in (4, 8, 9):
+        seen = torch.ones(1, stop, dtype=torch.bool)
+        step = stop - len(chunks)
+        spans = prompt_spans(seen, pending=9 - stop).tail(step)
+        chunks += drawn(spans, Positions(3, 2), step)[0]
+    assert [chunks] == whole
+
+
+def test_indices_with_a_capacity_are_those_that_counting_finds():
+    mask = torch.rand(5, 13, generator=torch.Generator().manual_seed(0)) < 0.3
+    counted = flat_indices(mask)
+    reserved = flat_indices(mask, capacity=40)
+    assert counted.tolist() == mask.flatten().nonzero().flatten().tolist()
+    assert reserved[: len(counted)].tolist() == counted.tolist()
+    assert set(reserved[len(counted) :].tolist()) == {mask.numel()}
+    assert flat_indices(torch.zeros(2, 3, dtype=torch.bool)).tolist() == []
