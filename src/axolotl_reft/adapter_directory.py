@@ -36,8 +36,9 @@ def read_adapter_config(directory: str, setting: str) -> LoreftConfig:
             f"is its output_dir or a checkpoint-N below it. ({error})"
         ) from error
     if config.peft_type != LOREFT:
+        method = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(
-            f"{setting}: the adapter in {directory!r} is {config.peft_type}, not "
+            f"{setting}: the adapter in {directory!r} is {method}, not "
             "LOREFT; name a directory trained with adapter: loreft, or set the adapter "
             "that it was trained with"
         )

@@ -73,9 +73,6 @@ class LoreftArgs(BaseModel):
         if not isinstance(data, dict):
             return data
         adapter = data.get("adapter")
-        if isinstance(adapter, str) and adapter != "loreft":
-            if adapter.lower().replace("_", "") in ("loreft", "reft"):
-                raise ValueError(f"adapter: {adapter!r} is written adapter: loreft")
         for key in data:
             ours = adapter == "loreft" and key in LoreftBlock.model_fields
             near = re.match(r"(?i)(lo[-_.]?)?reft", str(key)) and key != "loreft"

@@ -41,8 +41,11 @@ class LoreftPlugin(BasePlugin):
     """
 
     def register(self, cfg: Any) -> None:
-        if cfg.get("adapter") == "loreft":
+        adapter = cfg.get("adapter")
+        if adapter == "loreft":
             check_pyreft()
+        elif str(adapter).lower() in ("loreft", "reft"):
+            raise ValueError(f"adapter: {adapter!r} is written adapter: loreft")
 
     def get_input_args(self) -> str:
         return "axolotl_reft.plugin.args.LoreftArgs"

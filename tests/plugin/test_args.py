@@ -1,0 +1,157 @@
+"""Every mistake in a YAML, and what its writer reads; no model is loaded."""
+
+import pytest
+import yaml
+from axolotl.cli.config import prepare_plugins
+from axolotl.utils.config import validate_config
+from axolotl.utils.dict import DictDefault
+
+from axolotl_reft.plugin.args import LoreftBlock
+
+GOOD = """
+base_model: base
+plugins:
+  - axolotl_reft.LoreftPlugin
+adapter: loreft
+loreft:
+  layers: all
+  positions: f7+l7
+  rank: 8
+datasets:
+  - path: data.jsonl
+    ds_type: json
+    type: alpaca
+micro_batch_size: 1
+gradient_accumulation_steps: 1
+num_epochs: 1
+learning_rate: 1e-3
+"""
+
+
+def validated(**changes):
+    settings = yaml.safe_load(GOOD)
+    settings |= changes
+    cfg = DictDefault({k: v for k, v in settings.items() if v is not ...})
+    prepare_plugins(cfg)
+    return validate_config(cfg)
+
+
+def test_a_good_config_gets_every_default():
+    assert validated().loreft.to_dict() == {
+        "layers": "all",
+        "positions": "f7+l7",
+        "rank": 8,
+        "tied_weights": True,
+        "intervention": "loreft",
+        "component": "block_output",
+        "dropout": 0.0,
+    }
+
+
+def test_without_a_block_the_adapter_has_its_defaults():
+    assert validated(loreft=...).loreft == validated(loreft={}).loreft
+    assert validated(loreft={"rank": None}).loreft.rank == 8
+
+
+def test_validating_what_was_validated_changes_nothing():
+    """As Ray's workers do with the dumped config."""
+    once = validated(loreft={"layers": [0, "-2--1"], "act_fn": "gelu", "rank": 2})
+    block = once.loreft.to_dict()
+    assert validate_config(once).loreft.to_dict() == block
+
+
+def test_without_the_adapter_the_plugin_asks_for_nothing():
+    assert validated(adapter="lora", lora_r=8, lora_alpha=16, loreft=...).loreft is None
+    assert validated(adapter=..., loreft=...).adapter is None
+
+
+def test_every_key_is_described():
+    assert all(field.description for field in LoreftBlock.model_fields.values())
+
+
+IN_THE_BLOCK = [
+    ({"ranks": 8}, "loreft: unknown key 'ranks'. Did you mean 'rank'. Known keys: lay"),
+    ({"layer": 8}, "loreft: unknown key 'layer'. Did you mean 'layers'."),
+    ({"tie_weights": True}, "Did you mean 'tied_weights'."),
+    ({"zzz": 8}, "loreft: unknown key 'zzz'. Known keys: layers, positions, rank"),
+    ({"positions": "f7-l7"}, "positions: 'f7-l7' is not understood. Write f<n>"),
+    ({"positions": "f0"}, "positions: 'f0' is not understood"),
+    ({"positions": "l-1"}, "positions: 'l-1' is not understood"),
+    ({"positions": ""}, "positions: '' is not understood"),
+    ({"rank": 0}, "rank: 0 is not a whole number of at least 1"),
+    ({"rank": "four"}, "rank: 'four' is not a whole number"),
+    ({"layers": "1:4"}, "layers: '1:4' is not understood"),
+    ({"intervention": "loref"}, "intervention: 'loref' is unknown. Did you mean 'lore"),
+    ({"component": "mlp_output"}, "component: 'mlp_output' is unknown"),
+    ({"dropout": 2}, "dropout: 2 is not from 0 to below 1"),
+    ({"act_fn": "rellu"}, "act_fn: 'rellu' is unknown. Did you mean 'relu'"),
+]
+BESIDE_IT = [
+    ({"loreft": 8}, "loreft: 8 is not a block of settings"),
+    ({"adapter": "LoReFT"}, "adapter: 'LoReFT' is written adapter: loreft"),
+    ({"adapter": ...}, "loreft: the block is set, but adapter is None; set adapter: l"),
+    ({"adapter": "lora", "lora_r": 8}, "the block is set, but adapter is 'lora'"),
+    ({"loreft_rank": 8}, "loreft_rank: is not a key at the top of the config"),
+    ({"reft": {"rank": 8}}, "reft: is not a key at the top of the config"),
+    ({"positions": "f1"}, "positions: is not a key at the top of the config"),
+    ({"lora_r": 8}, "lora_r: 8 is a setting of LoRA and would do nothing with adapte"),
+    ({"lora_dropout": 0.1}, "lora_dropout: 0.1 is a setting of LoRA"),
+    ({"lora_target_linear": True}, "lora_target_linear: true is a setting of LoRA"),
+    ({"peft_use_dora": True}, "peft_use_dora: true is a setting of LoRA"),
+    ({"lora_mlp_kernel": True}, "lora_mlp_kernel"),
+    ({"loraplus_lr_ratio": 16.0}, "loraplus_lr_ratio: 16.0 with adapter: loreft"),
+    ({"relora": True, "jagged_restart_steps": 10}, "relora|ReLoRA"),
+    ({"merge_lora": True}, "merge_lora: true with adapter: loreft: a LoReFT adapter"),
+    ({"load_in_8bit": True}, "load_in_8bit: true with adapter: loreft: quantised"),
+    ({"load_in_4bit": True}, "load_in_4bit: true with adapter: loreft: quantised"),
+    ({"gptq": True}, "gptq: true with adapter: loreft: quantised"),
+    ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters: .* keeps the base fr"),
+    ({"reward_model": True}, "reward_model: true with adapter: loreft"),
+    ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 with adapter: loreft"),
+    ({"context_parallel_size": 2}, "context_parallel_size: 2 .*|flash"),
+    ({"use_eaft": True}, "use_eaft: true with positions: f7.l7"),
+    ({"train_on_inputs": True}, "train_on_inputs: true with positions: f7.l7: .* set t"
+     "rain_on_inputs: false, or edit every token with positions: all"),
+    ({"datasets": [{"path": "x", "type": "completion"}]},
+     "datasets: type: completion with positions: f7.l7: raw text has no prompt"),
+    ({"test_datasets": [{"path": "x", "type": "completion"}]},
+     "test_datasets: type: completion with positions"),
+    ({"datasets": ..., "pretraining_dataset": [{"path": "x"}], "max_steps": 1},
+     "pretraining_dataset with positions: f7.l7: raw text has no prompt"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("block", "message"), IN_THE_BLOCK)
+def test_a_mistake_in_the_block(block, message):
+    with pytest.raises(ValueError, match=message):
+        validated(loreft=block)
+
+
+@pytest.mark.parametrize(("changes", "message"), BESIDE_IT)
+def test_a_mistake_beside_the_block(changes, message):
+    with pytest.raises(ValueError, match=message):
+        validated(**changes)
+
+
+def test_preference_training_is_refused():
+    data = [{"path": "x", "type": "chatml.intel", "split": "train"}]
+    with pytest.raises(ValueError, match="rl: dpo with adapter: loreft: preference"):
+        validated(rl="dpo", datasets=data)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_on_inputs": True},
+        {"datasets": [{"path": "x", "type": "completion"}]},
+        {"use_eaft": True},
+    ],
+)
+def test_editing_every_token_needs_no_prompt(changes):
+    assert validated(loreft={"positions": "all"}, **changes).loreft.positions == "all"
+
+
+def test_settings_of_lora_that_say_nothing_are_let_be():
+    assert validated(
+        lora_dropout=0.0, lora_r=None, lora_model_dir="x", lora_on_cpu=True
+    )

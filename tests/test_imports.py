@@ -1,0 +1,103 @@
+"""What importing the package costs, and which way imports point."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import axolotl_reft
+
+PACKAGE = Path(axolotl_reft.__file__).parent
+ORDER = [
+    "positions",
+    "rotation",
+    "peft_type",
+    "pyreft_install",
+    "config",
+    "prompts",
+    "interventions",
+    "adapter_directory",
+    "layer",
+    "model",
+    "registration",
+    "plugin",
+]
+
+
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_importing_the_package_brings_in_neither_axolotl_nor_pyreft():
+    code = (
+        "import axolotl_reft, sys\n"
+        "heavy = ('axolotl', 'pyreft', 'pyvene', 'matplotlib', 'plotnine')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    assert run(code).stdout.strip() == "[]"
+
+
+def test_importing_twice_registers_once():
+    code = (
+        "import axolotl_reft, sys\n"
+        "from peft import PeftType\n"
+        "for name in [n for n in sys.modules if n.startswith('axolotl_reft')]:\n"
+        "    del sys.modules[name]\n"
+        "import axolotl_reft\n"
+        "print([t.value for t in PeftType].count('LOREFT'))"
+    )
+    assert run(code).stdout.strip() == "1"
+
+
+def imported_parts(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "axolotl_reft" and len(parts) > 1:
+                yield parts[1]
+
+
+def test_imports_point_one_way():
+    assert {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py"} == {
+        "__init__",
+        *ORDER[:-1],
+    }
+    for index, part in enumerate(ORDER[:-1]):
+        later = set(imported_parts(PACKAGE / f"{part}.py")) & set(ORDER[index:])
+        assert not later, f"{part} imports {later}"
+
+
+@pytest.mark.parametrize(
+    ("part", "allowed"),
+    [("positions", {"torch"}), ("rotation", {"torch"})],
+)
+def test_the_numerics_need_torch_alone(part, allowed):
+    tree = ast.parse((PACKAGE / f"{part}.py").read_text())
+    roots = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
+    }
+    assert roots - sys.stdlib_module_names == allowed
+
+
+def test_axolotl_is_imported_by_the_plugin_alone():
+    for path in PACKAGE.glob("*.py"):
+        assert "import axolotl\n" not in path.read_text()
+        assert "from axolotl." not in path.read_text()
