@@ -5,17 +5,19 @@ from axolotl.utils.dict import DictDefault
 from conftest import build_adapter, build_model
 from transformers import AutoConfig
 
+from axolotl_reft.plugin import checks
 from axolotl_reft.plugin.args import LoreftBlock
 from axolotl_reft.plugin.checks import check_against_base
 from axolotl_reft.plugin.plugin import LoreftPlugin, _trained_adapter
 
 
-def check(block=None, hidden_size=32, layers=3, **settings):
+def check(block=None, hidden_size=32, layers=3, training=True, **settings):
     config = AutoConfig.for_model(
         "llama", hidden_size=hidden_size, num_hidden_layers=layers
     )
     block = LoreftBlock(**(block or {})).model_dump()
-    check_against_base(DictDefault({"loreft": block, **settings}), config)
+    block = {key: value for key, value in block.items() if value is not None}
+    check_against_base(DictDefault({"loreft": block, **settings}), config, training)
 
 
 @pytest.mark.parametrize(
@@ -34,16 +36,55 @@ def test_what_does_not_fit_the_base(block, message):
         check(block)
 
 
-@pytest.mark.parametrize("setting", ["lora_model_dir", "resume_from_checkpoint"])
+SAVED = {"positions": "f2+l3"}
+
+
+def named(setting, directory):
+    """A config in which ``setting`` leads to the adapter in ``directory``."""
+    if setting == "auto_resume_from_checkpoints":
+        return {setting: True, "output_dir": str(directory.parent)}
+    return {setting: str(directory)}
+
+
+@pytest.fixture(
+    params=["lora_model_dir", "resume_from_checkpoint", "auto_resume_from_checkpoints"]
+)
+def setting(request):
+    return request.param
+
+
 def test_saved_adapters_must_fit_the_base(tmp_path, setting):
+    directory = tmp_path / "checkpoint-3"
+    directory.mkdir()
     with pytest.raises(ValueError, match=f"{setting}: there is no readable adapter"):
-        check(**{setting: str(tmp_path)})
-    build_adapter(build_model()).save_pretrained(tmp_path)
-    check(**{setting: str(tmp_path)})
+        check(SAVED, **named(setting, directory))
+    build_adapter(build_model(), **SAVED).save_pretrained(directory)
+    check(SAVED, **named(setting, directory))
     with pytest.raises(
         ValueError, match=f"{setting}: .* hidden size 32, this base has"
     ):
-        check(hidden_size=64, **{setting: str(tmp_path)})
+        check(SAVED, hidden_size=64, **named(setting, directory))
+
+
+def test_training_goes_on_with_the_same_settings_alone(tmp_path, setting):
+    directory = tmp_path / "checkpoint-3"
+    build_adapter(build_model(), **SAVED).save_pretrained(directory)
+    changed = {"positions": "l1", "rank": 2}
+    message = (
+        rf"{setting}: .* has positions: f2\+l3 \(here l1\), rank: 8 \(here 2\); wri"
+    )
+    with pytest.raises(ValueError, match=message):
+        check(changed, **named(setting, directory))
+
+
+def test_an_answering_adapter_keeps_its_own_settings(tmp_path, monkeypatch):
+    build_adapter(build_model(), **SAVED).save_pretrained(tmp_path)
+    told = []
+    monkeypatch.setattr(checks.LOG, "warning", lambda *message: told.append(message))
+    check({"positions": "l1"}, training=False, lora_model_dir=str(tmp_path))
+    assert "has positions: f2+l3 (here l1)" in told[0][1]
+    check(SAVED, training=False, resume_from_checkpoint="nowhere")
+    assert len(told) == 1
 
 
 def test_the_adapter_of_the_output_directory(tmp_path):

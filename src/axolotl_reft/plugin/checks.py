@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from axolotl.utils.logging import get_logger
+from axolotl.utils.train import determine_last_checkpoint
+
 from axolotl_reft.adapter_directory import check_adapter_fits
-from axolotl_reft.config import resolve_layers
+from axolotl_reft.config import LoreftConfig, resolve_layers
+
+LOG = get_logger(__name__)
+
+# The adapter's own, without those of every PEFT method.
+_SETTINGS = [key for key in LoreftConfig.__annotations__ if key != "modules_to_save"]
 
 # Settings that are refused when set (true, non-zero, non-empty), and why.
 _REFUSED = {
@@ -120,17 +128,19 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def check_against_base(cfg: Any, model_config: Any) -> None:
+def check_against_base(cfg: Any, model_config: Any, training: bool = True) -> None:
     """Check layers, rank and saved adapters against the base model's config.
 
     Args:
         cfg: axolotl's config.
         model_config: the base's transformers config.
+        training: False where a trained adapter answers: then its own settings hold,
+            and those of the config that differ are only named.
 
     Raises:
-        ValueError: a layer or the rank is out of range, or the adapter of
-            ``lora_model_dir`` or ``resume_from_checkpoint`` is missing, of another
-            method or of another base.
+        ValueError: a layer or the rank is out of range, or the adapter to start or to
+            resume from is missing, of another method, of another base, or trained with
+            other settings than the config's.
     """
     text_config = model_config.get_text_config()
     hidden_size, count = text_config.hidden_size, text_config.num_hidden_layers
@@ -140,6 +150,30 @@ def check_against_base(cfg: Any, model_config: Any) -> None:
             f"rank: {cfg.loreft.rank} is larger than the base model's hidden size "
             f"{hidden_size}; choose a rank of at most {hidden_size}, 4 to 8 are usual"
         )
-    for setting in ("lora_model_dir", "resume_from_checkpoint"):
-        if directory := cfg[setting]:
-            check_adapter_fits(str(directory), setting, hidden_size, count)
+    for setting, directory in _saved_adapters(cfg, training):
+        saved = check_adapter_fits(directory, setting, hidden_size, count)
+        differences = [
+            f"{key}: {_plain(getattr(saved, key))} (here {_plain(value)})"
+            for key in _SETTINGS
+            if getattr(saved, key) != (value := cfg.loreft.get(key))
+        ]
+        if not differences:
+            continue
+        told = f"{setting}: the adapter in {directory!r} has {', '.join(differences)}"
+        if training:
+            raise ValueError(
+                f"{told}; write the same in the loreft: block, or leave out {setting} "
+                "to train a new adapter"
+            )
+        LOG.warning("%s; the adapter's own settings are used", told)
+
+
+def _saved_adapters(cfg: Any, training: bool) -> list[tuple[str, str]]:
+    """The settings that name a saved adapter, with what they name."""
+    named = {"lora_model_dir": cfg.lora_model_dir}
+    if training:
+        named["resume_from_checkpoint"] = cfg.resume_from_checkpoint
+        if cfg.auto_resume_from_checkpoints and not cfg.resume_from_checkpoint:
+            last = determine_last_checkpoint(cfg, update=False)
+            named["auto_resume_from_checkpoints"] = last
+    return [(setting, str(value)) for setting, value in named.items() if value]

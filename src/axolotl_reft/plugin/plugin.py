@@ -66,10 +66,12 @@ class LoreftPlugin(BasePlugin):
             return
         import axolotl_reft.interventions  # noqa: F401  (a broken pyreft stops here)
 
-        if _answers() and not cfg.lora_model_dir:
+        answers = _answers()
+        if answers and not cfg.lora_model_dir:
             cfg.lora_model_dir = _trained_adapter(cfg.output_dir)
+        if answers:
             LOG.info("using the LoReFT adapter in %s", cfg.lora_model_dir)
-        check_against_base(cfg, load_model_config(cfg))
+        check_against_base(cfg, load_model_config(cfg), training=not answers)
 
     def load_adapter(
         self,
