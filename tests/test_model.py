@@ -154,6 +154,11 @@ def test_two_adapters_are_switched_and_deleted(ids):
     model.set_adapter("other")
     assert torch.equal(logits(model, ids), second)
     assert not any(".default." in name for name, _ in model.named_parameters())
+    # The name is free again, for other layers too.
+    model.add_adapter("default", LoreftConfig(task_type="CAUSAL_LM", layers=[2]))
+    model.set_adapter("default")
+    assert trainable(model) == 2 * 8 * HIDDEN + 8
+    assert not torch.equal(logits(model, ids), second)
 
 
 def test_unloading_gives_back_the_base(ids):

@@ -97,10 +97,6 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         self.positions[adapter_name] = positions
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.positions.pop(adapter_name, None)
-
     def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
         raise cannot_merge()
 
@@ -111,7 +107,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         before_BTD = output[0] if isinstance(output, tuple) else output
         h_BTD = before_BTD
         for name in self.active_adapters:
-            if name in self.positions:
+            if name in self.intv_0:
                 h_BTD = self._edit(h_BTD, name)
         if h_BTD is before_BTD:
             return output
