@@ -6,6 +6,7 @@ from axolotl.cli.config import prepare_plugins
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 
+from axolotl_reft import LoreftPlugin
 from axolotl_reft.plugin.args import LoreftBlock
 
 GOOD = """
@@ -98,9 +99,9 @@ BESIDE_IT = [
     ({"lora_dropout": 0.1}, "lora_dropout: 0.1 is a setting of LoRA"),
     ({"lora_target_linear": True}, "lora_target_linear: true is a setting of LoRA"),
     ({"peft_use_dora": True}, "peft_use_dora: true is a setting of LoRA"),
-    ({"lora_mlp_kernel": True}, "lora_mlp_kernel"),
+    ({"lora_mlp_kernel": True}, "lora_mlp_kernel: true is a setting of LoRA"),
     ({"loraplus_lr_ratio": 16.0}, "loraplus_lr_ratio: 16.0 with adapter: loreft"),
-    ({"relora": True, "jagged_restart_steps": 10}, "relora|ReLoRA"),
+    ({"relora": True, "jagged_restart_steps": 10}, "relora: true .*: ReLoRA merges"),
     ({"merge_lora": True}, "merge_lora: true with adapter: loreft: a LoReFT adapter"),
     ({"load_in_8bit": True}, "load_in_8bit: true with adapter: loreft: quantised"),
     ({"load_in_4bit": True}, "load_in_4bit: true with adapter: loreft: quantised"),
@@ -108,7 +109,7 @@ BESIDE_IT = [
     ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters: .* keeps the base fr"),
     ({"reward_model": True}, "reward_model: true with adapter: loreft"),
     ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 with adapter: loreft"),
-    ({"context_parallel_size": 2}, "context_parallel_size: 2 .*|flash"),
+    ({"context_parallel_size": 2}, "context_parallel_size: 2 with adapter: loreft"),
     ({"use_eaft": True}, "use_eaft: true with positions: f7.l7"),
     ({"train_on_inputs": True}, "train_on_inputs: true with positions: f7.l7: .* set t"
      "rain_on_inputs: false, or edit every token with positions: all"),
@@ -125,11 +126,27 @@ BESIDE_IT = [
 def test_a_mistake_in_the_block(block, message):
     with pytest.raises(ValueError, match=message):
         validated(loreft=block)
+    with pytest.raises(ValueError, match=message):
+        LoreftBlock(**block)
 
 
 @pytest.mark.parametrize(("changes", "message"), BESIDE_IT)
 def test_a_mistake_beside_the_block(changes, message):
     with pytest.raises(ValueError, match=message):
+        validated(**changes)
+
+
+def test_the_message_is_the_first_line_that_is_read():
+    with pytest.raises(ValueError) as error:
+        validated(loreft={"ranks": 8})
+    assert str(error.value).startswith("loreft: unknown key 'ranks'")
+
+
+@pytest.mark.parametrize(("changes", "message"), BESIDE_IT)
+def test_validation_alone_refuses_it_too(changes, message, monkeypatch):
+    """Without `register`, as where a dumped config is validated again."""
+    monkeypatch.setattr(LoreftPlugin, "register", lambda self, cfg: None)
+    with pytest.raises((ValueError, ImportError)):
         validated(**changes)
 
 

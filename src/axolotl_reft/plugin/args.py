@@ -36,25 +36,8 @@ class LoreftBlock(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def check_block(cls, data: Any) -> Any:
-        """Our own messages, ahead of pydantic's."""
-        if isinstance(data, cls):
-            return data
-        known = tuple(cls.model_fields)
-        if not isinstance(data, dict):
-            raise ValueError(
-                f"loreft: {data!r} is not a block of settings; write for example\n"
-                "loreft:\n  positions: f7+l7\n  rank: 8"
-            )
-        for key in data:
-            if key not in known:
-                raise ValueError(
-                    f"loreft: unknown key {key!r}.{did_you_mean(key, known)} Known "
-                    f"keys: {', '.join(known)}"
-                )
-        LoreftConfig(**{k: v for k, v in data.items() if v is not None})
-        # A key without a value means its default, as elsewhere in axolotl's YAML.
-        return {k: v for k, v in data.items() if v is not None}
+    def check(cls, data: Any) -> Any:
+        return data if isinstance(data, cls) else _checked_block(data)
 
 
 class LoreftArgs(BaseModel):
@@ -68,33 +51,74 @@ class LoreftArgs(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def check_misplaced_keys(cls, data: Any) -> Any:
-        """axolotl drops unknown keys at the top without a word; these are ours."""
-        if not isinstance(data, dict):
-            return data
-        adapter = data.get("adapter")
-        for key in data:
-            ours = adapter == "loreft" and key in LoreftBlock.model_fields
-            near = re.match(r"(?i)(lo[-_.]?)?reft", str(key)) and key != "loreft"
-            if ours or near:
-                raise ValueError(
-                    f"{key}: is not a key at the top of the config; the adapter's "
-                    "settings go into a block, for example\nloreft:\n"
-                    "  positions: f7+l7\n  rank: 8"
-                )
+    def check_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            _check_keys_at_the_top(data)
         return data
 
     @model_validator(mode="after")
     def check_beside_other_settings(self) -> LoreftArgs:
-        adapter = getattr(self, "adapter", None)
-        if adapter != "loreft":
-            if self.loreft is not None:
-                raise ValueError(
-                    f"loreft: the block is set, but adapter is {adapter!r}; set "
-                    "adapter: loreft, or remove the block"
-                )
-            return self
-        if self.loreft is None:
-            self.loreft = LoreftBlock()
-        check_settings(self, self.loreft.positions)
+        if getattr(self, "adapter", None) == "loreft":
+            self.loreft = self.loreft or LoreftBlock()
+        _check_together(self.__dict__, self.loreft)
         return self
+
+
+def check_as_written(settings: dict[str, Any]) -> None:
+    """Every check that needs the YAML alone, ahead of axolotl's own.
+
+    Validation repeats them; here they come first, and read as they are written instead
+    of as a line in pydantic's report.
+
+    Raises:
+        ValueError: what was wrong, what was got, and the remedy.
+    """
+    _check_keys_at_the_top(settings)
+    block = settings.get("loreft")
+    if block is not None:
+        block = LoreftBlock(**_checked_block(block))
+    _check_together(settings, block)
+
+
+def _checked_block(data: Any) -> dict[str, Any]:
+    """The block's settings, with our own messages ahead of pydantic's."""
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"loreft: {data!r} is not a block of settings; write for example\n"
+            "loreft:\n  positions: f7+l7\n  rank: 8"
+        )
+    known = tuple(LoreftBlock.model_fields)
+    for key in data:
+        if key not in known:
+            raise ValueError(
+                f"loreft: unknown key {key!r}.{did_you_mean(key, known)} Known "
+                f"keys: {', '.join(known)}"
+            )
+    # A key without a value means its default, as elsewhere in axolotl's YAML.
+    settings = {key: value for key, value in data.items() if value is not None}
+    LoreftConfig(**settings)
+    return settings
+
+
+def _check_keys_at_the_top(settings: dict[str, Any]) -> None:
+    """axolotl drops unknown keys at the top without a word; these are ours."""
+    for key in settings:
+        ours = settings.get("adapter") == "loreft" and key in LoreftBlock.model_fields
+        near = re.match(r"(?i)(lo[-_.]?)?reft", str(key)) and key != "loreft"
+        if ours or near:
+            raise ValueError(
+                f"{key}: is not a key at the top of the config; the adapter's "
+                "settings go into a block, for example\nloreft:\n"
+                "  positions: f7+l7\n  rank: 8"
+            )
+
+
+def _check_together(settings: dict[str, Any], block: LoreftBlock | None) -> None:
+    adapter = settings.get("adapter")
+    if adapter == "loreft":
+        check_settings(settings, (block or LoreftBlock()).positions)
+    elif block is not None:
+        raise ValueError(
+            f"loreft: the block is set, but adapter is {adapter!r}; set adapter: "
+            "loreft, or remove the block"
+        )

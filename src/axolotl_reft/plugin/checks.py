@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from axolotl_reft.adapter_directory import check_adapter_fits
@@ -43,35 +44,35 @@ _ADAPTER_KEYS = ("lora_model_dir", "lora_on_cpu")
 _WITHOUT_LABELS = ("use_eaft", "kd_trainer")
 
 
-def check_settings(config: Any, positions: str) -> None:
+def check_settings(settings: Mapping[str, Any], positions: str) -> None:
     """Refuse settings of axolotl that contradict the adapter.
 
     Args:
-        config: axolotl's validated config, or anything with its settings as attributes.
+        settings: axolotl's config, as written or as validated.
         positions: the adapter's positions.
 
     Raises:
         ValueError: the setting, what it is, why not, and the remedy.
     """
     for key, reason in _REFUSED.items():
-        if value := getattr(config, key, None):
+        if value := settings.get(key):
             raise ValueError(f"{key}: {_plain(value)} with adapter: loreft: {reason}")
     for key, reason in _REFUSED_PARALLEL.items():
-        if (value := getattr(config, key, None)) and value > 1:
+        if (value := settings.get(key)) and value > 1:
             raise ValueError(
                 f"{key}: {value} with adapter: loreft: {reason}; set {key}: 1"
             )
-    _refuse_lora_settings(config)
+    _refuse_lora_settings(settings)
     if positions != "all":
-        _need_prompts(config, positions)
+        _need_prompts(settings, positions)
 
 
-def _refuse_lora_settings(config: Any) -> None:
-    for key in type(config).model_fields:
+def _refuse_lora_settings(settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items():
         is_lora = key.startswith(("lora_", "peft_")) or key == "peft"
         if not is_lora or key in (*_ADAPTER_KEYS, "peft_autocast_adapter_dtype"):
             continue
-        if value := getattr(config, key):
+        if value:
             raise ValueError(
                 f"{key}: {_plain(value)} is a setting of LoRA and would do nothing "
                 "with adapter: loreft; remove it. LoReFT's rank, layers and dropout "
@@ -79,23 +80,23 @@ def _refuse_lora_settings(config: Any) -> None:
             )
 
 
-def _need_prompts(config: Any, positions: str) -> None:
+def _need_prompts(settings: Mapping[str, Any], positions: str) -> None:
     """With prompt positions, every sample must have a prompt that is not trained."""
     remedy = "or edit every token with positions: all"
-    if getattr(config, "train_on_inputs", None):
+    if settings.get("train_on_inputs"):
         raise ValueError(
             f"train_on_inputs: true with positions: {positions}: LoReFT takes the "
             "tokens before the first trained one for the prompt, and here there would "
             f"be none; set train_on_inputs: false, {remedy}"
         )
-    if getattr(config, "pretraining_dataset", None):
+    if settings.get("pretraining_dataset"):
         raise ValueError(
             f"pretraining_dataset with positions: {positions}: raw text has no prompt "
             f"to edit; use instruction data under datasets, {remedy}"
         )
     for name in ("datasets", "test_datasets"):
-        for dataset in getattr(config, name, None) or []:
-            kind = getattr(dataset, "type", None)
+        for dataset in settings.get(name) or []:
+            kind = dict(dataset).get("type")
             if isinstance(kind, str) and kind.split(".")[0].split(":")[0] in (
                 "completion",
                 "pretrain",
@@ -105,7 +106,7 @@ def _need_prompts(config: Any, positions: str) -> None:
                     f"no prompt to edit; use instruction data, {remedy}"
                 )
     for key in _WITHOUT_LABELS:
-        if getattr(config, key, None):
+        if settings.get(key):
             raise ValueError(
                 f"{key}: true with positions: {positions}: it takes the labels that "
                 f"tell prompt from answer away from the model; remove it, {remedy}"

@@ -16,6 +16,7 @@ from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel
 
 from axolotl_reft.config import LoreftConfig
+from axolotl_reft.plugin.args import check_as_written
 from axolotl_reft.plugin.checks import check_against_base
 from axolotl_reft.pyreft_install import check_pyreft
 
@@ -44,8 +45,9 @@ class LoreftPlugin(BasePlugin):
         adapter = cfg.get("adapter")
         if adapter == "loreft":
             check_pyreft()
-        elif str(adapter).lower() in ("loreft", "reft"):
+        if adapter != "loreft" and str(adapter).lower() in ("loreft", "reft"):
             raise ValueError(f"adapter: {adapter!r} is written adapter: loreft")
+        check_as_written(cfg)
 
     def get_input_args(self) -> str:
         return "axolotl_reft.plugin.args.LoreftArgs"

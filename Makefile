@@ -1,0 +1,40 @@
+# make test   set up a virtual environment and run every check
+# make demo   set it up and run the main job on a tiny model
+# Either takes PYTHON=python3.12 (3.10 or newer) and VENV=elsewhere.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO := examples/tiny-llama
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export AXOLOTL_DO_NOT_TRACK := 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: install test demo clean
+
+install: $(VENV)/installed
+
+# pyreft comes without its dependencies: its pins contradict axolotl's (see README.md).
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --upgrade pip
+	pip install --quiet --editable '.[dev]'
+	pip install --quiet --no-deps pyreft==0.1.0
+	touch $@
+
+test: install
+	ruff check .
+	ruff format --check .
+	mypy
+	pytest
+
+demo: install
+	python $(DEMO)/make_base.py
+	axolotl train $(DEMO)/loreft.yml
+	python $(DEMO)/report.py
+	sh $(DEMO)/ask.sh
+
+clean:
+	rm -rf $(VENV) $(DEMO)/base $(DEMO)/data $(DEMO)/out $(DEMO)/prepared

@@ -1,0 +1,192 @@
+"""The commands as users run them, each in a process of its own."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from workspace import ANSWER, build_base, build_config, build_workspace
+
+LAST_STEP = 96
+CHECKPOINT = 48
+# What the frameworks log then.
+DATA_IS_READ = "Loading raw datasets"
+BASE_IS_LOADED = "Loading weights"
+
+
+def axolotl(command, config, *options, text=None, check=True):
+    """Run ``axolotl command config``; the environment's own scripts come first."""
+    scripts = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": scripts + os.pathsep + os.environ["PATH"]}
+    done = subprocess.run(
+        ["axolotl", command, str(config), *options],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
+        cwd=config.parent,
+    )
+    output = done.stdout + done.stderr
+    if check:
+        assert done.returncode == 0, output[-5000:]
+    else:
+        assert done.returncode != 0
+    return output
+
+
+def losses(directory, step=LAST_STEP):
+    state = directory / f"checkpoint-{step}" / "trainer_state.json"
+    history = json.loads(state.read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workspace in which `preprocess` and `train` have run."""
+    config = build_workspace(tmp_path_factory.mktemp("workspace"))
+    preprocess = axolotl("preprocess", config)
+    assert "Success! Preprocessed data path" in preprocess
+    assert DATA_IS_READ in preprocess
+    output = axolotl("train", config)
+    assert BASE_IS_LOADED in output
+    # 3 layers, 2 sides, 2·r·d + r
+    assert f"trainable params: {3 * 2 * (2 * 4 * 64 + 4):,} ||" in output
+    return config
+
+
+def test_training_leaves_an_adapter_and_nothing_of_the_base(trained):
+    out = trained.parent / "out"
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "LOREFT" and settings["positions"] == "f2+l2"
+    numbers = load_file(out / "adapter_model.safetensors")
+    assert numbers and all(".intv_" in key for key in numbers)
+    assert not list(out.glob("model*.safetensors"))
+    for checkpoint in out.glob("checkpoint-*"):
+        assert (checkpoint / "adapter_config.json").is_file()
+        assert not list(checkpoint.glob("model*.safetensors"))
+    curve = losses(out)
+    assert len(curve) == LAST_STEP
+    assert curve[LAST_STEP] < 0.3 * curve[1]
+
+
+@pytest.mark.parametrize("way", ["resume_from_checkpoint", "auto_resume"])
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(trained, way):
+    whole = trained.parent / "out"
+    resumed = trained.parent / way
+    resumed.mkdir()
+    shutil.copytree(
+        whole / f"checkpoint-{CHECKPOINT}", resumed / f"checkpoint-{CHECKPOINT}"
+    )
+    if way == "auto_resume":
+        options = ["--auto-resume-from-checkpoints"]
+    else:
+        checkpoint = resumed / f"checkpoint-{CHECKPOINT}"
+        options = ["--resume-from-checkpoint", str(checkpoint)]
+    axolotl("train", trained, "--output-dir", str(resumed), *options)
+    assert losses(resumed) == losses(whole)
+    ours, theirs = (
+        load_file(d / "adapter_model.safetensors") for d in (resumed, whole)
+    )
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def reported(output, metric):
+    return float(re.search(rf"{metric}: ([\d.e-]+)", output)[1])
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    base = AutoModelForCausalLM.from_pretrained(trained.parent / "base")
+    return PeftModel.from_pretrained(base, trained.parent / "out").eval()
+
+
+@torch.no_grad()
+def loss_on_test_data(model, directory):
+    """Mean over samples of the loss at answer tokens, without axolotl."""
+    tokenizer = AutoTokenizer.from_pretrained(directory / "base")
+    answer = tokenizer(ANSWER, add_special_tokens=False).input_ids + [2]
+    total = 0.0
+    lines = (directory / "test.jsonl").read_text().splitlines()
+    for line in lines:
+        prompt = tokenizer(json.loads(line)["instruction"]).input_ids
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        total += model(torch.tensor([prompt + answer]), labels=labels).loss.item()
+    return total / len(lines)
+
+
+def test_evaluate_uses_the_trained_adapter(trained, model):
+    output = axolotl("evaluate", trained)
+    expected = loss_on_test_data(model, trained.parent)
+    assert reported(output, "eval_loss") == pytest.approx(expected, rel=1e-4)
+
+
+def test_inference_answers_from_the_trained_adapter(trained, model):
+    prompt = "c a b d :"
+    output = axolotl("inference", trained, text=prompt)
+    assert f"using the LoReFT adapter in {trained.parent / 'out'}" in output
+    assert f"<s> {prompt} {ANSWER}" in output
+    with torch.no_grad(), model.disable_adapter():
+        ids = AutoTokenizer.from_pretrained(trained.parent / "base")(
+            prompt, return_tensors="pt"
+        )
+        probable = model(**ids).logits[0, -1].softmax(-1)
+    # The base alone would have said it once in a hundred times.
+    assert probable[ids.input_ids.new_tensor(16)] < 0.1
+
+
+@pytest.mark.parametrize("command", ["evaluate", "inference"])
+def test_without_a_trained_adapter_there_is_no_answer(trained, command):
+    output = axolotl(
+        command, trained, "--output-dir", "nowhere", text="a b :", check=False
+    )
+    assert "output_dir: there is no trained LoReFT adapter in 'nowhere'" in output
+    assert BASE_IS_LOADED not in output
+
+
+def test_packed_samples_train_too(trained):
+    packed = trained.parent / "packed"
+    config = build_config(
+        trained.parent,
+        "packed.yml",
+        sample_packing=True,
+        pad_to_sequence_len=True,
+        micro_batch_size=1,
+        sequence_len=64,
+        output_dir=str(packed),
+        dataset_prepared_path=str(trained.parent / "prepared-packed"),
+        save_steps=1000,
+        num_epochs=6,
+    )
+    output = axolotl("train", config)
+    curve = [float(loss) for loss in re.findall(r"'loss': '([\d.]+)'", output)]
+    assert len(curve) > 10 and curve[-1] < 0.5 * curve[0]
+
+
+def test_a_base_of_another_size_stops_before_it_loads(trained):
+    build_base(trained.parent / "wider", hidden_size=96)
+    output = axolotl(
+        "inference", trained, "--base-model", str(trained.parent / "wider"), check=False
+    )
+    assert "was trained on a base model of hidden size 64, this base has 96" in output
+    assert BASE_IS_LOADED not in output
+
+
+def test_a_mistake_stops_before_the_data_is_read(trained):
+    config = build_config(
+        trained.parent,
+        "mistake.yml",
+        loreft={"layers": "0-9"},
+        dataset_prepared_path=str(trained.parent / "prepared-never"),
+    )
+    output = axolotl("train", config, check=False)
+    assert "layers: 9 in '0-9' is out of range, the base model has 3 layers" in output
+    assert DATA_IS_READ not in output and BASE_IS_LOADED not in output

@@ -1,0 +1,112 @@
+"""A tiny model, tokenizer, data set and config on disk, for tests of the commands."""
+
+import json
+import random
+import string
+from pathlib import Path
+
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
+ANSWER = "m"
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Letters as words; a beginning token before every text."""
+    words = [*SPECIALS, *string.ascii_lowercase, ":"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+def build_base(directory: Path, hidden_size: int = 64, layers: int = 3) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+
+
+def build_data(file: Path, count: int, seed: int) -> None:
+    """Prompts of ragged length that all want the same answer."""
+    random.seed(seed)
+    with file.open("w") as out:
+        for _ in range(count):
+            letters = random.sample(string.ascii_lowercase[:12], random.randint(2, 8))
+            prompt = " ".join(letters) + " :"
+            out.write(json.dumps({"instruction": prompt, "output": ANSWER}) + "\n")
+
+
+def build_config(directory: Path, name: str = "config.yml", **changes: object) -> Path:
+    """A config in ``directory``, whose base and data are beside it."""
+    prompt_format = {
+        "field_instruction": "instruction",
+        "field_output": "output",
+        "format": "{instruction}",
+        "no_input_format": "{instruction}",
+    }
+
+    def data(name: str) -> list[dict[str, object]]:
+        path = str(directory / name)
+        source = {"path": path, "ds_type": "json", "type": prompt_format}
+        return [source | {"split": "train"}]
+
+    settings: dict[str, object] = {
+        "base_model": str(directory / "base"),
+        "plugins": ["axolotl_reft.LoreftPlugin"],
+        "adapter": "loreft",
+        "loreft": {"positions": "f2+l2", "rank": 4, "tied_weights": False},
+        "datasets": data("train.jsonl"),
+        "test_datasets": data("test.jsonl"),
+        "dataset_prepared_path": str(directory / "prepared"),
+        "output_dir": str(directory / "out"),
+        "sequence_len": 32,
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "num_epochs": 6,
+        "learning_rate": 0.02,
+        "lr_scheduler": "cosine",
+        "optimizer": "adamw_torch",
+        "weight_decay": 0.01,
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+        "attn_implementation": "eager",
+        "logging_steps": 1,
+        "save_steps": 24,
+        "seed": 7,
+    }
+    path = directory / name
+    path.write_text(yaml.safe_dump(settings | changes))
+    return path
+
+
+def build_workspace(directory: Path) -> Path:
+    """Everything; returns the config."""
+    build_base(directory / "base")
+    build_data(directory / "train.jsonl", 64, seed=0)
+    build_data(directory / "test.jsonl", 16, seed=1)
+    return build_config(directory)
