@@ -67,7 +67,8 @@ def build_adapter(
 ) -> PeftModel:
     """The base with a random adapter, every number of it away from its start."""
     torch.manual_seed(seed)
-    config = LoreftConfig(task_type="CAUSAL_LM", **{"positions": "f2+l3"} | settings)
+    defaults = {"task_type": "CAUSAL_LM", "positions": "f2+l3"}
+    config = LoreftConfig(**defaults | settings)
     model = get_peft_model(base, config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from conftest import build_adapter, build_model
+from transformers import AutoModelForTokenClassification
 
 PROMPTS = (9, 4, 7)
 ANSWERS = (3, 5, 2)
@@ -248,6 +249,18 @@ def test_a_batch_without_any_prompt_warns(tokens):
         model(ids, labels=ids)
 
 
+@torch.no_grad()
+def test_a_classifiers_labels_are_no_answers(tokens):
+    """They have the shape of a language model's, and mean something else."""
+    config = build_model().config
+    config.num_labels = 5
+    base = AutoModelForTokenClassification.from_config(config).eval()
+    model = build_adapter(base, task_type="TOKEN_CLS")
+    ids = tokens(1, 8)
+    labels = torch.zeros_like(ids)
+    assert torch.equal(model(ids, labels=labels).logits, model(ids).logits)
+
+
 def test_a_mask_without_rows_and_columns_is_refused(tokens):
     model = build_adapter(build_model())
     ids = tokens(1, 6)
@@ -259,6 +272,7 @@ def test_a_mask_without_rows_and_columns_is_refused(tokens):
 
 def test_a_layer_called_by_itself_says_why_it_cannot(tokens):
     model = build_adapter(build_model())
+    model(tokens(1, 4))
     layer = model.base_model.model.model.layers[0]
     hidden = torch.zeros(1, 4, 32)
     rotary = model.base_model.model.model.rotary_emb(hidden, torch.arange(4)[None])

@@ -78,10 +78,7 @@ class LoreftModel(BaseTuner):
         hidden_size = _text_config(self.model).hidden_size
         wrapper = LoreftDecoderLayer(target, tracker, hidden_size)
         wrapper.training = target.training
-        wrapper.set_adapter(self.active_adapters)
         wrapper.update_layer(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            wrapper.requires_grad_(False)
         setattr(parent, target_name, wrapper)
 
     def _replace_module(
