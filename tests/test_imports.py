@@ -41,6 +41,10 @@ def test_importing_the_package_brings_in_neither_axolotl_nor_pyreft():
     assert run(code).stdout.strip() == "[]"
 
 
+def test_the_interventions_are_imported_in_silence():
+    assert run("import axolotl_reft.interventions").stdout == ""
+
+
 def test_importing_twice_registers_once():
     code = (
         "import axolotl_reft, sys\n"

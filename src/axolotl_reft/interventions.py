@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from types import SimpleNamespace
 
 import torch
@@ -24,7 +26,9 @@ from axolotl_reft.pyreft_install import pyreft_unusable
 from axolotl_reft.rotation import random_base, rotation
 
 try:
-    import pyreft
+    # pyvene greets by print with what it would like to have installed.
+    with redirect_stdout(StringIO()):
+        import pyreft
 except Exception as error:  # pyvene's imports can fail in their own ways
     raise pyreft_unusable(f"importing it failed: {error}") from error
 
