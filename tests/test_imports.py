@@ -22,6 +22,8 @@ ORDER = [
     "layer",
     "model",
     "registration",
+    "pyreft_objects",
+    "pyreft_format",
     "plugin",
 ]
 

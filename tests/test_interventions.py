@@ -6,6 +6,7 @@ import torch
 
 from axolotl_reft.config import INTERVENTIONS
 from axolotl_reft.interventions import INTERVENTION_CLASSES
+from axolotl_reft.pyreft_objects import make_pyreft_object
 
 SIZE, RANK = 24, 3
 
@@ -36,29 +37,6 @@ def build(name, **settings):
     return ours
 
 
-def pyreft_twin(name, ours, **settings):
-    """pyreft's own object with the same numbers."""
-    theirs = PYREFT_CLASSES[name](
-        embed_dim=SIZE,
-        low_rank_dimension=RANK,
-        dtype=torch.float32,
-        add_bias=False,
-        **settings,
-    )
-    source = ours.learned_source
-    with torch.no_grad():
-        if name in ("consreft", "lobireft"):
-            theirs.learned_source.copy_(source)
-        else:
-            theirs.learned_source.weight.copy_(source.weight)
-            theirs.learned_source.bias.copy_(source.bias)
-        if name in ROTATED:
-            theirs.rotate_layer.weight = ours.rotate_layer.weight
-        else:
-            theirs.proj_layer.weight.copy_(ours.proj_layer.weight)
-    return theirs
-
-
 def test_every_intervention_of_the_config_has_a_class():
     assert tuple(INTERVENTION_CLASSES) == INTERVENTIONS
 
@@ -73,7 +51,7 @@ def test_edit_and_gradients_agree_with_pyreft(name, act_fn):
         "act_fn": act_fn
     }  # fmt: skip
     ours = build(name, **settings)
-    theirs = pyreft_twin(name, ours, **settings)
+    theirs = make_pyreft_object(name, ours, settings.get("act_fn"), dropout=0.0)
     torch.manual_seed(1)
     hidden = torch.randn(2, 5, SIZE)
     weights = torch.randn(2, 5, SIZE)

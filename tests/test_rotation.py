@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.utils import parametrizations
 
-from axolotl_reft.rotation import compact_base, random_base, rotation
+from axolotl_reft.rotation import compact_base, random_base, rotation, square_base
 
 SHAPES = [(64, 4), (16, 16), (8, 1), (4096, 8)]
 
@@ -47,17 +47,6 @@ class _Matrix(torch.nn.Module):
         self.weight = torch.nn.Parameter(matrix)
 
 
-def whole_base(base):
-    """The D×D matrix that a compact base stands for, column by column."""
-    size, rank = base.shape
-    square = torch.zeros(size, size)
-    square[:, :rank] = base.tril(-1)
-    # The square form reflects along the remaining unit vectors too: undo that.
-    diagonal = -torch.ones(size)
-    diagonal[:rank] = base.diagonal()
-    return rotation(torch.zeros(size, size), square + diagonal.diag())
-
-
 def test_matrix_and_gradient_agree_with_torch():
     torch.manual_seed(0)
     size, rank = 24, 5
@@ -65,7 +54,7 @@ def test_matrix_and_gradient_agree_with_torch():
     base = compact_base(theirs.weight.detach())
     vectors = torch.randn(size, rank) * 0.5
     with torch.no_grad():
-        theirs.parametrizations.weight[0].base.copy_(whole_base(base))
+        theirs.parametrizations.weight[0].base.copy_(square_base(base))
         original = theirs.parametrizations.weight.original
         original.copy_(vectors.tril(-1) - torch.zeros_like(vectors).fill_diagonal_(1))
     ours = vectors.clone().requires_grad_()
@@ -82,6 +71,14 @@ def test_gradient_is_that_of_finite_differences():
     base = random_base(7, 3).double()
     vectors = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: rotation(x, base), vectors)
+
+
+def test_the_square_base_is_orthogonal_and_begins_with_the_columns():
+    torch.manual_seed(0)
+    matrix = torch.nn.init.orthogonal_(torch.empty(20, 3))
+    square = square_base(compact_base(matrix))
+    assert orthonormality_error(square) < 1e-6
+    assert (square[:, :3] - matrix).abs().max() < 1e-6
 
 
 def test_memory_is_linear_in_the_size():

@@ -4,20 +4,26 @@ Importing the package registers the method ``LOREFT`` with PEFT; it imports neit
 axolotl nor pyreft.
 """
 
+from importlib import import_module
 from typing import Any
 
 from axolotl_reft.config import LoreftConfig
 from axolotl_reft.model import LoreftModel
 from axolotl_reft.registration import register_loreft
 
-__all__ = ["LoreftConfig", "LoreftModel", "LoreftPlugin"]
+__all__ = ["LoreftConfig", "LoreftModel", "LoreftPlugin", "from_pyreft", "to_pyreft"]
+
+# Imported when asked for: these bring in axolotl, or pyreft.
+_LAZY = {
+    "LoreftPlugin": "axolotl_reft.plugin",
+    "from_pyreft": "axolotl_reft.pyreft_format",
+    "to_pyreft": "axolotl_reft.pyreft_format",
+}
 
 register_loreft()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LoreftPlugin":
-        from axolotl_reft.plugin import LoreftPlugin
-
-        return LoreftPlugin
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

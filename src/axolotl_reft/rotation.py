@@ -97,6 +97,16 @@ def compact_base(columns_DR: Tensor) -> Tensor:
     return (vectors_DR + _diagonal(signs_R, vectors_DR)).to(columns_DR.dtype)
 
 
+def square_base(base_DR: Tensor) -> Tensor:
+    """The D×D matrix B itself, which pyreft keeps; O(D²) memory."""
+    rank = base_DR.shape[1]
+    y_DR, t_inverse_RR = _reflectors(_wide(base_DR))
+    b_DD = -y_DR @ torch.linalg.solve_triangular(t_inverse_RR, y_DR.T, upper=True)
+    b_DD.diagonal().add_(1)
+    b_DD[:, :rank] *= base_DR.diagonal()
+    return b_DD.to(base_DR.dtype)
+
+
 def random_base(size: int, rank: int) -> Tensor:
     """:func:`compact_base` of a uniformly random matrix, as pyreft starts (float32)."""
     columns_DR = torch.empty(size, rank, dtype=torch.float32)

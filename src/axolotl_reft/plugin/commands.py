@@ -1,0 +1,76 @@
+"""``axolotl reft``: commands of our own in axolotl's command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+from axolotl_reft.config import INTERVENTIONS
+
+
+@click.group()
+def reft() -> None:
+    """Exchange LoReFT adapters with pyreft."""
+
+
+def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """A user's mistake ends with one line, not with a traceback."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+
+    return wrapped
+
+
+@reft.command("export")
+@click.argument("directory", metavar="DIR")
+@click.argument("out", metavar="OUT")
+@_plain_errors
+def export_command(directory: str, out: str) -> None:
+    """Write the adapter in DIR to OUT in pyreft's format.
+
+    OUT is what ReftModel.save would write, with adapter_config.json beside it, from
+    which `axolotl reft import` reads what pyreft does not store.
+    """
+    from axolotl_reft.pyreft_format import export_adapter
+
+    export_adapter(directory, out)
+    click.echo(f"wrote {out}; load it with pyreft.ReftModel.load({out!r}, base_model)")
+
+
+@reft.command("import")
+@click.argument("directory", metavar="DIR")
+@click.argument("out", metavar="OUT")
+@click.option(
+    "--base-model",
+    required=True,
+    help="Path or hub id of the base model; only its config is read.",
+)
+@click.option("--positions", help="What it was trained with, for example f7+l7.")
+@click.option(
+    "--intervention",
+    type=click.Choice(INTERVENTIONS),
+    help="Its kind, where DIR does not tell.",
+)
+@click.option("--dropout", type=float, help="What it was trained with; default 0.")
+@click.option("--act-fn", help="What it was trained with; default linear.")
+@_plain_errors
+def import_command(directory: str, out: str, **settings: Any) -> None:
+    """Write pyreft's adapter in DIR to OUT as a PEFT adapter.
+
+    DIR is what ReftModel.save wrote, or a checkpoint of pyreft's trainer. pyreft does
+    not store positions, dropout and activation; pass those it was trained with.
+    """
+    from axolotl_reft.pyreft_format import import_adapter
+
+    import_adapter(directory, out, **settings)
+    click.echo(
+        f"wrote {out}; load it with peft.PeftModel.from_pretrained(base, {out!r})"
+    )

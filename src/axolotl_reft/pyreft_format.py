@@ -1,0 +1,447 @@
+"""Adapters to and from pyreft: its directories, and its live models.
+
+What pyreft writes: ``config.json`` and a pickle of tensors per intervention, prefixes
+first and then suffixes where they are untied. It does not write positions, tying,
+dropout or activation; an exported directory carries our ``adapter_config.json`` for
+those, which pyreft does not look at.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyreft
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, TaskType
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from axolotl_reft.adapter_directory import read_adapter_config
+from axolotl_reft.config import LoreftConfig
+from axolotl_reft.interventions import INTERVENTION_CLASSES
+from axolotl_reft.layer import LoreftDecoderLayer
+from axolotl_reft.positions import Positions
+from axolotl_reft.pyreft_objects import (
+    make_pyreft_object,
+    pyreft_class,
+    read_as_noreft,
+    read_pyreft_state,
+)
+
+_OURS = re.compile(r"\.(?P<layer>\d+)\.intv_(?P<side>[01])\.(?P<name>\w+)$")
+# By pyvene's name of the component, or by its path with dots made underscores.
+_THEIRS = re.compile(
+    r"(?:layer_(?P<layer>\d+)_comp_block_output"
+    r"|comp_(?:\w+_)?\w+\[(?P<at>\d+)\]_output)"
+    r"_unit_pos_nunit_1#(?P<side>[01])"
+)
+_PREFIX, _SUFFIX = "intkey_", ".bin"
+_TRAINER_FOLDER = "intervenable_model"
+_CLASSES = {str(pyreft_class(name)): name for name in INTERVENTION_CLASSES}
+# Objects of ours that ran inside a ReftModel are saved under our class names.
+_CLASSES |= {str(cls): name for name, cls in INTERVENTION_CLASSES.items()}
+
+Numbers = dict[tuple[int, int], dict[str, Tensor]]
+
+
+# --- live models ---------------------------------------------------------------------
+
+
+def to_pyreft(peft_model: PeftModel) -> pyreft.ReftModel:
+    """A ``pyreft.ReftModel`` that computes what ``peft_model`` does.
+
+    Its interventions are the adapter's own objects, and its base model's weights those
+    of the adapter's base: training or changing either changes both. Its modules are
+    copies, because pyvene removes every hook of a model that it runs. As always with
+    pyreft, the positions are the caller's to pass, as ``unit_locations``.
+
+    Raises:
+        ValueError: the active adapter is not LoReFT, or edits every token.
+    """
+    name = peft_model.active_adapter
+    config = peft_model.peft_config[name]
+    if not isinstance(config, LoreftConfig):
+        raise ValueError(f"the active adapter {name!r} is not a LoReFT adapter")
+    tensors = [*peft_model.parameters(), *peft_model.buffers()]
+    shared = {id(tensor): tensor for tensor in tensors}
+    base = copy.deepcopy(peft_model, shared).unload()
+    representations = [
+        {
+            "layer": layer,
+            "component": config.component,
+            "low_rank_dimension": config.rank,
+            "intervention": intervention,
+        }
+        for layer, intervention in _live_interventions(peft_model, name)
+    ]
+    model = pyreft.get_reft_model(
+        base, pyreft.ReftConfig(representations=representations), set_device=False
+    )
+    model.set_device(peft_model.device)
+    model.train(peft_model.training)
+    return model
+
+
+def _live_interventions(
+    peft_model: PeftModel, adapter: str
+) -> list[tuple[int, nn.Module]]:
+    """Layers and interventions in pyreft's order: all of one side, then the other."""
+    layers = [
+        (int(path.rpartition(".")[2]), module)
+        for path, module in peft_model.named_modules()
+        if isinstance(module, LoreftDecoderLayer) and adapter in module.intv_0
+    ]
+    sides = [(0, "intv_0"), (1, "intv_1")]
+    return [
+        (number, getattr(layer, container)[adapter])
+        for _, container in sides
+        for number, layer in layers
+        if adapter in getattr(layer, container)
+    ]
+
+
+def from_pyreft(
+    directory: str | os.PathLike[str],
+    base_model: PreTrainedModel,
+    *,
+    positions: str | None = None,
+    intervention: str | None = None,
+    dropout: float | None = None,
+    act_fn: str | None = None,
+) -> PeftModel:
+    """The adapter that pyreft saved in ``directory``, on ``base_model``.
+
+    Args:
+        directory: of ``ReftModel.save``, or a checkpoint of pyreft's trainer.
+        positions: what was trained with; needed unless the directory is one that
+            :func:`export_adapter` wrote. Prefix and suffix were untied if there are two
+            interventions a layer.
+        intervention: needed where a checkpoint does not tell; ``noreft`` reads a LoReFT
+            whose rotation is not orthonormal any more.
+        dropout: what was trained with; pyreft does not save it.
+        act_fn: likewise.
+
+    Raises:
+        ValueError: the directory is not pyreft's, is damaged or unsafe, or something
+            that it does not tell is missing.
+    """
+    saved = _read_directory(Path(directory), intervention)
+    config = _settings(saved, positions, dropout, act_fn)
+    model = get_peft_model(base_model, config)
+    _fill(model, saved)
+    return model
+
+
+# --- directories ---------------------------------------------------------------------
+
+
+def export_adapter(directory: str, out: str) -> None:
+    """Write a saved LoReFT adapter as a directory of pyreft's.
+
+    Raises:
+        ValueError: there is no such adapter, pyreft has no place for something in it,
+            or ``out`` is in use. Nothing is written then.
+    """
+    config = read_adapter_config(directory, "DIR")
+    numbers = _read_adapter(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
+    order = sorted(numbers, key=lambda place: (place[1], place[0]))
+    with _new_directory(out) as folder:
+        size = 0
+        for layer, side in order:
+            state = numbers[layer, side]
+            size = (
+                state["rotation"] if "rotation" in state else state["weight"].T
+            ).shape[0]
+            ours = INTERVENTION_CLASSES[config.intervention](
+                embed_dim=size, low_rank_dimension=config.rank
+            )
+            ours.load_state_dict(state)
+            theirs = make_pyreft_object(
+                config.intervention, ours, config.act_fn, config.dropout
+            )
+            file = folder / f"{_PREFIX}{_key(layer, side)}{_SUFFIX}"
+            torch.save(theirs.state_dict(), file)
+        kind = str(pyreft_class(config.intervention))
+        settings = {
+            "intervention_constant_sources": [True] * len(order),
+            "intervention_dimensions": [size] * len(order),
+            "intervention_types": [kind] * len(order),
+            "mode": "parallel",
+            # pyvene's RepresentationConfig: layer, component, unit, units, rank, nulls
+            "representations": [
+                [layer, config.component, "pos", 1, config.rank, *[None] * 9]
+                for layer, _ in order
+            ],
+            "sorted_keys": [_key(*place) for place in order],
+        }
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        config.save_pretrained(folder)
+
+
+def import_adapter(
+    directory: str,
+    out: str,
+    *,
+    base_model: str,
+    positions: str | None = None,
+    intervention: str | None = None,
+    dropout: float | None = None,
+    act_fn: str | None = None,
+) -> None:
+    """Write a directory of pyreft's as a PEFT adapter.
+
+    Args:
+        base_model: path or hub id of the base; only its config is read.
+
+    The other arguments are :func:`from_pyreft`'s.
+
+    Raises:
+        ValueError: as there, or ``out`` is in use. Nothing is written then.
+    """
+    saved = _read_directory(Path(directory), intervention)
+    config = _settings(saved, positions, dropout, act_fn)
+    try:
+        base_config = AutoConfig.from_pretrained(base_model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"base model: {base_model!r} cannot be read: {error}"
+        ) from error
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(base_config)
+    model = get_peft_model(base, config)
+    config.base_model_name_or_path = base_model
+    _fill(model, saved)
+    with _new_directory(out) as folder:
+        model.save_pretrained(folder)
+
+
+@contextmanager
+def _new_directory(out: str) -> Iterator[Path]:
+    """A folder that becomes ``out`` when all is written, and vanishes otherwise."""
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"OUT: {out!r} exists and is not empty; name a new directory")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _key(layer: int, side: int) -> str:
+    return f"layer_{layer}_comp_block_output_unit_pos_nunit_1#{side}"
+
+
+def _read_adapter(weights: Path) -> Numbers:
+    numbers: Numbers = {}
+    for key, tensor in load_file(weights).items():
+        match = _OURS.search(key)
+        if match is None:
+            raise ValueError(
+                f"DIR: the adapter also holds {key!r}, for which pyreft's format has "
+                "no place; export an adapter without modules_to_save"
+            )
+        place = (int(match["layer"]), int(match["side"]))
+        numbers.setdefault(place, {})[match["name"]] = tensor
+    return numbers
+
+
+@dataclass
+class _Saved:
+    """A directory of pyreft's, read and checked.
+
+    Attributes:
+        intervention: our name of its kind.
+        numbers: our state dict of each, by layer and side.
+        ours: the configuration that an export left in it.
+    """
+
+    intervention: str
+    numbers: Numbers
+    ours: LoreftConfig | None
+
+    @property
+    def layers(self) -> list[int | str]:
+        return sorted({layer for layer, _ in self.numbers})
+
+    @property
+    def sides(self) -> int:
+        return 1 + max(side for _, side in self.numbers)
+
+    @property
+    def ranks(self) -> set[int]:
+        return {len(state["bias"]) for state in self.numbers.values()}
+
+
+def _read_directory(directory: Path, intervention: str | None) -> _Saved:
+    folder = directory / _TRAINER_FOLDER
+    folder = folder if folder.is_dir() else directory
+    files = sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}")) if folder.is_dir() else []
+    if not files:
+        raise ValueError(
+            f"DIR: there is no adapter of pyreft's in {str(directory)!r} (looked for "
+            f"{_PREFIX}*{_SUFFIX}); name the directory that ReftModel.save wrote, or a "
+            "checkpoint of pyreft's trainer"
+        )
+    kinds = _kinds(folder)
+    numbers: Numbers = {}
+    found = set()
+    for file in files:
+        key = file.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+        match = _THEIRS.fullmatch(key)
+        if match is None:
+            raise ValueError(
+                f"DIR: {file.name!r} is not an intervention on the output of a layer "
+                "(block_output), which is all that can be imported"
+            )
+        state = _load(file)
+        kind = intervention or kinds.get(key) or _guess(state, file)
+        try:
+            if kind == "noreft" and "rotate_layer" in state:
+                read = read_as_noreft(state)
+            else:
+                read = read_pyreft_state(kind, state)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"DIR: {file.name!r}: {error}") from error
+        numbers[int(match["layer"] or match["at"]), int(match["side"])] = read
+        found.add(kind)
+    if len(found) > 1:
+        raise ValueError(
+            f"DIR: different interventions in one adapter: {sorted(found)}"
+        )
+    missing = set(kinds) - {f.name[len(_PREFIX) : -len(_SUFFIX)] for f in files}
+    if missing:
+        raise ValueError(f"DIR: the file of {sorted(missing)[0]!r} is missing")
+    ours = (folder / CONFIG_NAME).is_file()
+    return _Saved(
+        intervention=found.pop(),
+        numbers=numbers,
+        ours=read_adapter_config(str(folder), "DIR") if ours else None,
+    )
+
+
+def _kinds(folder: Path) -> dict[str, str]:
+    """Our name of each intervention by its key, from ``config.json`` where there is."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text())
+        keys, kinds = settings["sorted_keys"], settings["intervention_types"]
+        pairs = dict(zip(keys, kinds, strict=True))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"DIR: config.json is not one of pyreft's ({error})"
+        ) from error
+    for key, kind in pairs.items():
+        if kind not in _CLASSES:
+            raise ValueError(
+                f"DIR: {key!r} is of the class {kind!r}, which is none of pyreft's six"
+            )
+    return {key: _CLASSES[kind] for key, kind in pairs.items()}
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+    ) as error:
+        raise ValueError(
+            f"DIR: {file.name!r} is damaged, or holds something other than tensors, "
+            "and is not read"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"DIR: {file.name!r} is not a state dict")
+    return dict(state)
+
+
+def _guess(state: dict[str, Tensor], file: Path) -> str:
+    """The kind by its keys, for the trainer's checkpoints, which do not name it."""
+    if "rotate_layer" in state:
+        return "loreft"
+    if "learned_source.weight" in state and "proj_layer.weight" not in state:
+        return "orthogonal_direft"
+    either = (
+        "noreft or direft" if "proj_layer.weight" in state else "consreft or lobireft"
+    )
+    raise ValueError(
+        f"DIR: {file.name!r} may be {either}, and a checkpoint of pyreft's trainer "
+        "does not say; pass --intervention"
+    )
+
+
+def _settings(
+    saved: _Saved, positions: str | None, dropout: float | None, act_fn: str | None
+) -> LoreftConfig:
+    """The configuration of what was read, from what was passed and what is inferred."""
+    ours = saved.ours
+    if positions is None and ours is None:
+        raise ValueError(
+            "positions: pyreft does not save which positions an adapter was trained "
+            "on; pass --positions, for example --positions f7+l7"
+        )
+    positions = positions or ours.positions  # type: ignore[union-attr]
+    two_sided = Positions.parse(positions).two_sided
+    if saved.sides == 2 and not two_sided:
+        raise ValueError(
+            f"positions: {positions} has one side, but there are two interventions a "
+            "layer; pass --positions f<n>+l<m>"
+        )
+    places = {(n, side) for n in saved.layers for side in range(saved.sides)}
+    if set(saved.numbers) != places:
+        raise ValueError(
+            "DIR: some layers have an intervention for prefix and suffix and some for "
+            "one of them; an adapter has the same for all"
+        )
+    if len(saved.ranks) > 1:
+        raise ValueError(
+            f"DIR: different ranks {sorted(saved.ranks)} in one adapter cannot be "
+            "imported; an adapter has one rank"
+        )
+    if dropout is None:
+        dropout = ours.dropout if ours else 0.0
+    if act_fn is None and ours:
+        act_fn = ours.act_fn
+    return LoreftConfig(
+        task_type=TaskType.CAUSAL_LM,
+        layers=saved.layers,
+        positions=positions,
+        rank=saved.ranks.pop(),
+        tied_weights=saved.sides == 1,
+        intervention=saved.intervention,
+        dropout=dropout,
+        act_fn=act_fn,
+    )
+
+
+def _fill(model: Any, saved: _Saved) -> None:
+    """Put the numbers into a freshly built adapter."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoreftDecoderLayer):
+            layer = int(path.rpartition(".")[2])
+            for side, container in enumerate((module.intv_0, module.intv_1)):
+                if (layer, side) in saved.numbers:
+                    container["default"].load_state_dict(saved.numbers[layer, side])

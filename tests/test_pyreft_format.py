@@ -1,0 +1,341 @@
+"""Directories of pyreft's, there and back; and those that must not be read."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pyreft
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import build_adapter, build_model
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from axolotl_reft import from_pyreft
+from axolotl_reft.config import INTERVENTIONS
+from axolotl_reft.plugin.commands import reft
+from axolotl_reft.pyreft_format import export_adapter, import_adapter
+
+PROMPT = 9
+
+
+@pytest.fixture
+def base(tmp_path):
+    build_model().save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+@pytest.fixture
+def ids(tokens):
+    return tokens(1, PROMPT)
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model.eval()(ids).logits
+
+
+def save(directory, **settings):
+    """A saved adapter and its model; W is exact in bfloat16, as pyreft reads it."""
+    model = build_adapter(build_model(), rank=2, **settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".default.weight", ".default.bias")):
+                parameter.copy_(parameter.bfloat16())
+    model.save_pretrained(directory)
+    return model
+
+
+def run(*arguments):
+    return CliRunner().invoke(reft, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("intervention", INTERVENTIONS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_there_and_back_computes_the_same(tmp_path, base, ids, intervention, tied):
+    model = save(tmp_path / "a", intervention=intervention, tied_weights=tied)
+    done = run("export", tmp_path / "a", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    done = run("import", tmp_path / "out", tmp_path / "b", "--base-model", base)
+    assert done.exit_code == 0, done.output
+    back = PeftModel.from_pretrained(build_model(), tmp_path / "b")
+    assert torch.allclose(logits(back, ids), logits(model, ids), atol=1e-5)
+    live = from_pyreft(tmp_path / "out", build_model())
+    assert torch.allclose(logits(live, ids), logits(model, ids), atol=1e-5)
+    settings = back.peft_config["default"]
+    assert (settings.intervention, settings.tied_weights) == (intervention, tied)
+    assert (settings.positions, settings.layers) == ("f2+l3", [0, 1, 2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "intervention", [n for n in INTERVENTIONS if n not in ("noreft", "direft")]
+)
+def test_pyreft_loads_what_is_exported(tmp_path, ids, intervention, tied):
+    """Not NoReFT and its relative: pyreft 0.1.0 cannot load those that it saved."""
+    model = save(tmp_path / "a", intervention=intervention, tied_weights=tied)
+    export_adapter(str(tmp_path / "a"), str(tmp_path / "out"))
+    theirs = pyreft.ReftModel.load(str(tmp_path / "out"), build_model())
+    theirs.set_device("cpu")
+    for one in theirs.interventions.values():
+        one.float()
+    locations = [[[0, 1]]] * 3 + [[[6, 7, 8]]] * 3
+    if tied:
+        locations = [[[0, 1, 6, 7, 8]]] * 3
+    where = {"sources->base": (None, locations)}
+    _, got = theirs({"input_ids": ids}, unit_locations=where)
+    assert torch.allclose(got.logits, logits(model, ids), atol=1e-5)
+    _, tokens = theirs.generate(
+        {"input_ids": ids}, unit_locations=where, intervene_on_prompt=True,
+        max_new_tokens=5, do_sample=False, pad_token_id=0,
+    )  # fmt: skip
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(tokens, expected)
+
+
+def test_without_our_config_what_pyreft_does_not_save_is_asked_for(tmp_path, base, ids):
+    model = save(tmp_path / "a", act_fn="gelu", dropout=0.25)
+    export_adapter(str(tmp_path / "a"), str(tmp_path / "out"))
+    (tmp_path / "out" / "adapter_config.json").unlink()
+    done = run("import", tmp_path / "out", tmp_path / "b", "--base-model", base)
+    assert done.exit_code == 1
+    assert "Error: positions: pyreft does not save which positions" in done.output
+    assert not (tmp_path / "b").exists()
+    done = run(
+        "import", tmp_path / "out", tmp_path / "b", "--base-model", base,
+        "--positions", "f2+l3", "--act-fn", "gelu", "--dropout", "0.25",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    back = PeftModel.from_pretrained(build_model(), tmp_path / "b")
+    assert torch.allclose(logits(back, ids), logits(model, ids), atol=1e-5)
+    assert back.peft_config["default"].dropout == 0.25
+
+
+@pytest.mark.parametrize(
+    ("intervention", "asks"),
+    [
+        ("loreft", False),
+        ("orthogonal_direft", False),
+        ("noreft", True),
+        ("direft", True),
+        ("consreft", True),
+        ("lobireft", True),
+    ],
+)
+def test_a_checkpoint_of_pyrefts_trainer(tmp_path, base, ids, intervention, asks):
+    """`intervenable_model/` with the pickles and no config."""
+    model = save(tmp_path / "a", intervention=intervention)
+    folder = tmp_path / "checkpoint-5" / "intervenable_model"
+    export_adapter(str(tmp_path / "a"), str(folder))
+    for name in ("config.json", "adapter_config.json"):
+        (folder / name).unlink()
+    arguments = [
+        "import", folder.parent, tmp_path / "b", "--base-model", base,
+        "--positions", "f2+l3",
+    ]  # fmt: skip
+    if asks:
+        done = run(*arguments)
+        assert (
+            done.exit_code == 1 and "does not say; pass --intervention" in done.output
+        )
+        arguments += ["--intervention", intervention]
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    back = PeftModel.from_pretrained(build_model(), tmp_path / "b")
+    assert torch.allclose(logits(back, ids), logits(model, ids), atol=1e-5)
+
+
+@pytest.fixture
+def exported(tmp_path):
+    save(tmp_path / "a")
+    export_adapter(str(tmp_path / "a"), str(tmp_path / "out"))
+    return tmp_path / "out"
+
+
+def a_file(exported):
+    return sorted(exported.glob("intkey_*.bin"))[0]
+
+
+class _Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("bomb-went-off"),))
+
+
+def change_state(file, **changes):
+    state = torch.load(file, weights_only=True)
+    torch.save({k: v for k, v in (state | changes).items() if v is not None}, file)
+
+
+def pickle_bomb(exported):
+    a_file(exported).write_bytes(pickle.dumps({"weight": _Bomb()}))
+
+
+def truncated(exported):
+    a_file(exported).write_bytes(a_file(exported).read_bytes()[:200])
+
+
+def not_finite(exported):
+    weight = torch.load(a_file(exported), weights_only=True)["weight"]
+    change_state(a_file(exported), weight=weight * float("nan"))
+
+
+def wrong_shape(exported):
+    change_state(a_file(exported), bias=torch.zeros(7))
+
+
+def no_tensor(exported):
+    change_state(a_file(exported), bias="zero")
+
+
+def missing_number(exported):
+    change_state(a_file(exported), bias=None)
+
+
+def unknown_number(exported):
+    change_state(a_file(exported), more=torch.zeros(2))
+
+
+def drifted(exported):
+    matrix = torch.load(a_file(exported), weights_only=True)["rotate_layer"]
+    change_state(a_file(exported), rotate_layer=matrix * 1.1)
+
+
+def missing_file(exported):
+    a_file(exported).unlink()
+
+
+def another_component(exported):
+    name = a_file(exported).name.replace("block_output", "mlp_output")
+    a_file(exported).rename(exported / name)
+
+
+def settings_of(exported, **changes):
+    file = exported / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def path_in_a_key(exported):
+    settings_of(exported, sorted_keys=["../../x"] * 3)
+
+
+def unknown_class(exported):
+    settings_of(exported, intervention_types=["<class 'os.system'>"] * 3)
+
+
+def no_config(exported):
+    (exported / "config.json").write_text("{")
+
+
+def other_rank(exported):
+    change_state(
+        a_file(exported),
+        weight=torch.zeros(1, 32),
+        bias=torch.zeros(1),
+        rotate_layer=torch.eye(32, 1),
+    )
+
+
+HOSTILE = [
+    (pickle_bomb, "is damaged, or holds something other than tensors"),
+    (truncated, "is damaged, or holds something other than tensors"),
+    (not_finite, "'weight' has numbers that are not finite"),
+    (wrong_shape, r"'bias' has shape \(7,\), not \(2,\)"),
+    (no_tensor, "'bias' is not a tensor of numbers"),
+    (missing_number, "'bias' is missing, so this is no loreft"),
+    (unknown_number, "'more' does not belong to loreft"),
+    (drifted, "the rotation is not orthonormal .* --intervention noreft"),
+    (missing_file, "the file of 'layer_0_comp_block_output.* is missing"),
+    (another_component, "is not an intervention on the output of a layer"),
+    (path_in_a_key, "the file of '../../x' is missing"),
+    (unknown_class, "of the class .*os.system.*, which is none of pyreft's six"),
+    (no_config, "config.json is not one of pyreft's"),
+    (other_rank, r"different ranks \[1, 2\] in one adapter"),
+]
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"), HOSTILE, ids=lambda x: getattr(x, "__name__", "")
+)
+def test_what_is_damaged_or_hostile_is_refused_and_writes_nothing(
+    tmp_path, base, exported, harm, message, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    harm(exported)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        import_adapter(str(exported), str(tmp_path / "b"), base_model=base)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_rotation_that_drifted_is_read_as_noreft(tmp_path, base, ids, exported):
+    for file in exported.glob("*.bin"):
+        state = torch.load(file, weights_only=True)
+        change_state(file, rotate_layer=state["rotate_layer"] * 1.1)
+    model = from_pyreft(exported, build_model(), intervention="noreft")
+    theirs = pyreft.NoreftIntervention(
+        embed_dim=32, low_rank_dimension=2, add_bias=False, dtype=torch.float32
+    )
+    state = torch.load(a_file(exported), weights_only=True)
+    with torch.no_grad():
+        theirs.learned_source.weight.copy_(state["weight"])
+        theirs.learned_source.bias.copy_(state["bias"])
+        theirs.proj_layer.weight.copy_(state["rotate_layer"].T)
+    ours = model.base_model.model.model.layers[0].intv_0["default"]
+    hidden = torch.randn(3, 32)
+    assert torch.allclose(ours(hidden), theirs(hidden), atol=1e-5)
+
+
+def test_an_adapter_for_another_base_is_refused(tmp_path, exported):
+    wider = build_model(hidden_size=64)
+    wider.save_pretrained(tmp_path / "wider")
+    with pytest.raises(ValueError, match="load it on the base model it was trained on"):
+        from_pyreft(exported, wider)
+    shallow = build_model(num_hidden_layers=2)
+    with pytest.raises(ValueError, match="layers: 2 in .* is out of range"):
+        from_pyreft(exported, shallow)
+
+
+def test_positions_must_suit_the_interventions(tmp_path, base):
+    save(tmp_path / "a", tied_weights=False)
+    export_adapter(str(tmp_path / "a"), str(tmp_path / "out"))
+    with pytest.raises(
+        ValueError, match="l1 has one side, but there are two interventio"
+    ):
+        from_pyreft(tmp_path / "out", build_model(), positions="l1")
+
+
+def test_what_is_no_directory_of_pyrefts(tmp_path, base):
+    done = run("import", tmp_path / "x", tmp_path / "b", "--base-model", base)
+    assert done.exit_code == 1 and "there is no adapter of pyreft's in" in done.output
+    done = run("export", tmp_path / "x", tmp_path / "b")
+    assert done.exit_code == 1 and "there is no readable adapter in" in done.output
+
+
+def test_a_base_that_cannot_be_read(tmp_path, exported):
+    done = run("import", exported, tmp_path / "b", "--base-model", tmp_path / "none")
+    assert done.exit_code == 1 and "base model: " in done.output
+
+
+def test_a_place_in_use_is_left_alone(tmp_path, exported):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "kept").touch()
+    done = run("export", tmp_path / "a", tmp_path / "b")
+    assert done.exit_code == 1 and "exists and is not empty" in done.output
+    assert [file.name for file in (tmp_path / "b").iterdir()] == ["kept"]
+
+
+def test_other_trained_modules_have_no_place_in_pyreft(tmp_path):
+    save(tmp_path / "a", modules_to_save=["lm_head"])
+    done = run("export", tmp_path / "a", tmp_path / "out")
+    assert (
+        done.exit_code == 1
+        and "export an adapter without modules_to_save" in done.output
+    )
+
+
+def test_another_method_is_not_exported(tmp_path):
+    lora = get_peft_model(build_model(), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "a")
+    done = run("export", tmp_path / "a", tmp_path / "out")
+    assert done.exit_code == 1 and "is LORA, not LOREFT" in done.output
