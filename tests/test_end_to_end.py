@@ -12,8 +12,18 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from workspace import ANSWER, build_base, build_config, build_workspace
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from workspace import (
+    ANSWER,
+    build_base,
+    build_config,
+    build_reward_workspace,
+    build_workspace,
+)
 
 LAST_STEP = 96
 CHECKPOINT = 48
@@ -167,6 +177,26 @@ def test_packed_samples_have_the_same_loss(trained, model):
     # All 16 in one row, whose mean over tokens is that over answers of equal length.
     expected = loss_on_test_data(model, trained.parent)
     assert reported(output, "eval_loss") == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_reward_model_learns_and_is_loaded_with_its_head(tmp_path):
+    config = build_reward_workspace(tmp_path)
+    axolotl("train", config)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=1
+    )
+    model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    assert model.peft_config["default"].task_type == "SEQ_CLS"
+    assert "score" in str(list(load_file(tmp_path / "out/adapter_model.safetensors")))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    prompts = ["h a c b :", "b g :", "a b c d e f g h :"]
+
+    def reward(answer):
+        texts = [f"{prompt} {answer} :" for prompt in prompts]
+        return model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+
+    assert (reward("m n") > reward("n m") + 1).all()
 
 
 def test_a_base_of_another_size_stops_before_it_loads(trained):

@@ -104,6 +104,34 @@ def build_config(directory: Path, name: str = "config.yml", **changes: object) -
     return path
 
 
+def build_reward_workspace(directory: Path) -> Path:
+    """A base and pairs of answers, of which the alphabetical one is chosen."""
+    build_base(directory / "base")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory / "base")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] }} : {% endfor %}"
+    )
+    tokenizer.save_pretrained(directory / "base")
+    random.seed(0)
+    with (directory / "train.jsonl").open("w") as out:
+        for _ in range(64):
+            prompt = " ".join(random.sample("abcdefgh", random.randint(2, 6)))
+            pair = {"chosen": "m n", "rejected": "n m"}
+            out.write(json.dumps({"system": "", "input": prompt, **pair}) + "\n")
+    path = str(directory / "train.jsonl")
+    source = {"path": path, "ds_type": "json", "type": "bradley_terry.chat_template"}
+    return build_config(
+        directory,
+        reward_model=True,
+        datasets=[source],
+        test_datasets=None,
+        chat_template="tokenizer_default",
+        remove_unused_columns=False,
+        num_epochs=2,
+        save_steps=1000,
+    )
+
+
 def build_workspace(directory: Path) -> Path:
     """Everything; returns the config."""
     build_base(directory / "base")

@@ -107,7 +107,7 @@ BESIDE_IT = [
     ({"load_in_4bit": True}, "load_in_4bit: true with adapter: loreft: quantised"),
     ({"gptq": True}, "gptq: true with adapter: loreft: quantised"),
     ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters: .* keeps the base fr"),
-    ({"reward_model": True}, "reward_model: true with adapter: loreft"),
+    ({"process_reward_model": True}, "process_reward_model: true .* train a reward_mo"),
     ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 with adapter: loreft"),
     ({"context_parallel_size": 2}, "context_parallel_size: 2 with adapter: loreft"),
     ({"use_eaft": True}, "use_eaft: true with positions: f7.l7"),

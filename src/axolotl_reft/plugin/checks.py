@@ -33,10 +33,8 @@ _REFUSED = {
     "would not be saved with the adapter; remove it",
     "rl": "preference training is not supported with adapter: loreft yet (TRL takes "
     "away the labels that tell prompt from answer); remove it",
-    "reward_model": "reward models are not supported with adapter: loreft yet; remove "
-    "it",
-    "process_reward_model": "reward models are not supported with adapter: loreft yet; "
-    "remove it",
+    "process_reward_model": "process reward models are not supported with adapter: "
+    "loreft; remove it, or train a reward_model",
 }
 # Refused above 1: they cut a sequence or a hidden state into pieces.
 _REFUSED_PARALLEL = {

@@ -82,7 +82,8 @@ class LoreftPlugin(BasePlugin):
     ) -> tuple[PeftModel | None, PeftConfig] | None:
         if cfg.adapter != "loreft":
             return None
-        config = LoreftConfig(task_type=TaskType.CAUSAL_LM, **cfg.loreft)
+        task = TaskType.SEQ_CLS if cfg.reward_model else TaskType.CAUSAL_LM
+        config = LoreftConfig(task_type=task, **cfg.loreft)
         if config_only:
             return None, config
         if cfg.lora_model_dir:
