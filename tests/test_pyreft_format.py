@@ -13,8 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from axolotl_reft import from_pyreft
 from axolotl_reft.config import INTERVENTIONS
+from axolotl_reft.interventions import INTERVENTION_CLASSES
 from axolotl_reft.plugin.commands import reft
 from axolotl_reft.pyreft_format import export_adapter, import_adapter
+from axolotl_reft.pyreft_objects import (
+    make_pyreft_object,
+    read_as_noreft,
+    read_pyreft_state,
+)
 
 PROMPT = 9
 
@@ -266,6 +272,27 @@ def test_what_is_damaged_or_hostile_is_refused_and_writes_nothing(
     with pytest.raises(ValueError, match=message):
         import_adapter(str(exported), str(tmp_path / "b"), base_model=base)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+SHAPES = [(), (0,), (3,), (2, 2), (2, 32), (32, 2), (32, 32), (2, 2, 2)]
+
+
+@pytest.mark.parametrize("intervention", INTERVENTIONS)
+def test_numbers_of_any_other_shape_are_refused(intervention):
+    ours = INTERVENTION_CLASSES[intervention](embed_dim=32, low_rank_dimension=2)
+    good = make_pyreft_object(intervention, ours, None, 0.0).state_dict()
+    reads = [lambda state: read_pyreft_state(intervention, state)]
+    if intervention == "loreft":
+        reads.append(read_as_noreft)
+    for read in reads:
+        read(good)
+        for name, tensor in good.items():
+            if not tensor.is_floating_point():
+                continue
+            for shape in SHAPES:
+                if shape != tuple(tensor.shape):
+                    with pytest.raises(ValueError, match="shape|orthonormal"):
+                        read({**good, name: torch.rand(shape)})
 
 
 def test_a_rotation_that_drifted_is_read_as_noreft(tmp_path, base, ids, exported):

@@ -83,7 +83,7 @@ def read_pyreft_state(
         ValueError: a number is missing, unknown, not finite or of a wrong shape, or R
             is not orthonormal.
     """
-    left = {key: value for key, value in state.items() if key not in _IGNORED}
+    left = _checked(state)
     numbers = {}
     for name, our_name in _NAMES[intervention].items():
         if name not in left:
@@ -93,12 +93,6 @@ def read_pyreft_state(
         numbers["R"] = _pop_rotation(left)
     if left:
         raise ValueError(f"{sorted(left)[0]!r} does not belong to {intervention}")
-    for name, tensor in numbers.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"{name!r} is not a tensor of numbers")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name!r} has numbers that are not finite")
-    numbers = {name: tensor.float() for name, tensor in numbers.items()}
     _check_shapes(numbers)
     if (r_DR := numbers.pop("R", None)) is not None:
         error = (r_DR.T @ r_DR - torch.eye(r_DR.shape[1])).abs().max().item()
@@ -115,12 +109,27 @@ def read_pyreft_state(
 
 def read_as_noreft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A LoReFT of pyreft's as NoReFT, which computes the same for any R."""
-    renamed = {
-        "learned_source.weight": state["weight"],
-        "learned_source.bias": state["bias"],
-        "proj_layer.weight": state["rotate_layer"].T,
+    names = {
+        "weight": "learned_source.weight",
+        "bias": "learned_source.bias",
+        "rotate_layer": "proj_layer.weight",
     }
-    return read_pyreft_state("noreft", renamed)
+    renamed = {names.get(key, key): value for key, value in _checked(state).items()}
+    matrix = renamed["proj_layer.weight"]
+    if matrix.ndim != 2:
+        raise ValueError(f"'rotate_layer' has shape {tuple(matrix.shape)}")
+    return read_pyreft_state("noreft", renamed | {"proj_layer.weight": matrix.T})
+
+
+def _checked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The numbers of a state dict in float32, once they are seen to be numbers."""
+    left = {key: value for key, value in state.items() if key not in _IGNORED}
+    for name, tensor in left.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{name!r} is not a tensor of numbers")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name!r} has numbers that are not finite")
+    return {name: tensor.float() for name, tensor in left.items()}
 
 
 def _state_names(intervention: str) -> set[str]:
@@ -137,26 +146,25 @@ def _pop_rotation(left: dict[str, Tensor]) -> Tensor:
         base_DD = left.pop(f"{_PARAMETRIZATION}.0.base")
     except KeyError as error:
         raise ValueError(f"{error} is missing, so there is no rotation") from None
-    if base_DD.ndim != 2 or base_DD.shape != (vectors_DR.shape[0],) * 2:
+    size = vectors_DR.shape[0] if vectors_DR.ndim == 2 else -1
+    if base_DD.shape != (size, size) or vectors_DR.shape[1] > size:
         raise ValueError(
             f"the rotation's base has shape {tuple(base_DD.shape)}, and its vectors "
             f"{tuple(vectors_DR.shape)}"
         )
     plain_DR = compact_base(torch.eye(*vectors_DR.shape))
-    q_DR = rotation(vectors_DR.float(), plain_DR)
+    q_DR = rotation(vectors_DR, plain_DR)
     # What torch multiplies by as well; see fault 3 of pyreft's: after a step of weight
     # decay it is zero, and with it R.
-    return base_DD.float() @ (q_DR * -vectors_DR.diagonal().int())
+    return base_DD @ (q_DR * -vectors_DR.diagonal().int())
 
 
 def _check_shapes(numbers: Mapping[str, Tensor]) -> None:
-    if "R" in numbers or "proj_weight" in numbers:
-        matrix = numbers["R"].T if "R" in numbers else numbers["proj_weight"]
-    else:
-        matrix = numbers["weight"]
-    if matrix.ndim != 2 or not 1 <= matrix.shape[0] <= matrix.shape[1]:
-        raise ValueError(f"a matrix has shape {tuple(matrix.shape)}, not rank × size")
-    rank, size = matrix.shape
+    name, matrix = next((n, t) for n, t in numbers.items() if n != "bias")
+    shape = tuple(matrix.shape[::-1] if name == "R" else matrix.shape)
+    if len(shape) != 2 or not 1 <= shape[0] <= shape[1]:
+        raise ValueError(f"{name!r} has shape {tuple(matrix.shape)}, no matrix's")
+    rank, size = shape
     expected = {
         "weight": (rank, size),
         "bias": (rank,),
