@@ -58,7 +58,8 @@ def test_layers_outside_the_model_are_refused(layers, message):
         ({"tied_weights": "yes"}, "tied_weights: 'yes' is neither true nor false"),
         ({"intervention": "lorefd"}, "intervention: 'lorefd' is unknown. Did you mean "
          "'loreft'.* Choose one of: loreft, noreft"),
-        ({"component": "mlp"}, "component: 'mlp' is unknown.* one of: block_output"),
+        ({"component": "mlp"}, "component: 'mlp' is unknown.* one of: block_in"),
+        ({"component": "h[3].mlp.output", "layers": [1]}, "names its layer"),
         ({"dropout": 1.0}, "dropout: 1.0 is not from 0 to below 1"),
         ({"dropout": -0.1}, "dropout: -0.1 is not from 0"),
         ({"dropout": "0.1"}, "dropout: '0.1' is not a number"),

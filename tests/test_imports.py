@@ -15,6 +15,7 @@ ORDER = [
     "rotation",
     "peft_type",
     "pyreft_install",
+    "components",
     "config",
     "prompts",
     "interventions",

@@ -117,7 +117,7 @@ def test_dropout_is_on_the_whole_new_hidden_state(name):
 
 
 def test_rank_larger_than_hidden_size_is_refused(name):
-    with pytest.raises(ValueError, match="rank: 25 is not from 1 to the hidden size"):
+    with pytest.raises(ValueError, match="rank: 25 is larger than the hidden size 24"):
         INTERVENTION_CLASSES[name](embed_dim=SIZE, low_rank_dimension=25)
 
 

@@ -232,7 +232,7 @@ def test_only_the_adapter_gets_gradients(ids):
     ("settings", "message"),
     [
         ({"layers": [3]}, "layers: 3 in .* is out of range, the base model has 3"),
-        ({"rank": 33}, "rank: 33 is larger than the base model's hidden size 32"),
+        ({"rank": 33}, "rank: 33 is larger than the hidden size 32"),
     ],
 )
 def test_what_does_not_fit_the_base_is_refused(settings, message):

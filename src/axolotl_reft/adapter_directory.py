@@ -9,7 +9,8 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from axolotl_reft.config import LoreftConfig, resolve_layers
+from axolotl_reft.components import as_wide_as_the_model
+from axolotl_reft.config import LoreftConfig, edited_layers
 from axolotl_reft.peft_type import LOREFT
 
 _KEY = re.compile(r"\.(?P<layer>\d+)\.intv_[01]\.(?P<name>\w+)$")
@@ -58,13 +59,13 @@ def check_adapter_fits(
     if not Path(directory).is_dir():
         return config  # on the hub: PEFT compares when it has fetched the weights
     found_layers, sizes = _sizes(weights, setting)
-    if sizes - {hidden_size}:
+    if as_wide_as_the_model(config.component) and sizes - {hidden_size}:
         raise ValueError(
             f"{setting}: the adapter in {directory!r} was trained on a base model of "
             f"hidden size {min(sizes - {hidden_size})}, this base has {hidden_size}; "
             "set base_model to the one it was trained on"
         )
-    expected = set(resolve_layers(config.layers, num_layers))
+    expected = set(edited_layers(config, num_layers))
     if found_layers != expected:
         raise ValueError(
             f"{setting}: the adapter in {directory!r} holds layers "

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from peft import PeftConfig
 from transformers.activations import ACT2FN
 
+from axolotl_reft.components import COMPONENTS, component_layer, is_component
 from axolotl_reft.peft_type import LOREFT
 from axolotl_reft.positions import Positions
 
@@ -20,7 +21,6 @@ INTERVENTIONS = (
     "consreft",
     "lobireft",
 )
-COMPONENTS = ("block_output",)
 
 # What pyreft's class takes but never reads, so that setting it would change nothing.
 _WITHOUT_ACT_FN = ("consreft", "lobireft")
@@ -74,7 +74,9 @@ class LoreftConfig(PeftConfig):
         default="block_output",
         metadata={
             "help": "What is edited: 'block_output', the residual stream after the "
-            "layer."
+            "layer; another of pyreft's components, such as 'mlp_output' or "
+            "'attention_input'; or the side of a module by its path, such as "
+            "'mlp.down_proj.output'."
         },
     )
     dropout: float = field(
@@ -116,7 +118,7 @@ class LoreftConfig(PeftConfig):
                 f"tied_weights: {self.tied_weights!r} is neither true nor false"
             )
         _check_choice("intervention", self.intervention, INTERVENTIONS)
-        _check_choice("component", self.component, COMPONENTS)
+        _check_component(self.component, self.layers)
         _check_dropout(self.dropout, self.intervention)
         _check_act_fn(self.act_fn, self.intervention)
 
@@ -126,6 +128,20 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(
             f"{name}: {value!r} is unknown.{did_you_mean(value, choices)} "
             f"Choose one of: {', '.join(choices)}"
+        )
+
+
+def _check_component(component: object, layers: object) -> None:
+    if not is_component(component):
+        raise ValueError(
+            f"component: {component!r} is unknown.{did_you_mean(component, COMPONENTS)}"
+            f" Choose one of: {', '.join(COMPONENTS)}; or name a module of the layer "
+            "and its side by path, such as mlp.down_proj.output"
+        )
+    if component_layer(str(component)) is not None and layers != "all":
+        raise ValueError(
+            f"component: {component!r} names its layer, and layers: {layers!r} does "
+            "too; leave out layers, or write the path within the layer"
         )
 
 
@@ -162,6 +178,16 @@ def _check_act_fn(act_fn: object, intervention: str) -> None:
             f"act_fn: {act_fn!r} has parameters of its own, which an adapter would not "
             "train; choose one without, such as gelu, relu, silu or tanh"
         )
+
+
+def edited_layers(config: LoreftConfig, count: int) -> list[int]:
+    """The layers an adapter edits in a model of ``count``, sorted.
+
+    Raises:
+        ValueError: as :func:`resolve_layers`.
+    """
+    own = component_layer(config.component)
+    return resolve_layers(config.layers if own is None else own, count)
 
 
 def parse_layers(layers: object) -> list[tuple[int, int]] | None:

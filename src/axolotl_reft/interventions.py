@@ -64,8 +64,9 @@ class _Intervention(nn.Module):
     ) -> None:
         if not 1 <= low_rank_dimension <= embed_dim:
             raise ValueError(
-                f"rank: {low_rank_dimension} is not from 1 to the hidden size, which "
-                f"is {embed_dim}"
+                f"rank: {low_rank_dimension} is larger than the hidden size "
+                f"{embed_dim} of what is edited; choose a rank of at most {embed_dim}, "
+                "4 to 8 are usual"
             )
         # Past pyreft's own constructor, which would build the d×d base; and without
         # embed_dim, which pyvene would keep as buffers and so save.

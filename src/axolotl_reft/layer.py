@@ -6,13 +6,16 @@ Shapes: B batch, T tokens, N edited positions, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from axolotl_reft.components import Site, find_site
 from axolotl_reft.config import LoreftConfig
 from axolotl_reft.positions import Positions
 from axolotl_reft.prompts import PromptTracker
@@ -44,27 +47,32 @@ def edit(
 
 
 class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
-    """A decoder layer whose output is edited.
+    """A decoder layer of which something is edited: its output, or what is within.
 
     Around the layer and not inside it, so that gradient checkpointing, which replays
-    what is inside, never replays an edit. Everything else asked of it, such as a
-    layer's ``attention_type``, is answered by the layer; "DecoderLayer" in the name is
-    what axolotl's offloading of layers looks for.
+    what is inside, never replays an edit of its output. Everything else asked of it,
+    such as a layer's ``attention_type``, is answered by the layer; "DecoderLayer" in
+    the name is what axolotl's offloading of layers looks for.
+
+    Components within the layer are edited by hooks on its modules. Those are replayed,
+    so a checkpointed layer is given the batch of its own forward to be replayed with.
     """
 
     # pyreft's #0 and #1; the second is the suffix's, where that is untied.
     adapter_layer_names = ("intv_0", "intv_1")
 
     def __init__(
-        self, base_layer: nn.Module, tracker: PromptTracker, hidden_size: int
+        self, base_layer: nn.Module, tracker: PromptTracker, text_config: Any
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.intv_0 = nn.ModuleDict()
         self.intv_1 = nn.ModuleDict()
         self.tracker = tracker
-        self.hidden_size = hidden_size
+        self.text_config = text_config
         self.positions: dict[str, Positions] = {}
+        self.sites: dict[str, Site] = {}
+        self._handles: dict[str, RemovableHandle] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -83,9 +91,10 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         positions = Positions.parse(config.positions)
         untied = positions.two_sided and not config.tied_weights
         device = _device_of(self.base_layer)
+        site, width = find_site(config.component, self.base_layer, self.text_config)
         for container in (self.intv_0, self.intv_1)[: 2 if untied else 1]:
             intervention = INTERVENTION_CLASSES[config.intervention](
-                embed_dim=self.hidden_size,
+                embed_dim=width,
                 low_rank_dimension=config.rank,
                 dropout=config.dropout,
                 act_fn=config.act_fn,
@@ -95,24 +104,93 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
                 intervention.to(device)
             container[adapter_name] = intervention.train(self.training)
         self.positions[adapter_name] = positions
+        self.sites[adapter_name] = site
+        if site.path:
+            self._hook(adapter_name, site)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _hook(self, name: str, site: Site) -> None:
+        module = self.base_layer.get_submodule(site.path)
+        self._unhook(name)
+        if site.side == "input":
+            self._handles[name] = module.register_forward_pre_hook(
+                partial(self._edit_input, name), with_kwargs=True
+            )
+        else:
+            self._handles[name] = module.register_forward_hook(
+                partial(self._edit_output, name)
+            )
+
+    def _unhook(self, name: str) -> None:
+        if handle := self._handles.pop(name, None):
+            handle.remove()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._unhook(adapter_name)
+
+    def detach(self) -> None:
+        """Leave the layer as it was."""
+        for name in list(self._handles):
+            self._unhook(name)
 
     def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
         raise cannot_merge()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.base_layer(*args, **kwargs)
-        if self.disable_adapters:
+        names = [] if self.disable_adapters else self.active_adapters
+        names = [name for name in names if name in self.intv_0]
+        for name in names:
+            if self.sites[name] == Site("", "input"):
+                args, kwargs = self._edit_input(name, self, args, kwargs)
+        if any(self.sites[name].path for name in names):
+            output = self._call_replayably(*args, **kwargs)
+        else:
+            output = self.base_layer(*args, **kwargs)
+        before_BTD = _first(output)
+        for name in names:
+            if self.sites[name] == Site("", "output"):
+                output = self._edit_output(name, self, args, output)
+        if _first(output) is not before_BTD:
+            self.tracker.record(before_BTD, _first(output))
+        return output
+
+    def _call_replayably(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward; gradient checkpointing replays it with this batch."""
+        layer: Any = self.base_layer
+        checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is None:
+            return layer(*args, **kwargs)
+
+        def checkpoint_with_batch(function: Any, *inputs: Any, **options: Any) -> Any:
+            return checkpoint(self.tracker.replayable(function), *inputs, **options)
+
+        layer._gradient_checkpointing_func = checkpoint_with_batch
+        try:
+            return layer(*args, **kwargs)
+        finally:
+            layer._gradient_checkpointing_func = checkpoint
+
+    def _edit_input(
+        self, name: str, module: nn.Module, args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        if not self._edits(name):
+            return args, kwargs
+        if args:
+            return (self._edit(args[0], name), *args[1:]), kwargs
+        edited_BTD = self._edit(kwargs["hidden_states"], name)
+        return args, kwargs | {"hidden_states": edited_BTD}
+
+    def _edit_output(self, name: str, module: nn.Module, args: Any, output: Any) -> Any:
+        if not self._edits(name):
             return output
-        before_BTD = output[0] if isinstance(output, tuple) else output
-        h_BTD = before_BTD
-        for name in self.active_adapters:
-            if name in self.intv_0:
-                h_BTD = self._edit(h_BTD, name)
-        if h_BTD is before_BTD:
-            return output
-        self.tracker.record(before_BTD, h_BTD)
-        return (h_BTD, *output[1:]) if isinstance(output, tuple) else h_BTD
+        if isinstance(output, tuple):
+            return (self._edit(output[0], name), *output[1:])
+        return self._edit(output, name)
+
+    def _edits(self, name: str) -> bool:
+        active = not self.disable_adapters and name in self.active_adapters
+        return active and name in self.intv_0
 
     def _edit(self, h_BTD: Tensor, name: str) -> Tensor:
         interventions = [
@@ -125,6 +203,10 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             return interventions[0](h_BTD)
         indices = self.tracker.indices(positions, tied=len(interventions) == 1)
         return h_BTD if indices is None else edit(h_BTD, indices, interventions)
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def cannot_merge() -> ValueError:

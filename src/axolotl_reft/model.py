@@ -7,7 +7,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from axolotl_reft.config import LoreftConfig, resolve_layers
+from axolotl_reft.config import LoreftConfig, edited_layers
 from axolotl_reft.layer import LoreftDecoderLayer, cannot_merge
 from axolotl_reft.prompts import PromptTracker
 
@@ -38,16 +38,8 @@ class LoreftModel(BaseTuner):
         self, peft_config: LoreftConfig, model_config: dict[str, Any]
     ) -> LoreftConfig:
         path, layers = find_decoder_layers(self.model)
-        hidden_size = _text_config(self.model).hidden_size
-        if peft_config.rank > hidden_size:
-            raise ValueError(
-                f"rank: {peft_config.rank} is larger than the base model's hidden size "
-                f"{hidden_size}; choose a rank of at most {hidden_size}, 4 to 8 are "
-                "usual"
-            )
         peft_config.target_modules = {
-            f"{path}.{number}"
-            for number in resolve_layers(peft_config.layers, len(layers))
+            f"{path}.{number}" for number in edited_layers(peft_config, len(layers))
         }
         return peft_config
 
@@ -75,8 +67,7 @@ class LoreftModel(BaseTuner):
             return
         tracker = _tracker_of(self.model)
         assert tracker is not None, "_prepare_model comes first"
-        hidden_size = _text_config(self.model).hidden_size
-        wrapper = LoreftDecoderLayer(target, tracker, hidden_size)
+        wrapper = LoreftDecoderLayer(target, tracker, _text_config(self.model))
         wrapper.training = target.training
         wrapper.update_layer(adapter_name, peft_config)
         setattr(parent, target_name, wrapper)
@@ -96,6 +87,9 @@ class LoreftModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             raise cannot_merge()
+        for module in self.model.modules():
+            if isinstance(module, LoreftDecoderLayer):
+                module.detach()
         model = super()._unload_and_optionally_merge(merge=False, **kwargs)
         tracker = _tracker_of(model)
         if tracker is not None:

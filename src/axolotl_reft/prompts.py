@@ -146,6 +146,19 @@ class PromptTracker:
         if self._edited_outputs is not None:
             self._edited_outputs[id(before)] = after
 
+    def replayable(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, which sees the batch of now whenever it runs again."""
+        batch = self._batch
+
+        def with_batch(*args: Any, **kwargs: Any) -> Any:
+            outer, self._batch = self._batch, batch
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._batch = outer
+
+        return with_batch
+
     # --- hooks ---------------------------------------------------------------------
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:

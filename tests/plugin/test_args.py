@@ -83,7 +83,7 @@ IN_THE_BLOCK = [
     ({"rank": "four"}, "rank: 'four' is not a whole number"),
     ({"layers": "1:4"}, "layers: '1:4' is not understood"),
     ({"intervention": "loref"}, "intervention: 'loref' is unknown. Did you mean 'lore"),
-    ({"component": "mlp_output"}, "component: 'mlp_output' is unknown"),
+    ({"component": "mlp_outpt"}, "'mlp_outpt' is unknown. Did you mean 'mlp_output'"),
     ({"dropout": 2}, "dropout: 2 is not from 0 to below 1"),
     ({"act_fn": "rellu"}, "act_fn: 'rellu' is unknown. Did you mean 'relu'"),
 ]

@@ -9,7 +9,8 @@ from axolotl.utils.logging import get_logger
 from axolotl.utils.train import determine_last_checkpoint
 
 from axolotl_reft.adapter_directory import check_adapter_fits
-from axolotl_reft.config import LoreftConfig, resolve_layers
+from axolotl_reft.components import as_wide_as_the_model
+from axolotl_reft.config import LoreftConfig, edited_layers
 
 LOG = get_logger(__name__)
 
@@ -142,8 +143,9 @@ def check_against_base(cfg: Any, model_config: Any, training: bool = True) -> No
     """
     text_config = model_config.get_text_config()
     hidden_size, count = text_config.hidden_size, text_config.num_hidden_layers
-    resolve_layers(cfg.loreft.layers, count)
-    if cfg.loreft.rank > hidden_size:
+    block = LoreftConfig(**cfg.loreft)
+    edited_layers(block, count)
+    if as_wide_as_the_model(block.component) and block.rank > hidden_size:
         raise ValueError(
             f"rank: {cfg.loreft.rank} is larger than the base model's hidden size "
             f"{hidden_size}; choose a rank of at most {hidden_size}, 4 to 8 are usual"
