@@ -1,7 +1,7 @@
 import pytest
 
 from axolotl_reft import LoreftConfig
-from axolotl_reft.config import resolve_layers
+from axolotl_reft.config import layer_ranks, resolve_layers
 
 
 @pytest.mark.parametrize(
@@ -40,8 +40,39 @@ def test_layers_outside_the_model_are_refused(layers, message):
 
 
 @pytest.mark.parametrize(
+    ("layers", "rank", "ranks"),
+    [
+        ("all", 4, {0: 4, 1: 4, 2: 4}),
+        ([1], 4, {1: 4}),
+        ("all", {"0-1": 2, "2": 8}, {0: 2, 1: 2, 2: 8}),
+        ("all", {"all": 1, -1: 8}, {0: 1, 1: 1, 2: 8}),
+        ("0-1", {0: 3, 1: 5}, {0: 3, 1: 5}),
+    ],
+)
+def test_ranks_of_layers(layers, rank, ranks):
+    assert layer_ranks(LoreftConfig(layers=layers, rank=rank), 3) == ranks
+
+
+@pytest.mark.parametrize(
+    ("layers", "rank", "message"),
+    [
+        ("all", {"0-1": 2}, "rank: layer 2 has none; name it in the mapping, or give"),
+        ("all", {"0-1": 2, "1-2": 3}, "rank: layer 1 has two ranks; give it one"),
+        ([0], {0: 2, 1: 3}, r"layer 1 has a rank, but is not among layers: \[0\]"),
+        ("all", {"0-5": 2}, "layers: 5 in '0-5' is out of range"),
+    ],
+)
+def test_ranks_that_do_not_suit_the_layers(layers, rank, message):
+    with pytest.raises(ValueError, match=message):
+        layer_ranks(LoreftConfig(layers=layers, rank=rank), 3)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"rank": {}}, "rank: the mapping of layers to ranks is empty"),
+        ({"rank": {"all": 0}}, "rank: 0 is not a whole number of at least 1"),
+        ({"rank": {"x": 4}}, "layers: 'x' is not understood"),
         ({"layers": "some"}, "layers: 'some' is not understood.*Write layers: all"),
         ({"layers": []}, r"layers: \[\] is not understood, no layer is named"),
         ({"layers": ""}, "layers: '' is not understood"),

@@ -87,6 +87,36 @@ def _parse_path(component: object) -> tuple[int | None, Site] | None:
     return layer, Site(match[2] or "", side)
 
 
+def from_pyreft_name(name: str) -> tuple[int | None, str] | None:
+    """The layer, if it is named, and our component for one of pyreft's.
+
+    Returns:
+        None for what is not a component here.
+    """
+    if name in COMPONENTS:
+        return None, name
+    parsed = _parse_path(name)
+    if parsed is None:
+        return None
+    layer, site = parsed
+    return layer, f"{site.path}.{site.side}" if site.path else f"block_{site.side}"
+
+
+def to_pyreft_name(component: str, layers: str, layer: int) -> str:
+    """pyreft's component: a name, or the whole path below the model.
+
+    Args:
+        component: ours.
+        layers: path of the model's list of layers, such as ``model.layers``.
+        layer: number of the layer.
+    """
+    parsed = None if component in COMPONENTS else _parse_path(component)
+    if parsed is None:
+        return component
+    site = parsed[1]
+    return ".".join(filter(None, (f"{layers}[{layer}]", site.path, site.side)))
+
+
 def find_site(component: str, layer: nn.Module, config: Any) -> tuple[Site, int]:
     """Where a component is in this layer, and how wide it is.
 

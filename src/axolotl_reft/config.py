@@ -55,9 +55,13 @@ class LoreftConfig(PeftConfig):
             "prompts each side takes at most half of the prompt."
         },
     )
-    rank: int = field(
+    rank: int | dict[str | int, int] = field(
         default=8,
-        metadata={"help": "Rank of the edit, from 1 to the hidden size."},
+        metadata={
+            "help": "Rank of the edit, from 1 to the hidden size; or a mapping of "
+            "layers to ranks such as {'0-15': 4, '16-31': 8}, in which 'all' stands "
+            "for the others."
+        },
     )
     tied_weights: bool = field(
         default=True,
@@ -108,11 +112,10 @@ class LoreftConfig(PeftConfig):
         self.target_modules: set[str] | None = None
         parse_layers(self.layers)
         Positions.parse(self.positions)
-        if type(self.rank) is not int or self.rank < 1:
-            raise ValueError(
-                f"rank: {self.rank!r} is not a whole number of at least 1; the paper "
-                "uses 4 to 8"
-            )
+        if isinstance(self.rank, dict):
+            # As JSON would have it, so that a reloaded configuration is the same.
+            self.rank = {str(key): rank for key, rank in self.rank.items()}
+        _check_rank(self.rank)
         if type(self.tied_weights) is not bool:
             raise ValueError(
                 f"tied_weights: {self.tied_weights!r} is neither true nor false"
@@ -121,6 +124,20 @@ class LoreftConfig(PeftConfig):
         _check_component(self.component, self.layers)
         _check_dropout(self.dropout, self.intervention)
         _check_act_fn(self.act_fn, self.intervention)
+
+
+def _check_rank(rank: object) -> None:
+    ranks = list(rank.values()) if isinstance(rank, dict) else [rank]
+    for one in ranks:
+        if type(one) is not int or one < 1:
+            raise ValueError(
+                f"rank: {one!r} is not a whole number of at least 1; the paper uses 4 "
+                "to 8"
+            )
+    if not ranks:
+        raise ValueError("rank: the mapping of layers to ranks is empty; write rank: 8")
+    for layers in rank if isinstance(rank, dict) else ():
+        parse_layers(layers)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -188,6 +205,38 @@ def edited_layers(config: LoreftConfig, count: int) -> list[int]:
     """
     own = component_layer(config.component)
     return resolve_layers(config.layers if own is None else own, count)
+
+
+def layer_ranks(config: LoreftConfig, count: int) -> dict[int, int]:
+    """The rank of each edited layer in a model of ``count`` layers.
+
+    Raises:
+        ValueError: as :func:`resolve_layers`, or the mapping of ranks and the edited
+            layers do not agree.
+    """
+    edited = edited_layers(config, count)
+    if not isinstance(config.rank, dict):
+        return dict.fromkeys(edited, config.rank)
+    ranks: dict[int, int] = {}
+    for layers, rank in config.rank.items():
+        if layers == "all":
+            continue
+        for number in resolve_layers(layers, count):
+            if number in ranks:
+                raise ValueError(f"rank: layer {number} has two ranks; give it one")
+            if number not in edited:
+                raise ValueError(
+                    f"rank: layer {number} has a rank, but is not among layers: "
+                    f"{config.layers!r}; name it there, or leave out its rank"
+                )
+            ranks[number] = rank
+    without = [number for number in edited if number not in ranks]
+    if without and "all" not in config.rank:
+        raise ValueError(
+            f"rank: layer {without[0]} has none; name it in the mapping, or give the "
+            "rank of the others as all"
+        )
+    return ranks | dict.fromkeys(without, config.rank.get("all", 0))
 
 
 def parse_layers(layers: object) -> list[tuple[int, int]] | None:

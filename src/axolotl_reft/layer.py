@@ -84,8 +84,8 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
-    def update_layer(self, adapter_name: str, config: LoreftConfig) -> None:
-        """Give the layer fresh interventions under this adapter's name."""
+    def update_layer(self, adapter_name: str, config: LoreftConfig, rank: int) -> None:
+        """Give the layer fresh interventions of this rank under an adapter's name."""
         from axolotl_reft.interventions import INTERVENTION_CLASSES
 
         positions = Positions.parse(config.positions)
@@ -95,7 +95,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         for container in (self.intv_0, self.intv_1)[: 2 if untied else 1]:
             intervention = INTERVENTION_CLASSES[config.intervention](
                 embed_dim=width,
-                low_rank_dimension=config.rank,
+                low_rank_dimension=rank,
                 dropout=config.dropout,
                 act_fn=config.act_fn,
             )

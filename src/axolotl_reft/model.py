@@ -7,7 +7,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from axolotl_reft.config import LoreftConfig, edited_layers
+from axolotl_reft.config import LoreftConfig, layer_ranks
 from axolotl_reft.layer import LoreftDecoderLayer, cannot_merge
 from axolotl_reft.prompts import PromptTracker
 
@@ -38,9 +38,8 @@ class LoreftModel(BaseTuner):
         self, peft_config: LoreftConfig, model_config: dict[str, Any]
     ) -> LoreftConfig:
         path, layers = find_decoder_layers(self.model)
-        peft_config.target_modules = {
-            f"{path}.{number}" for number in edited_layers(peft_config, len(layers))
-        }
+        ranks = layer_ranks(peft_config, len(layers))
+        peft_config.target_modules = {f"{path}.{number}" for number in ranks}
         return peft_config
 
     def _prepare_model(self, peft_config: LoreftConfig, model: Any) -> None:
@@ -58,18 +57,20 @@ class LoreftModel(BaseTuner):
         adapter_name: str,
         target: nn.Module,
         target_name: str,
-        parent: nn.Module,
+        parent: nn.ModuleList,
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        ranks = layer_ranks(peft_config, len(parent))
+        rank = ranks[int(target_name)]
         if isinstance(target, LoreftDecoderLayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, rank)
             return
         tracker = _tracker_of(self.model)
         assert tracker is not None, "_prepare_model comes first"
         wrapper = LoreftDecoderLayer(target, tracker, _text_config(self.model))
         wrapper.training = target.training
-        wrapper.update_layer(adapter_name, peft_config)
+        wrapper.update_layer(adapter_name, peft_config, rank)
         setattr(parent, target_name, wrapper)
 
     def _replace_module(

@@ -29,9 +29,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_reft.adapter_directory import read_adapter_config
+from axolotl_reft.components import COMPONENTS, from_pyreft_name, to_pyreft_name
 from axolotl_reft.config import LoreftConfig
 from axolotl_reft.interventions import INTERVENTION_CLASSES
 from axolotl_reft.layer import LoreftDecoderLayer
+from axolotl_reft.model import find_decoder_layers
 from axolotl_reft.positions import Positions
 from axolotl_reft.pyreft_objects import (
     make_pyreft_object,
@@ -40,12 +42,14 @@ from axolotl_reft.pyreft_objects import (
     read_pyreft_state,
 )
 
-_OURS = re.compile(r"\.(?P<layer>\d+)\.intv_(?P<side>[01])\.(?P<name>\w+)$")
-# By pyvene's name of the component, or by its path with dots made underscores.
+_OURS = re.compile(
+    r"base_model\.model\.(?P<list>.+)\.(?P<layer>\d+)"
+    r"\.intv_(?P<side>[01])\.(?P<name>\w+)"
+)
+# By pyvene's name of the component, or by its path with the dots made underscores.
 _THEIRS = re.compile(
-    r"(?:layer_(?P<layer>\d+)_comp_block_output"
-    r"|comp_(?:\w+_)?\w+\[(?P<at>\d+)\]_output)"
-    r"_unit_pos_nunit_1#(?P<side>[01])"
+    r"(?:layer_(?P<layer>\d+)_comp_(?P<named>\w+)"
+    r"|comp_(?P<path>\w+\[(?P<number>\d+)\]\w+))_unit_pos_nunit_1#(?P<side>[01])"
 )
 _PREFIX, _SUFFIX = "intkey_", ".bin"
 _TRAINER_FOLDER = "intervenable_model"
@@ -77,11 +81,12 @@ def to_pyreft(peft_model: PeftModel) -> pyreft.ReftModel:
     tensors = [*peft_model.parameters(), *peft_model.buffers()]
     shared = {id(tensor): tensor for tensor in tensors}
     base = copy.deepcopy(peft_model, shared).unload()
+    path, _ = find_decoder_layers(base)
     representations = [
         {
             "layer": layer,
-            "component": config.component,
-            "low_rank_dimension": config.rank,
+            "component": to_pyreft_name(config.component, path, layer),
+            "low_rank_dimension": intervention.rank,
             "intervention": intervention,
         }
         for layer, intervention in _live_interventions(peft_model, name)
@@ -118,6 +123,7 @@ def from_pyreft(
     *,
     positions: str | None = None,
     intervention: str | None = None,
+    component: str | None = None,
     dropout: float | None = None,
     act_fn: str | None = None,
 ) -> PeftModel:
@@ -130,6 +136,8 @@ def from_pyreft(
             interventions a layer.
         intervention: needed where a checkpoint does not tell; ``noreft`` reads a LoReFT
             whose rotation is not orthonormal any more.
+        component: needed where a checkpoint does not tell: a path within the layer,
+            whose dots pyreft wrote as underscores.
         dropout: what was trained with; pyreft does not save it.
         act_fn: likewise.
 
@@ -137,7 +145,7 @@ def from_pyreft(
         ValueError: the directory is not pyreft's, is damaged or unsafe, or something
             that it does not tell is missing.
     """
-    saved = _read_directory(Path(directory), intervention)
+    saved = _read_directory(Path(directory), intervention, component)
     config = _settings(saved, positions, dropout, act_fn)
     model = get_peft_model(base_model, config)
     _fill(model, saved)
@@ -155,36 +163,33 @@ def export_adapter(directory: str, out: str) -> None:
             or ``out`` is in use. Nothing is written then.
     """
     config = read_adapter_config(directory, "DIR")
-    numbers = _read_adapter(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
-    order = sorted(numbers, key=lambda place: (place[1], place[0]))
+    layers, numbers = _read_adapter(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
+    kind = str(pyreft_class(config.intervention))
+    keys, sizes, representations = [], [], []
     with _new_directory(out) as folder:
-        size = 0
-        for layer, side in order:
+        for side, layer in sorted((side, layer) for layer, side in numbers):
             state = numbers[layer, side]
-            size = (
-                state["rotation"] if "rotation" in state else state["weight"].T
-            ).shape[0]
+            rank, size = _shape(state)
             ours = INTERVENTION_CLASSES[config.intervention](
-                embed_dim=size, low_rank_dimension=config.rank
+                embed_dim=size, low_rank_dimension=rank
             )
             ours.load_state_dict(state)
             theirs = make_pyreft_object(
                 config.intervention, ours, config.act_fn, config.dropout
             )
-            file = folder / f"{_PREFIX}{_key(layer, side)}{_SUFFIX}"
-            torch.save(theirs.state_dict(), file)
-        kind = str(pyreft_class(config.intervention))
-        settings = {
-            "intervention_constant_sources": [True] * len(order),
-            "intervention_dimensions": [size] * len(order),
-            "intervention_types": [kind] * len(order),
-            "mode": "parallel",
+            component = to_pyreft_name(config.component, layers, layer)
+            keys.append(_key(component, layer, side))
+            sizes.append(size)
             # pyvene's RepresentationConfig: layer, component, unit, units, rank, nulls
-            "representations": [
-                [layer, config.component, "pos", 1, config.rank, *[None] * 9]
-                for layer, _ in order
-            ],
-            "sorted_keys": [_key(*place) for place in order],
+            representations.append([layer, component, "pos", 1, rank, *[None] * 9])
+            torch.save(theirs.state_dict(), folder / f"{_PREFIX}{keys[-1]}{_SUFFIX}")
+        settings = {
+            "intervention_constant_sources": [True] * len(keys),
+            "intervention_dimensions": sizes,
+            "intervention_types": [kind] * len(keys),
+            "mode": "parallel",
+            "representations": representations,
+            "sorted_keys": keys,
         }
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         config.save_pretrained(folder)
@@ -197,6 +202,7 @@ def import_adapter(
     base_model: str,
     positions: str | None = None,
     intervention: str | None = None,
+    component: str | None = None,
     dropout: float | None = None,
     act_fn: str | None = None,
 ) -> None:
@@ -210,7 +216,7 @@ def import_adapter(
     Raises:
         ValueError: as there, or ``out`` is in use. Nothing is written then.
     """
-    saved = _read_directory(Path(directory), intervention)
+    saved = _read_directory(Path(directory), intervention, component)
     config = _settings(saved, positions, dropout, act_fn)
     try:
         base_config = AutoConfig.from_pretrained(base_model)
@@ -245,22 +251,39 @@ def _new_directory(out: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _key(layer: int, side: int) -> str:
-    return f"layer_{layer}_comp_block_output_unit_pos_nunit_1#{side}"
+def _key(component: str, layer: int, side: int) -> str:
+    """pyvene's key of an intervention."""
+    if "." in component:
+        place = f"comp_{component.replace('.', '_')}"
+    else:
+        place = f"layer_{layer}_comp_{component}"
+    return f"{place}_unit_pos_nunit_1#{side}"
 
 
-def _read_adapter(weights: Path) -> Numbers:
+def _shape(state: dict[str, Tensor]) -> tuple[int, int]:
+    """Rank and size of an intervention from its state dict."""
+    if "rotation" in state:
+        size, rank = state["rotation"].shape
+    else:
+        rank, size = state["weight"].shape
+    return rank, size
+
+
+def _read_adapter(weights: Path) -> tuple[str, Numbers]:
+    """The path of the list of layers, and the numbers."""
     numbers: Numbers = {}
+    layers = ""
     for key, tensor in load_file(weights).items():
-        match = _OURS.search(key)
+        match = _OURS.fullmatch(key)
         if match is None:
             raise ValueError(
                 f"DIR: the adapter also holds {key!r}, for which pyreft's format has "
                 "no place; export an adapter without modules_to_save"
             )
+        layers = match["list"]
         place = (int(match["layer"]), int(match["side"]))
         numbers.setdefault(place, {})[match["name"]] = tensor
-    return numbers
+    return layers, numbers
 
 
 @dataclass
@@ -269,11 +292,13 @@ class _Saved:
 
     Attributes:
         intervention: our name of its kind.
+        component: ours.
         numbers: our state dict of each, by layer and side.
         ours: the configuration that an export left in it.
     """
 
     intervention: str
+    component: str
     numbers: Numbers
     ours: LoreftConfig | None
 
@@ -286,11 +311,23 @@ class _Saved:
         return 1 + max(side for _, side in self.numbers)
 
     @property
-    def ranks(self) -> set[int]:
-        return {len(state["bias"]) for state in self.numbers.values()}
+    def rank(self) -> int | dict[str | int, int]:
+        """One for all, or one a layer."""
+        ranks: dict[str | int, int] = {}
+        for (layer, _), state in sorted(self.numbers.items()):
+            rank = _shape(state)[0]
+            if ranks.setdefault(str(layer), rank) != rank:
+                raise ValueError(
+                    f"DIR: prefix and suffix of layer {layer} have different ranks, "
+                    "which cannot be imported; a layer has one rank"
+                )
+        one = set(ranks.values())
+        return one.pop() if len(one) == 1 else ranks
 
 
-def _read_directory(directory: Path, intervention: str | None) -> _Saved:
+def _read_directory(
+    directory: Path, intervention: str | None, component: str | None
+) -> _Saved:
     folder = directory / _TRAINER_FOLDER
     folder = folder if folder.is_dir() else directory
     files = sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}")) if folder.is_dir() else []
@@ -300,17 +337,12 @@ def _read_directory(directory: Path, intervention: str | None) -> _Saved:
             f"{_PREFIX}*{_SUFFIX}); name the directory that ReftModel.save wrote, or a "
             "checkpoint of pyreft's trainer"
         )
-    kinds = _kinds(folder)
+    kinds, components = _kinds(folder)
     numbers: Numbers = {}
-    found = set()
+    found, edited = set(), set()
     for file in files:
         key = file.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-        match = _THEIRS.fullmatch(key)
-        if match is None:
-            raise ValueError(
-                f"DIR: {file.name!r} is not an intervention on the output of a layer "
-                "(block_output), which is all that can be imported"
-            )
+        layer, side, edits = _place(file, key, components.get(key) or component)
         state = _load(file)
         kind = intervention or kinds.get(key) or _guess(state, file)
         try:
@@ -320,42 +352,77 @@ def _read_directory(directory: Path, intervention: str | None) -> _Saved:
                 read = read_pyreft_state(kind, state)
         except ValueError as error:
             raise ValueError(f"DIR: {file.name!r}: {error}") from error
-        numbers[int(match["layer"] or match["at"]), int(match["side"])] = read
+        numbers[layer, side] = read
         found.add(kind)
-    if len(found) > 1:
-        raise ValueError(
-            f"DIR: different interventions in one adapter: {sorted(found)}"
-        )
+        edited.add(edits)
+    for what, several in (("interventions", found), ("components", edited)):
+        if len(several) > 1:
+            raise ValueError(f"DIR: different {what} in one adapter: {sorted(several)}")
     missing = set(kinds) - {f.name[len(_PREFIX) : -len(_SUFFIX)] for f in files}
     if missing:
         raise ValueError(f"DIR: the file of {sorted(missing)[0]!r} is missing")
     ours = (folder / CONFIG_NAME).is_file()
     return _Saved(
         intervention=found.pop(),
+        component=edited.pop(),
         numbers=numbers,
         ours=read_adapter_config(str(folder), "DIR") if ours else None,
     )
 
 
-def _kinds(folder: Path) -> dict[str, str]:
-    """Our name of each intervention by its key, from ``config.json`` where there is."""
+def _place(file: Path, key: str, component: str | None) -> tuple[int, int, str]:
+    """Layer, side and our component of an intervention.
+
+    Args:
+        file: its file, for the message.
+        key: pyvene's key of it.
+        component: pyreft's, where it is known.
+    """
+    match = _THEIRS.fullmatch(key)
+    read = match and from_pyreft_name(
+        component or match["named"] or _path(match["path"], file)
+    )
+    if not match or not read:
+        raise ValueError(
+            f"DIR: {file.name!r} is not an intervention on a component that can be "
+            f"imported: {', '.join(COMPONENTS)}, or a module's input or output"
+        )
+    return int(match["layer"] or match["number"]), int(match["side"]), read[1]
+
+
+def _path(written: str, file: Path) -> str:
+    """``model_layers[1]_mlp_output`` as a path, if it can only be one."""
+    parts = written.partition("]_")[2].split("_")
+    if len(parts) > 2:
+        raise ValueError(
+            f"component: {file.name!r} has a path whose dots became underscores; pass "
+            "it with --component, for example --component self_attn.o_proj.input"
+        )
+    return ".".join(parts) if len(parts) == 2 else f"block_{parts[0]}"
+
+
+def _kinds(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Our name of each intervention and pyreft's component of it, by its key, from
+    ``config.json`` where there is one."""
     file = folder / "config.json"
     if not file.is_file():
-        return {}
+        return {}, {}
     try:
         settings = json.loads(file.read_text())
-        keys, kinds = settings["sorted_keys"], settings["intervention_types"]
-        pairs = dict(zip(keys, kinds, strict=True))
-    except (ValueError, KeyError, TypeError) as error:
+        keys = settings["sorted_keys"]
+        kinds = dict(zip(keys, settings["intervention_types"], strict=True))
+        places = [str(place[1]) for place in settings["representations"]]
+        components = dict(zip(keys, places, strict=True))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(
             f"DIR: config.json is not one of pyreft's ({error})"
         ) from error
-    for key, kind in pairs.items():
+    for key, kind in kinds.items():
         if kind not in _CLASSES:
             raise ValueError(
                 f"DIR: {key!r} is of the class {kind!r}, which is none of pyreft's six"
             )
-    return {key: _CLASSES[kind] for key, kind in pairs.items()}
+    return {key: _CLASSES[kind] for key, kind in kinds.items()}, components
 
 
 def _load(file: Path) -> dict[str, Tensor]:
@@ -409,11 +476,6 @@ def _settings(
             "DIR: some layers have an intervention for prefix and suffix and some for "
             "one of them; an adapter has the same for all"
         )
-    if len(saved.ranks) > 1:
-        raise ValueError(
-            f"DIR: different ranks {sorted(saved.ranks)} in one adapter cannot be "
-            "imported; an adapter has one rank"
-        )
     if dropout is None:
         dropout = ours.dropout if ours else 0.0
     if act_fn is None and ours:
@@ -422,9 +484,10 @@ def _settings(
         task_type=TaskType.CAUSAL_LM,
         layers=saved.layers,
         positions=positions,
-        rank=saved.ranks.pop(),
+        rank=saved.rank,
         tied_weights=saved.sides == 1,
         intervention=saved.intervention,
+        component=saved.component,
         dropout=dropout,
         act_fn=act_fn,
     )

@@ -95,13 +95,7 @@ def read_pyreft_state(
         raise ValueError(f"{sorted(left)[0]!r} does not belong to {intervention}")
     _check_shapes(numbers)
     if (r_DR := numbers.pop("R", None)) is not None:
-        error = (r_DR.T @ r_DR - torch.eye(r_DR.shape[1])).abs().max().item()
-        if error > ORTHONORMALITY_TOLERANCE:
-            raise ValueError(
-                f"the rotation is not orthonormal (off by {error:.3f}), as pyreft's "
-                "are after it resumed a training (stanfordnlp/pyreft#179); the same "
-                "function without the constraint is --intervention noreft"
-            )
+        _check_orthonormal(r_DR)
         numbers["rotation"] = torch.zeros_like(r_DR)
         numbers["rotation_base"] = compact_base(r_DR)
     return numbers
@@ -157,6 +151,21 @@ def _pop_rotation(left: dict[str, Tensor]) -> Tensor:
     # What torch multiplies by as well; see fault 3 of pyreft's: after a step of weight
     # decay it is zero, and with it R.
     return base_DD @ (q_DR * -vectors_DR.diagonal().int())
+
+
+def _check_orthonormal(r_DR: Tensor) -> None:
+    remedy = "the same function without the constraint is --intervention noreft"
+    if not r_DR.any():
+        raise ValueError(
+            "the rotation is zero, as weight decay leaves pyreft's, so that it edits "
+            f"nothing; train again without weight decay, or {remedy}"
+        )
+    error = (r_DR.T @ r_DR - torch.eye(r_DR.shape[1])).abs().max().item()
+    if error > ORTHONORMALITY_TOLERANCE:
+        raise ValueError(
+            f"the rotation is not orthonormal (off by {error:.3f}), as pyreft's are "
+            f"after it resumed a training (stanfordnlp/pyreft#179); {remedy}"
+        )
 
 
 def _check_shapes(numbers: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ from axolotl.cli.config import prepare_plugins
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 
-from axolotl_reft import LoreftPlugin
+from axolotl_reft import LoreftConfig, LoreftPlugin
 from axolotl_reft.plugin.args import LoreftBlock
 
 GOOD = """
@@ -64,6 +64,11 @@ def test_validating_what_was_validated_changes_nothing():
 def test_without_the_adapter_the_plugin_asks_for_nothing():
     assert validated(adapter="lora", lora_r=8, lora_alpha=16, loreft=...).loreft is None
     assert validated(adapter=..., loreft=...).adapter is None
+
+
+def test_ranks_may_differ_by_layer():
+    block = validated(loreft={"rank": {"0-7": 4, 8: 2, "all": 1}}).loreft
+    assert LoreftConfig(**block).rank == {"0-7": 4, "8": 2, "all": 1}
 
 
 def test_every_key_is_described():

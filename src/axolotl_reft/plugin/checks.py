@@ -10,7 +10,7 @@ from axolotl.utils.train import determine_last_checkpoint
 
 from axolotl_reft.adapter_directory import check_adapter_fits
 from axolotl_reft.components import as_wide_as_the_model
-from axolotl_reft.config import LoreftConfig, edited_layers
+from axolotl_reft.config import LoreftConfig, layer_ranks
 
 LOG = get_logger(__name__)
 
@@ -144,10 +144,10 @@ def check_against_base(cfg: Any, model_config: Any, training: bool = True) -> No
     text_config = model_config.get_text_config()
     hidden_size, count = text_config.hidden_size, text_config.num_hidden_layers
     block = LoreftConfig(**cfg.loreft)
-    edited_layers(block, count)
-    if as_wide_as_the_model(block.component) and block.rank > hidden_size:
+    rank = max(layer_ranks(block, count).values())
+    if as_wide_as_the_model(block.component) and rank > hidden_size:
         raise ValueError(
-            f"rank: {cfg.loreft.rank} is larger than the base model's hidden size "
+            f"rank: {rank} is larger than the base model's hidden size "
             f"{hidden_size}; choose a rank of at most {hidden_size}, 4 to 8 are usual"
         )
     for setting, directory in _saved_adapters(cfg, training):
@@ -155,7 +155,7 @@ def check_against_base(cfg: Any, model_config: Any, training: bool = True) -> No
         differences = [
             f"{key}: {_plain(getattr(saved, key))} (here {_plain(value)})"
             for key in _SETTINGS
-            if getattr(saved, key) != (value := cfg.loreft.get(key))
+            if getattr(saved, key) != (value := getattr(block, key))
         ]
         if not differences:
             continue

@@ -59,6 +59,10 @@ def export_command(directory: str, out: str) -> None:
     type=click.Choice(INTERVENTIONS),
     help="Its kind, where DIR does not tell.",
 )
+@click.option(
+    "--component",
+    help="What it edits, where DIR does not tell, for example mlp.down_proj.output.",
+)
 @click.option("--dropout", type=float, help="What it was trained with; default 0.")
 @click.option("--act-fn", help="What it was trained with; default linear.")
 @_plain_errors
