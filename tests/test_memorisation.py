@@ -10,7 +10,8 @@ from conftest import build_model
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "memorisation" / "memorise.py"
 PROMPT = [1, 5, 9]
-TARGET = [40, 23]
+# The base says neither: not 3 after the prompt, nor 27 after both.
+TARGET = [3, 27]
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,8 @@ def test_counts_what_is_right_from_the_start(
 
 def test_only_the_target_is_trained(example: ModuleType) -> None:
     input_ids, labels = example.make_row(PROMPT, TARGET)
-    assert input_ids.tolist() == [[1, 5, 9, 40, 23]]
-    assert labels.tolist() == [[-100, -100, -100, 40, 23]]
+    assert input_ids.tolist() == [[1, 5, 9, 3, 27]]
+    assert labels.tolist() == [[-100, -100, -100, 3, 27]]
 
 
 def test_two_tokens_are_memorised_and_the_base_is_left_alone(
@@ -52,10 +53,11 @@ def test_two_tokens_are_memorised_and_the_base_is_left_alone(
     base = build_model(num_hidden_layers=2).eval()
     before = base(input_ids=torch.tensor([PROMPT])).logits
     assert example.recall(base, PROMPT, TARGET) == 0
+    assert example.recall(base, PROMPT + TARGET[:1], TARGET[1:]) == 0
     untrained, _ = example.memorise(base, PROMPT, TARGET, layer=0, steps=0)
     assert untrained == 0
-    recovered, taken = example.memorise(base, PROMPT, TARGET, layer=0, steps=100)
+    recovered, taken = example.memorise(base, PROMPT, TARGET, layer=0, steps=200)
     assert recovered == 2
-    assert 0 < taken < 100
+    assert 0 < taken < 200
     assert torch.equal(base(input_ids=torch.tensor([PROMPT])).logits, before)
     assert example.recall(base, PROMPT, TARGET) == 0
