@@ -228,9 +228,12 @@ def plot(runs: list[Run]) -> None:
     axes.set_xticks(layers)
     axes.set_xlabel("edited layer (0 is the lowest)")
     axes.set_ylabel(f"tokens recovered, of up to {max(LENGTHS)}")
-    axes.set_title("Text held by one rank-1 edit of one prompt token", fontsize=11)
+    axes.set_title(
+        "Text held by one rank-1 edit of one prompt token (pale: each seed)",
+        fontsize=11,
+    )
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="center right", bbox_to_anchor=(1, 0.45))
     figure.savefig(HERE / "recovered.png", dpi=120)
 
 
