@@ -7,6 +7,7 @@ writes `results.json` and `recovered.png` beside this file.
 """
 
 import json
+import os
 import platform
 import random
 import time
@@ -267,6 +268,7 @@ def write_results(
         "steps_at_most": STEPS,
         "peak_learning_rate": PEAK_LR,
         "trained_numbers": base.config.hidden_size + 1,
+        "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in packages},
     }
