@@ -409,6 +409,32 @@ def test_numbers_of_any_other_shape_are_refused(intervention):
                         read({**good, name: torch.rand(shape)})
 
 
+def test_a_rotation_that_weight_decay_took_from_torchs_map_is_zero():
+    """torch casts the diagonal to whole numbers: a step of decay makes −1 into 0."""
+    ours = INTERVENTION_CLASSES["orthogonal_direft"](embed_dim=8, low_rank_dimension=2)
+    theirs = make_pyreft_object("orthogonal_direft", ours, None, 0.0)
+    hidden = torch.randn(3, 8)
+    vectors = theirs.get_parameter("rotate_layer.parametrizations.weight.original")
+    with torch.no_grad():
+        vectors.mul_(0.9999)
+        assert torch.equal(theirs(hidden), hidden)
+    with pytest.raises(ValueError, match="the rotation is zero, as weight decay"):
+        read_pyreft_state("orthogonal_direft", theirs.state_dict())
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    save(tmp_path / "a")
+    before = sorted(tmp_path.rglob("*"))
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        export_adapter(str(tmp_path / "a"), str(tmp_path / "out"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_rotation_that_drifted_is_read_as_noreft(tmp_path, base, ids, exported):
     for file in exported.glob("*.bin"):
         state = torch.load(file, weights_only=True)

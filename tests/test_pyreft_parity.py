@@ -155,8 +155,9 @@ def test_logits_loss_and_gradients_agree(
 
 @pytest.mark.parametrize("intervention", INTERVENTIONS)
 def test_a_hundred_steps_of_adamw_have_the_same_losses(tokens, intervention):
-    """Within 1e-3 of the loss: AdamW divides by the root of a second moment, so that
-    where a gradient is rounding error its step is of full size, whichever its sign."""
+    """Within 1e-5 of the loss. A step's rounding is near 1e-7 (measured: 2e-7 after a
+    hundred), but AdamW divides by the root of a second moment, so that a gradient that
+    is all rounding takes a step of full size; another machine's may fall otherwise."""
     positions, prompt = "f2+l3", 9
     pair = build_pair(intervention=intervention, positions=positions, rank=4)
     optimizers = [
@@ -178,7 +179,7 @@ def test_a_hundred_steps_of_adamw_have_the_same_losses(tokens, intervention):
             output.loss.backward()
             optimizer.step()
     assert theirs[98] < theirs[0] - 0.05  # the same batch, and something was learned
-    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @torch.no_grad()
