@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pyreft
@@ -470,6 +471,16 @@ def test_positions_must_suit_the_interventions(tmp_path, base):
         ValueError, match="l1 has one side, but there are two interventio"
     ):
         from_pyreft(tmp_path / "out", build_model(), positions="l1")
+
+
+def test_the_commands_are_axolotls():
+    (entry,) = (
+        entry
+        for entry in entry_points(group="axolotl.cli_commands")
+        if entry.name == "reft"
+    )
+    assert entry.load() is reft
+    assert set(reft.commands) == {"export", "import"}
 
 
 def test_what_is_no_directory_of_pyrefts(tmp_path, base):
