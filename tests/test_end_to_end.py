@@ -149,7 +149,7 @@ def test_inference_answers_from_the_trained_adapter(trained, model):
             prompt, return_tensors="pt"
         )
         probable = model(**ids).logits[0, -1].softmax(-1)
-    # The base alone would have said it once in a hundred times.
+    # The base alone would hardly have said it.
     assert probable[ids.input_ids.new_tensor(16)] < 0.1
 
 

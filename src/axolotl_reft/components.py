@@ -60,13 +60,13 @@ class Site:
 
 def is_component(component: object) -> bool:
     """Whether it is a name or a path, of whatever model."""
-    return component in COMPONENTS or _parse_path(component) is not None
+    return from_pyreft_name(component) is not None
 
 
 def component_layer(component: str) -> int | None:
     """The layer that a path of pyreft's names, or None."""
-    parsed = None if component in COMPONENTS else _parse_path(component)
-    return parsed[0] if parsed else None
+    read = from_pyreft_name(component)
+    return read[0] if read else None
 
 
 def as_wide_as_the_model(component: str) -> bool:
@@ -87,13 +87,13 @@ def _parse_path(component: object) -> tuple[int | None, Site] | None:
     return layer, Site(match[2] or "", side)
 
 
-def from_pyreft_name(name: str) -> tuple[int | None, str] | None:
+def from_pyreft_name(name: object) -> tuple[int | None, str] | None:
     """The layer, if it is named, and our component for one of pyreft's.
 
     Returns:
         None for what is not a component here.
     """
-    if name in COMPONENTS:
+    if isinstance(name, str) and name in COMPONENTS:
         return None, name
     parsed = _parse_path(name)
     if parsed is None:

@@ -138,8 +138,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         raise cannot_merge()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        names = [] if self.disable_adapters else self.active_adapters
-        names = [name for name in names if name in self.intv_0]
+        names = [name for name in self.active_adapters if self._edits(name)]
         for name in names:
             if self.sites[name] == Site("", "input"):
                 args, kwargs = self._edit_input(name, self, args, kwargs)

@@ -126,8 +126,8 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"LoReFT edits decoder-only models, and {type(model).__name__} is an "
-            "encoder-decoder; use a causal language model"
+            f"LoReFT edits models of one stack of layers, and {type(model).__name__} "
+            "is an encoder-decoder; use a causal language model or an encoder"
         )
     count = _text_config(model).num_hidden_layers
     lists = [

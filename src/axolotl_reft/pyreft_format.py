@@ -72,7 +72,7 @@ def to_pyreft(peft_model: PeftModel) -> pyreft.ReftModel:
     pyreft, the positions are the caller's to pass, as ``unit_locations``.
 
     Raises:
-        ValueError: the active adapter is not LoReFT, or edits every token.
+        ValueError: the active adapter is not LoReFT.
     """
     name = peft_model.active_adapter
     config = peft_model.peft_config[name]
@@ -216,8 +216,6 @@ def import_adapter(
     Raises:
         ValueError: as there, or ``out`` is in use. Nothing is written then.
     """
-    saved = _read_directory(Path(directory), intervention, component)
-    config = _settings(saved, positions, dropout, act_fn)
     try:
         base_config = AutoConfig.from_pretrained(base_model)
     except (OSError, ValueError) as error:
@@ -226,9 +224,16 @@ def import_adapter(
         ) from error
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(base_config)
-    model = get_peft_model(base, config)
-    config.base_model_name_or_path = base_model
-    _fill(model, saved)
+    model = from_pyreft(
+        directory,
+        base,
+        positions=positions,
+        intervention=intervention,
+        component=component,
+        dropout=dropout,
+        act_fn=act_fn,
+    )
+    model.peft_config["default"].base_model_name_or_path = base_model
     with _new_directory(out) as folder:
         model.save_pretrained(folder)
 

@@ -30,7 +30,7 @@ _NAMES = {
     "lobireft": {"learned_source": "bias"},
 }
 _PARAMETRIZATION = "rotate_layer.parametrizations.weight"
-# Bookkeeping of pyvene's, and a bias that pyreft's NodireftIntervention never reads.
+# Bookkeeping of pyvene's.
 _IGNORED = ("embed_dim", "interchange_dim")
 
 
@@ -95,7 +95,7 @@ def read_pyreft_state(
         raise ValueError(f"{sorted(left)[0]!r} does not belong to {intervention}")
     _check_shapes(numbers)
     if (r_DR := numbers.pop("R", None)) is not None:
-        _check_orthonormal(r_DR)
+        _check_orthonormal(r_DR, intervention)
         numbers["rotation"] = torch.zeros_like(r_DR)
         numbers["rotation_base"] = compact_base(r_DR)
     return numbers
@@ -153,12 +153,14 @@ def _pop_rotation(left: dict[str, Tensor]) -> Tensor:
     return base_DD @ (q_DR * -vectors_DR.diagonal().int())
 
 
-def _check_orthonormal(r_DR: Tensor) -> None:
-    remedy = "the same function without the constraint is --intervention noreft"
+def _check_orthonormal(r_DR: Tensor, intervention: str) -> None:
+    remedy = "train it again"
+    if intervention == "loreft":
+        remedy = "the same function without the constraint is --intervention noreft"
     if not r_DR.any():
         raise ValueError(
             "the rotation is zero, as weight decay leaves pyreft's, so that it edits "
-            f"nothing; train again without weight decay, or {remedy}"
+            f"nothing; train without weight decay, or {remedy}"
         )
     error = (r_DR.T @ r_DR - torch.eye(r_DR.shape[1])).abs().max().item()
     if error > ORTHONORMALITY_TOLERANCE:
