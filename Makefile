@@ -29,7 +29,7 @@ test: install
 	ruff check .
 	ruff format --check .
 	mypy
-	pytest
+	pytest --numprocesses 2 --dist loadfile
 
 demo: install
 	python $(DEMO)/make_base.py

@@ -25,6 +25,8 @@ from workspace import (
     build_workspace,
 )
 
+pytestmark = pytest.mark.slow
+
 LAST_STEP = 96
 CHECKPOINT = 48
 # What the frameworks log then.
