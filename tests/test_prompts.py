@@ -233,6 +233,48 @@ def test_reserved_slots_compute_what_counted_ones_do(samples, monkeypatch):
     assert_same(gradients, other_gradients)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_answers_that_a_trainer_tells_are_those_of_labels(samples, positions, side):
+    model = build_adapter(build_model(), positions=positions, tied_weights=False)
+    ids, labels, mask, _ = padded(samples, side)
+    expected = model(ids, labels=labels, attention_mask=mask).logits
+    tracker = model.base_model.model.loreft_tracker
+    tracker.find_answers = lambda asked: {id(ids): labels != -100}[id(asked)]
+    assert torch.equal(model(ids, attention_mask=mask).logits, expected)
+    # A fused loss calls the backbone past the model.
+    hidden = model.base_model.model.model(ids, attention_mask=mask).last_hidden_state
+    assert torch.equal(model.base_model.model.lm_head(hidden), expected)
+
+
+@torch.no_grad()
+def test_answers_can_be_told_by_columns(tokens):
+    model = build_adapter(build_model())
+    ids = tokens(2, 9)
+    labels = ids.clone()
+    labels[:, :6] = -100
+    expected = model(ids, labels=labels).logits
+    tracker = model.base_model.model.loreft_tracker
+    tracker.find_answers = lambda asked: torch.arange(asked.shape[1])[None] >= 6
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_answers_are_asked_for_only_where_something_is_edited(tokens):
+    model = build_adapter(build_model())
+    ids = tokens(1, 6)
+
+    def unknown(ids):
+        raise ValueError("these ids are not known")
+
+    model.base_model.model.loreft_tracker.find_answers = unknown
+    with pytest.raises(ValueError, match="not known"):
+        model(ids)
+    with model.disable_adapter():
+        model(ids)
+    model(ids, labels=ids.where(torch.arange(6) > 3, -100))
+    model.generate(input_ids=ids, max_new_tokens=2, pad_token_id=0)
+
+
 def test_training_without_labels_warns(tokens):
     model = build_adapter(build_model())
     with pytest.warns(UserWarning, match="takes the whole input as the prompt"):

@@ -79,10 +79,19 @@ class PromptTracker:
     The prompt of a sample is
 
     - in a forward with labels, everything before its first trained token;
+    - where a trainer that keeps the labels to itself has set ``find_answers``,
+      everything before its first answer token;
     - while ``generate`` runs, what was handed to it, cached or not, at every step;
     - in any other forward without a cache, the whole sample;
     - with a filled cache, nothing: the prompt has gone by.
+
+    Attributes:
+        find_answers: for a trainer that gives the model no labels: the ids (B, T) of a
+            forward to a mask of its answer tokens, (B, T) or (1, T); raises for ids it
+            does not know. Asked only where something of the forward is edited.
     """
+
+    find_answers: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, model: PreTrainedModel, backbone: nn.Module) -> None:
         self._labels: Tensor | None = None
@@ -233,13 +242,17 @@ class PromptTracker:
         mask, starts = inputs.get("attention_mask"), _sample_starts(inputs, shape)
 
         def make_spans() -> PromptSpans | None:
-            if past and labels is None:
+            if labels is not None:
+                answer_BT = labels != -100
+            elif self.find_answers is not None:
+                answer_BT = self.find_answers(tokens).expand(shape)
+            elif past:
                 return None
-            real_BT = _real_tokens(mask, shape, tokens.device)
-            if labels is None:
+            else:
                 self._warn_without_labels(training)
-                return prompt_spans(real_BT, starts)
-            spans = prompt_spans(real_BT, starts, labels.to(tokens.device) != -100)
+                return prompt_spans(_real_tokens(mask, shape, tokens.device), starts)
+            real_BT = _real_tokens(mask, shape, tokens.device)
+            spans = prompt_spans(real_BT, starts, answer_BT.to(tokens.device) != 0)
             self._warn_without_prompt(spans)
             return spans
 
