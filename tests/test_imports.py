@@ -12,11 +12,14 @@ import axolotl_reft
 PACKAGE = Path(axolotl_reft.__file__).parent
 ORDER = [
     "positions",
+    "turns",
+    "chat_template",
     "rotation",
     "peft_type",
     "pyreft_install",
     "components",
     "config",
+    "conversations",
     "prompts",
     "interventions",
     "adapter_directory",
@@ -86,7 +89,11 @@ def test_imports_point_one_way():
 
 @pytest.mark.parametrize(
     ("part", "allowed"),
-    [("positions", {"torch"}), ("rotation", {"torch"})],
+    [
+        ("positions", {"torch"}),
+        ("turns", {"torch", "axolotl_reft"}),
+        ("rotation", {"torch"}),
+    ],
 )
 def test_the_numerics_need_torch_alone(part, allowed):
     tree = ast.parse((PACKAGE / f"{part}.py").read_text())

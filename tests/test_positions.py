@@ -114,15 +114,34 @@ def test_a_sample_without_prompt_is_not_edited():
     assert drawn(prompt_spans(real, None, answer), Positions(2, 2), 4) == ["...."]
 
 
-def test_a_prompt_read_in_chunks_is_edited_like_the_whole():
-    whole = drawn(prompt_spans(torch.ones(1, 9, dtype=torch.bool)), Positions(3, 2), 9)
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        # what stands between answers, and after the last, are prompts of their own
+        ("ppppaauuuuaauu", "f..l..f..l..fl"),
+        # of one token nothing is edited
+        ("ppaauaauu", "fl.....fl"),
+        # samples packed into one row, the second begins with an answer
+        ("ppaapp|aapppa|ppa", "fl..fl..f.l.fl."),
+        ("   ppaapp  ", "   fl..fl  ".replace(" ", ".")),
+    ],
+)
+def test_every_turn_has_a_prompt_of_its_own(row, expected):
+    real, start, answer = rows(row)
+    spans = prompt_spans(real, start, answer, every=True)
+    assert drawn(spans, Positions(1, 1), len(expected)) == [expected]
+
+
+def test_columns_of_a_row_keep_their_places_in_the_prompt():
+    spans = prompt_spans(torch.ones(1, 9, dtype=torch.bool))
+    whole = drawn(spans, Positions(3, 2), 9)
     chunks = ""
-    for stop in (4, 8, 9):
-        seen = torch.ones(1, stop, dtype=torch.bool)
-        step = stop - len(chunks)
-        spans = prompt_spans(seen, pending=9 - stop).tail(step)
-        chunks += drawn(spans, Positions(3, 2), step)[0]
+    for start, stop in ((0, 4), (4, 8), (8, 9)):
+        chunk = spans.columns(start, stop)
+        chunks += drawn(chunk, Positions(3, 2), stop - start)[0]
     assert [chunks] == whole
+    beyond = spans.columns(7, 12)
+    assert drawn(beyond, Positions(3, 2), 5) == ["ll..."]
 
 
 def test_indices_with_a_capacity_are_those_that_counting_finds():

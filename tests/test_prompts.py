@@ -7,6 +7,9 @@ import torch
 from conftest import build_adapter, build_model
 from transformers import AutoModelForTokenClassification
 
+from axolotl_reft.conversations import Conversations
+from axolotl_reft.turns import Turns
+
 PROMPTS = (9, 4, 7)
 ANSWERS = (3, 5, 2)
 POSITIONS = ("f2+l3", "f1", "l1", "f7+l7", "all")
@@ -102,7 +105,7 @@ def test_packing_under_a_mask_of_segments_finds_the_same_prompts(samples):
 
     def note(*_):
         indices = tracker.indices(
-            model.base_model.model.model.layers[0].positions["default"], True
+            model.base_model.model.model.layers[0].positions["default"], Turns(), True
         )
         seen.append(indices[0].tolist())
 
@@ -195,26 +198,44 @@ def test_embeddings_in_place_of_ids_generate_the_same(tokens):
 
 
 @torch.no_grad()
-def test_a_continued_conversation_is_not_edited_again(tokens):
-    """The prompt is the first turn's, in training and on a reused cache."""
-    model = build_adapter(build_model())
-    ids = tokens(1, 12)
+@pytest.mark.parametrize("turns", ["every", "first"])
+def test_a_conversation_goes_on_as_it_was_trained(tokens, turns):
+    """Without a chat template: what `generate` answered is known to be no prompt."""
+    model = build_adapter(build_model(), turns=turns, positions="f1+l2")
+    ids = tokens(1, 14)
     labels = ids.clone()
     labels[:, :5] = -100  # one user turn
-    labels[:, 8:10] = -100  # a later one
+    labels[:, 7:11] = -100  # a later one
     trained = model(ids, labels=labels).logits[0]
+    settings = {"do_sample": False, "return_dict_in_generate": True}
+    # Answered with ids[5:7], of which the last is not in the cache.
+    force = [lambda seen, scores: one_hot(ids[:, seen.shape[1]], scores)]
     first = model.generate(
-        input_ids=ids[:, :5], max_new_tokens=1, do_sample=False,
-        return_dict_in_generate=True,
-    )  # fmt: skip
+        input_ids=ids[:, :5], max_new_tokens=2, logits_processor=force, **settings
+    )
     cache = first.past_key_values
-    cache.crop(cache.get_seq_length() - 5)
-    model(ids[:, 5:8], past_key_values=cache)
+    assert cache.get_seq_length() == 6 and torch.equal(first.sequences, ids[:, :7])
     second = model.generate(
-        input_ids=ids[:, :10], past_key_values=cache, max_new_tokens=1,
-        do_sample=False, return_dict_in_generate=True, output_logits=True,
+        input_ids=ids[:, :11], past_key_values=cache, max_new_tokens=1,
+        output_logits=True, **settings
     )  # fmt: skip
-    assert_same([second.logits[0][0]], [trained[9]])
+    assert_same([second.logits[0][0]], [trained[10]])
+
+
+def one_hot(column, scores):
+    return torch.full_like(scores, -1e9).scatter(1, column[:, None], 0.0)
+
+
+@torch.no_grad()
+def test_a_cache_filled_by_who_knows_whom_is_not_edited_again(tokens):
+    model = build_adapter(build_model())
+    ids = tokens(1, 10)
+    with model.disable_adapter():
+        base = model(ids).logits[0, -1]
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+    model.base_model.model.loreft_tracker._conversations = Conversations()
+    got = answers(model, ids, past_key_values=cache).logits[0][0]
+    assert_same([got], [base])
 
 
 def test_reserved_slots_compute_what_counted_ones_do(samples, monkeypatch):

@@ -7,11 +7,19 @@ axolotl nor pyreft.
 from importlib import import_module
 from typing import Any
 
+from axolotl_reft.chat_template import turn_markers
 from axolotl_reft.config import LoreftConfig
 from axolotl_reft.model import LoreftModel
 from axolotl_reft.registration import register_loreft
 
-__all__ = ["LoreftConfig", "LoreftModel", "LoreftPlugin", "from_pyreft", "to_pyreft"]
+__all__ = [
+    "LoreftConfig",
+    "LoreftModel",
+    "LoreftPlugin",
+    "from_pyreft",
+    "to_pyreft",
+    "turn_markers",
+]
 
 # Imported when asked for: these bring in axolotl, or pyreft.
 _LAZY = {

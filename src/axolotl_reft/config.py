@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from axolotl_reft.components import COMPONENTS, component_layer, is_component
 from axolotl_reft.peft_type import LOREFT
 from axolotl_reft.positions import Positions
+from axolotl_reft.turns import Turns
 
 INTERVENTIONS = (
     "loreft",
@@ -63,6 +64,13 @@ class LoreftConfig(PeftConfig):
             "for the others."
         },
     )
+    turns: str = field(
+        default="every",
+        metadata={
+            "help": "In a conversation, 'every' edits the prompt of each turn, 'first' "
+            "that of the first turn alone. A prompt of a single turn is edited alike."
+        },
+    )
     tied_weights: bool = field(
         default=True,
         metadata={
@@ -97,6 +105,14 @@ class LoreftConfig(PeftConfig):
             "ACT2FN; null is linear."
         },
     )
+    turn_markers: dict[str, list] | None = field(
+        default=None,
+        metadata={
+            "help": "The chat template's marks, by which the turns of a conversation "
+            "are told in training and at inference: what "
+            "axolotl_reft.turn_markers(tokenizer) returns. axolotl's plugin sets them."
+        },
+    )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={
@@ -112,6 +128,7 @@ class LoreftConfig(PeftConfig):
         self.target_modules: set[str] | None = None
         parse_layers(self.layers)
         Positions.parse(self.positions)
+        Turns.parse(self.turns, self.turn_markers)
         if isinstance(self.rank, dict):
             # As JSON would have it, so that a reloaded configuration is the same.
             self.rank = {str(key): rank for key, rank in self.rank.items()}

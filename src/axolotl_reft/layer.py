@@ -19,6 +19,7 @@ from axolotl_reft.components import Site, find_site
 from axolotl_reft.config import LoreftConfig
 from axolotl_reft.positions import Positions
 from axolotl_reft.prompts import PromptTracker
+from axolotl_reft.turns import Turns
 
 
 def edit(
@@ -71,6 +72,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         self.tracker = tracker
         self.text_config = text_config
         self.positions: dict[str, Positions] = {}
+        self.turns: dict[str, Turns] = {}
         self.sites: dict[str, Site] = {}
         self._handles: dict[str, RemovableHandle] = {}
         self._disable_adapters = False
@@ -104,6 +106,9 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
                 intervention.to(device)
             container[adapter_name] = intervention.train(self.training)
         self.positions[adapter_name] = positions
+        self.turns[adapter_name] = Turns.parse(config.turns, config.turn_markers)
+        if not positions.everywhere:
+            self.tracker.watch(self.turns[adapter_name])
         self.sites[adapter_name] = site
         if site.path:
             self._hook(adapter_name, site)
@@ -200,7 +205,9 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         positions = self.positions[name]
         if positions.everywhere:
             return interventions[0](h_BTD)
-        indices = self.tracker.indices(positions, tied=len(interventions) == 1)
+        indices = self.tracker.indices(
+            positions, self.turns[name], tied=len(interventions) == 1
+        )
         return h_BTD if indices is None else edit(h_BTD, indices, interventions)
 
 

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _GRAMMAR = re.compile(r"(?:f(?P<first>[1-9]\d*))?(?P<plus>\+)?(?:l(?P<last>[1-9]\d*))?")
@@ -78,12 +79,14 @@ class PromptSpans:
     rank_BT: Tensor
     length_BT: Tensor
 
-    def tail(self, tokens: int) -> PromptSpans:
-        """The same for the last ``tokens`` columns: what a cached forward computes."""
+    def columns(self, start: int, stop: int) -> PromptSpans:
+        """The same for some columns of a longer row; those past its end are outside."""
+        beyond = max(stop - self.inside_BT.shape[1], 0)
         return PromptSpans(
-            self.inside_BT[:, -tokens:],
-            self.rank_BT[:, -tokens:],
-            self.length_BT[:, -tokens:],
+            *(
+                F.pad(tensor_BT[:, start:stop], (0, beyond))
+                for tensor_BT in (self.inside_BT, self.rank_BT, self.length_BT)
+            )
         )
 
     def edited(self, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -103,40 +106,47 @@ def prompt_spans(
     real_BT: Tensor,
     starts_BT: Tensor | None = None,
     answer_BT: Tensor | None = None,
-    pending: int = 0,
+    every: bool = False,
 ) -> PromptSpans:
-    """Find the prompt of every sample in a batch of rows.
+    """Find the prompts of every sample in a batch of rows.
 
-    A sample's prompt runs from its first real token to its first answer token; with no
-    answer in sight, to its end.
+    The first prompt of a sample runs from its first real token to its first answer
+    token; with no answer in sight, to its end. A later turn's prompt is what stands
+    between two answers, or after the last.
 
     Args:
         real_BT: True for tokens, False for padding.
         starts_BT: True where a packed sample begins; None for one sample a row.
-        answer_BT: True for tokens of answers (trained tokens, or columns after the
-            prompt); None if there are none.
-        pending: prompt tokens of every row still to come (a prompt prefilled in
-            chunks).
+        answer_BT: True for tokens of answers; None if there are none.
+        every: find the prompts of all turns, not the first turn's alone.
     """
     inside_BT = real_BT
-    if answer_BT is not None:
-        inside_BT = real_BT & (_count_in_sample(answer_BT, starts_BT) == 0)
-    rank_BT = _count_in_sample(inside_BT, starts_BT) - 1
-    # What the sample still has to the right of a token, plus what it has had.
-    right_BT = _count_in_sample(
-        inside_BT.flip(1), None if starts_BT is None else _ends(starts_BT).flip(1)
-    ).flip(1)
-    length_BT = rank_BT + right_BT + pending
-    return PromptSpans(inside_BT, rank_BT, length_BT)
+    if answer_BT is not None and every:
+        inside_BT = real_BT & ~answer_BT
+        begins_BT = inside_BT & ~F.pad(inside_BT, (1, -1))
+        starts_BT = begins_BT if starts_BT is None else begins_BT | starts_BT
+    elif answer_BT is not None:
+        inside_BT = real_BT & (count_in_sample(answer_BT, starts_BT) == 0)
+    rank_BT = count_in_sample(inside_BT, starts_BT) - 1
+    return PromptSpans(inside_BT, rank_BT, total_in_sample(inside_BT, starts_BT))
 
 
-def _count_in_sample(mask_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
+def count_in_sample(mask_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
     """Running count of ``mask_BT``, this token included, anew in each sample."""
     count_BT = mask_BT.long().cumsum(1)
     if starts_BT is None:
         return count_BT
     before_BT = (count_BT - mask_BT.long()) * starts_BT
     return count_BT - before_BT.cummax(1).values
+
+
+def total_in_sample(mask_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
+    """How many tokens of its sample ``mask_BT`` marks, at every token."""
+    # What the sample still has to the right of a token, plus what it has had.
+    right_BT = count_in_sample(
+        mask_BT.flip(1), None if starts_BT is None else _ends(starts_BT).flip(1)
+    ).flip(1)
+    return count_in_sample(mask_BT, starts_BT) + right_BT - mask_BT.long()
 
 
 def _ends(starts_BT: Tensor) -> Tensor:

@@ -19,42 +19,33 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from axolotl_reft.positions import Positions, PromptSpans, flat_indices, prompt_spans
-
-
-@dataclass
-class _Generation:
-    """What is remembered while ``generate`` runs.
-
-    Attributes:
-        prompt_width: columns of the prompts; None once known to continue a cached
-            conversation, whose prompt was edited in its first turn.
-        mask_BW: the 2-D attention mask of the step under way.
-        started: a forward has been seen.
-    """
-
-    prompt_width: int | None
-    mask_BW: Tensor | None = None
-    started: bool = False
+from axolotl_reft.conversations import Conversations, Generation, Tokens
+from axolotl_reft.positions import Positions, PromptSpans, flat_indices
+from axolotl_reft.turns import Turns
 
 
 @dataclass
 class _Batch:
-    """The forward under way: its spans and their indices, made when asked for."""
+    """The forward under way: its spans and their indices, made when asked for.
+
+    Attributes:
+        shape: B and T.
+        make_spans: the prompts of such turns; None for none.
+        one_sample_rows: no row holds several packed samples.
+    """
 
     shape: tuple[int, int]
-    make_spans: Callable[[], PromptSpans | None]
+    make_spans: Callable[[Turns], PromptSpans | None]
     one_sample_rows: bool
-    indices: dict[tuple[Positions, bool], tuple[Tensor, ...] | None] = field(
+    spans: dict[Turns, PromptSpans | None] = field(default_factory=dict)
+    indices: dict[tuple[Positions, Turns, bool], tuple[Tensor, ...] | None] = field(
         default_factory=dict
     )
-    _spans: PromptSpans | None = None
-    _made: bool = False
 
-    def spans(self) -> PromptSpans | None:
-        if not self._made:
-            self._spans, self._made = self.make_spans(), True
-        return self._spans
+    def prompts(self, turns: Turns) -> PromptSpans | None:
+        if turns not in self.spans:
+            self.spans[turns] = self.make_spans(turns)
+        return self.spans[turns]
 
 
 class _Override:
@@ -76,12 +67,15 @@ class _Override:
 class PromptTracker:
     """Turns each forward's labels, masks and cache into edited positions, once.
 
-    The prompt of a sample is
+    Where an adapter knows the marks of a chat template (``turn_markers``) and a sample
+    has them, the marks tell its prompts, in training and at inference. Elsewhere,
 
-    - in a forward with labels, everything before its first trained token;
-    - where a trainer that keeps the labels to itself has set ``find_answers``,
-      everything before its first answer token;
-    - while ``generate`` runs, what was handed to it, cached or not, at every step;
+    - in a forward with labels, the prompt is everything before the first trained
+      token, and with ``turns: every`` what stands between trained tokens as well;
+    - where a trainer that keeps the labels to itself has set ``find_answers``, the
+      same of its answer tokens;
+    - while ``generate`` runs, what was handed to it, cached or not, at every step,
+      except what it had answered on the same cache before;
     - in any other forward without a cache, the whole sample;
     - with a filled cache, nothing: the prompt has gone by.
 
@@ -95,8 +89,10 @@ class PromptTracker:
 
     def __init__(self, model: PreTrainedModel, backbone: nn.Module) -> None:
         self._labels: Tensor | None = None
-        self._generation: _Generation | None = None
+        self._generation: Generation | None = None
         self._batch: _Batch | None = None
+        self._conversations = Conversations()
+        self._turns: set[Turns] = set()
         self._edited_outputs: dict[int, Tensor] | None = None
         self._checked = False
         can_generate = getattr(model, "can_generate", None)
@@ -107,7 +103,7 @@ class PromptTracker:
         self._handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             backbone.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
-            backbone.register_forward_hook(self._after_backbone),
+            backbone.register_forward_hook(self._after_backbone, with_kwargs=True),
         ]
         if self._labels_mark_answers:
             for name, method in self._overrides().items():
@@ -128,7 +124,13 @@ class PromptTracker:
 
     # --- what layers ask -----------------------------------------------------------
 
-    def indices(self, positions: Positions, tied: bool) -> tuple[Tensor, ...] | None:
+    def watch(self, turns: Turns) -> None:
+        """An adapter is there that asks for the prompts of such turns."""
+        self._turns.add(turns)
+
+    def indices(
+        self, positions: Positions, turns: Turns, tied: bool
+    ) -> tuple[Tensor, ...] | None:
         """Flat indices (N,) into B·T of what each intervention of a layer edits.
 
         Returns:
@@ -144,9 +146,9 @@ class PromptTracker:
                 "a LoReFT layer was called outside a forward of its model, so it "
                 "cannot know the prompt; call the model instead of its layers"
             )
-        key = (positions, tied)
+        key = (positions, turns, tied)
         if key not in batch.indices:
-            batch.indices[key] = _indices(batch, positions, tied)
+            batch.indices[key] = _indices(batch, *key)
         return batch.indices[key]
 
     def record(self, before: Tensor, after: Tensor) -> None:
@@ -178,7 +180,7 @@ class PromptTracker:
         self._labels = labels
 
     def _before_backbone(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
+        inputs = self._inputs(args, kwargs)
         labels, self._labels = self._labels, None
         wanted = inputs.get("output_hidden_states")
         if wanted is None:
@@ -186,33 +188,73 @@ class PromptTracker:
         self._edited_outputs = {} if wanted else None
         self._batch = self._read(inputs, labels, module.training)
 
-    def _after_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_backbone(
+        self, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
         self._batch = None
         edited, self._edited_outputs = self._edited_outputs, None
         states = getattr(output, "hidden_states", None)
         if edited and states is not None:
             output.hidden_states = tuple(edited.get(id(h), h) for h in states)
+        self._note_forward(args, kwargs, output)
+
+    def _note_forward(self, args: Any, kwargs: Any, output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        ids_BT = self._inputs(args, kwargs).get("input_ids")
+        if cache is None or ids_BT is None or torch.compiler.is_compiling():
+            return
+        if self._generation is None:  # else noted as a whole, when it has ended
+            past = _cached(cache) - ids_BT.shape[1]
+            self._conversations.note_forward(cache, past, ids_BT)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        first = next(
-            (
-                value
-                for value in (
-                    *args[:1],
-                    kwargs.get("inputs_embeds"),
-                    kwargs.get("inputs"),
-                    kwargs.get("input_ids"),
-                )
-                if value is not None
-            ),
-            None,
-        )
-        width = 1 if first is None else first.shape[1]
-        outer, self._generation = self._generation, _Generation(width)
+        generation = self._begin(args, kwargs)
+        outer, self._generation = self._generation, generation
         try:
-            return type(self._model).generate(self._model, *args, **kwargs)
+            output = type(self._model).generate(self._model, *args, **kwargs)
         finally:
             self._generation = outer
+        self._note_answer(generation, kwargs.get("past_key_values"), output)
+        return output
+
+    def _begin(self, args: Any, kwargs: Any) -> Generation:
+        """What ``generate`` is asked to go on with; an ill-fitting cache is cut."""
+        names = ("inputs_embeds", "inputs", "input_ids")
+        given = [*args[:1], *(kwargs.get(name) for name in names)]
+        first = next((value for value in given if value is not None), None)
+        width = 1 if first is None else first.shape[1]
+        ids_BP = first if first is not None and first.ndim == 2 else None
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask_BW = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        past = _cached(cache)
+        if not past:
+            return Generation(width, ids_BP, mask_BW=mask_BW)
+        omitted = 0 if mask_BW is None else max(mask_BW.shape[1] - width, 0)
+        if omitted and ids_BP is not None:
+            known = self._conversations.before(cache, omitted, ids_BP.shape[0])
+            ids_BP = None if known is None else torch.cat([known.ids_BW, ids_BP], 1)
+        answer_BP = None
+        if ids_BP is not None:
+            answer_BP = self._conversations.answers(cache, ids_BP)
+        generation = Generation(
+            width + omitted, ids_BP, answer_BP, True, omitted, mask_BW
+        )
+        keep = min((generation.cut(turns, past) for turns in self._turns), default=past)
+        if keep < past:
+            _cut_back(cache, past, keep, bool(omitted))
+        return generation
+
+    def _note_answer(self, generation: Generation, cache: Any, output: Any) -> None:
+        """Remember what was answered, should the cache be gone on with."""
+        sequences = getattr(output, "sequences", output)
+        cache = getattr(output, "past_key_values", cache)
+        ids_BP, answer_BP = generation.ids_BP, generation.answer_BP
+        if cache is None or ids_BP is None or sequences.shape[0] != ids_BP.shape[0]:
+            return
+        ids_BW = torch.cat([ids_BP[:, : generation.omitted], sequences], 1)
+        answer_BW = torch.ones_like(ids_BW, dtype=torch.bool)
+        answer_BW[:, : generation.width] = False if answer_BP is None else answer_BP
+        self._conversations.note(cache, Tokens(ids_BW, answer_BW))
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
         if self._generation is not None:
@@ -224,35 +266,37 @@ class PromptTracker:
 
     # --- reading a batch -----------------------------------------------------------
 
+    def _inputs(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        return dict(zip(self._parameters, args, strict=False)) | kwargs
+
     def _read(
         self, inputs: dict[str, Any], labels: Tensor | None, training: bool
     ) -> _Batch:
-        tokens = inputs.get("input_ids")
-        if tokens is None:
-            tokens = inputs["inputs_embeds"]
-        shape = (tokens.shape[0], tokens.shape[1])
+        ids_BT = inputs.get("input_ids")
+        tokens = inputs["inputs_embeds"] if ids_BT is None else ids_BT
+        shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
         if not self._labels_mark_answers or (
             labels is not None and tuple(labels.shape) != shape
         ):
             labels = None
-        generation = self._generation
-        if generation is not None and labels is None:
-            return self._read_step(generation, inputs, shape, tokens.device)
-        past = _cached(inputs.get("past_key_values"))
-        mask, starts = inputs.get("attention_mask"), _sample_starts(inputs, shape)
+        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        if labels is None and self._generation is not None:
+            return self._read_step(self._generation, cache, shape, device)
+        past = _cached(cache)
+        if past and labels is None and self.find_answers is None:
+            return self._read_chunk(cache, past, ids_BT, mask, shape)
+        starts = _sample_starts(inputs, shape)
 
-        def make_spans() -> PromptSpans | None:
+        def make_spans(turns: Turns) -> PromptSpans | None:
+            real_BT = _real_tokens(mask, shape, device)
             if labels is not None:
-                answer_BT = labels != -100
+                answer_BT = labels.to(device) != -100
             elif self.find_answers is not None:
-                answer_BT = self.find_answers(tokens).expand(shape)
-            elif past:
-                return None
+                answer_BT = self.find_answers(tokens).expand(shape).to(device) != 0
             else:
                 self._warn_without_labels(training)
-                return prompt_spans(_real_tokens(mask, shape, tokens.device), starts)
-            real_BT = _real_tokens(mask, shape, tokens.device)
-            spans = prompt_spans(real_BT, starts, answer_BT.to(tokens.device) != 0)
+                return turns.prompts(real_BT, ids_BT, starts)
+            spans = turns.prompts(real_BT, ids_BT, starts, answer_BT)
             self._warn_without_prompt(spans)
             return spans
 
@@ -260,35 +304,44 @@ class PromptTracker:
 
     def _read_step(
         self,
-        generation: _Generation,
-        inputs: dict[str, Any],
+        generation: Generation,
+        cache: Any,
         shape: tuple[int, int],
         device: torch.device,
     ) -> _Batch:
         """A forward inside ``generate``: the prompt is what that was given."""
-        tokens = shape[1]
+        rows, tokens = shape
         if generation.mask_BW is not None:
-            width = generation.mask_BW.shape[1]
+            past = generation.mask_BW.shape[1] - tokens
         else:
-            width = _cached(inputs.get("past_key_values")) + tokens
-        if not generation.started:
-            generation.started = True
-            if width > tokens:
-                generation.prompt_width = None
-        prompt = generation.prompt_width
-        mask = generation.mask_BW
+            past = _cached(cache)
 
-        def make_spans() -> PromptSpans | None:
-            if prompt is None or width - tokens >= prompt:
+        def make_spans(turns: Turns) -> PromptSpans | None:
+            return generation.step(turns, rows, tokens, past, device)
+
+        return _Batch(shape, make_spans, one_sample_rows=True)
+
+    def _read_chunk(
+        self,
+        cache: Any,
+        past: int,
+        ids_BT: Tensor | None,
+        mask: Any,
+        shape: tuple[int, int],
+    ) -> _Batch:
+        """A forward on a filled cache: marks tell, read with what is cached."""
+        known = None
+        if ids_BT is not None:
+            known = self._conversations.before(cache, past, shape[0])
+
+        def make_spans(turns: Turns) -> PromptSpans | None:
+            if ids_BT is None or known is None or not turns.generation_prompts:
                 return None
-            real_BW = _real_tokens(mask, (shape[0], width), device)
-            answer_W = torch.arange(width, device=device) >= prompt
-            spans = prompt_spans(
-                real_BW,
-                answer_BT=answer_W.expand_as(real_BW),
-                pending=max(prompt - width, 0),
-            )
-            return spans.tail(tokens)
+            seen = known.followed_by(ids_BT)
+            width = (shape[0], past + shape[1])
+            real_BW = _real_tokens(mask, width, ids_BT.device)
+            spans = turns.prompts(real_BW, seen.ids_BW, None, seen.answer_BW)
+            return spans.columns(past, width[1])
 
         return _Batch(shape, make_spans, one_sample_rows=True)
 
@@ -318,10 +371,29 @@ class PromptTracker:
             )
 
 
+def _cut_back(cache: Any, past: int, keep: int, new_alone: bool) -> None:
+    """Drop what was cached of a prompt that ended elsewhere then."""
+    remedy = "pass a fresh cache and the whole conversation"
+    if new_alone:
+        raise ValueError(
+            f"past_key_values: the cache ends within a prompt, {past - keep} tokens of "
+            "it are cached and the rest is new, so that its first and last tokens "
+            f"cannot be told; {remedy}"
+        )
+    try:
+        cache.crop(keep - past)
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            "past_key_values: the cache ends within a prompt and was edited for "
+            f"another end of it, and a {type(cache).__name__} cannot be cut back "
+            f"({error}); {remedy}"
+        ) from error
+
+
 def _indices(
-    batch: _Batch, positions: Positions, tied: bool
+    batch: _Batch, positions: Positions, turns: Turns, tied: bool
 ) -> tuple[Tensor, ...] | None:
-    spans = batch.spans()
+    spans = batch.prompts(turns)
     if spans is None:
         return None
     prefix_BT, suffix_BT = spans.edited(positions)

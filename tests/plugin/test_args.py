@@ -42,6 +42,7 @@ def test_a_good_config_gets_every_default():
         "layers": "all",
         "positions": "f7+l7",
         "rank": 8,
+        "turns": "every",
         "tied_weights": True,
         "intervention": "loreft",
         "component": "block_output",

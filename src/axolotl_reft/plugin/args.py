@@ -28,6 +28,7 @@ class LoreftBlock(BaseModel):
     layers: str | int | list[int | str] = _setting("layers")
     positions: str = _setting("positions")
     rank: int | dict[str | int, int] = _setting("rank")
+    turns: str = _setting("turns")
     tied_weights: bool = _setting("tied_weights")
     intervention: str = _setting("intervention")
     component: str = _setting("component")

@@ -14,8 +14,12 @@ from axolotl_reft.config import LoreftConfig, layer_ranks
 
 LOG = get_logger(__name__)
 
-# The adapter's own, without those of every PEFT method.
-_SETTINGS = [key for key in LoreftConfig.__annotations__ if key != "modules_to_save"]
+# The adapter's own: without those of every PEFT method, and what no YAML sets.
+_SETTINGS = [
+    key
+    for key in LoreftConfig.__annotations__
+    if key not in ("modules_to_save", "turn_markers")
+]
 
 # Settings that are refused when set (true, non-zero, non-empty), and why.
 _REFUSED = {

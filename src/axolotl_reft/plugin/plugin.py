@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from axolotl_reft.config import LoreftConfig
 from axolotl_reft.plugin.args import check_as_written
+from axolotl_reft.plugin.chat import markers_of_data
 from axolotl_reft.plugin.checks import check_against_base
 from axolotl_reft.pyreft_install import check_pyreft
 
@@ -84,6 +85,8 @@ class LoreftPlugin(BasePlugin):
             return None
         task = TaskType.SEQ_CLS if cfg.reward_model else TaskType.CAUSAL_LM
         config = LoreftConfig(task_type=task, **cfg.loreft)
+        if task == TaskType.CAUSAL_LM and not cfg.lora_model_dir:
+            config.turn_markers = markers_of_data(cfg)
         if config_only:
             return None, config
         if cfg.lora_model_dir:
