@@ -82,7 +82,11 @@ class _Intervention(nn.Module):
         raise NotImplementedError
 
     def _edit(self, h_ND: Tensor) -> Tensor:
-        """The new hidden states in float32."""
+        """The new hidden states in float32.
+
+        A sharded model lends its parameters in the dtype of its mixed precision, so
+        they are used as ``.float()``.
+        """
         raise NotImplementedError
 
     def forward(
@@ -117,6 +121,11 @@ class _Intervention(nn.Module):
                     f"{self.rank} needs {tuple(tensor.shape)}; load it on the base "
                     "model it was trained on"
                 )
+        for name in self._buffers:
+            # FSDP2 loads with assign=True, and wraps what it hands over: a parameter
+            # would take the buffer's place, and be trained.
+            if isinstance(saved := state_dict.get(prefix + name), nn.Parameter):
+                state_dict[prefix + name] = saved.detach()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -143,7 +152,7 @@ class _Affine(_Intervention):
 
     def _source(self, h_ND: Tensor) -> Tensor:
         """f(Wh + b) (N, R)."""
-        return self.act_fn(F.linear(h_ND, self.weight, self.bias))
+        return self.act_fn(F.linear(h_ND, self.weight.float(), self.bias.float()))
 
     @property
     def learned_source(self) -> SimpleNamespace:
@@ -165,7 +174,7 @@ class _Rotated(_Intervention):
 
     def rotation_matrix(self) -> Tensor:
         """R transposed, as pyreft holds it: (D, R), orthonormal columns."""
-        return rotation(self.rotation, self.rotation_base)
+        return rotation(self.rotation.float(), self.rotation_base)
 
     @property
     def rotate_layer(self) -> SimpleNamespace:
@@ -223,8 +232,8 @@ class NoreftIntervention(_Projected, pyreft.NoreftIntervention):
     pyreft_class = pyreft.NoreftIntervention
 
     def _edit(self, h_ND: Tensor) -> Tensor:
-        projected_NR = F.linear(h_ND, self.proj_weight)
-        return h_ND + (self._source(h_ND) - projected_NR) @ self.proj_weight
+        w_RD = self.proj_weight.float()
+        return h_ND + (self._source(h_ND) - F.linear(h_ND, w_RD)) @ w_RD
 
 
 class DireftIntervention(_Projected, pyreft.NodireftIntervention):
@@ -236,7 +245,7 @@ class DireftIntervention(_Projected, pyreft.NodireftIntervention):
     pyreft_class = pyreft.NodireftIntervention
 
     def _edit(self, h_ND: Tensor) -> Tensor:
-        return h_ND + self._source(h_ND) @ self.proj_weight
+        return h_ND + self._source(h_ND) @ self.proj_weight.float()
 
 
 class OrthogonalDireftIntervention(_RotatedAffine, pyreft.DireftIntervention):
@@ -255,7 +264,7 @@ class ConsreftIntervention(_BiasOnly, pyreft.ConsreftIntervention):
 
     def _edit(self, h_ND: Tensor) -> Tensor:
         r_DR = self.rotation_matrix()
-        return h_ND + (self.bias - h_ND @ r_DR) @ r_DR.T
+        return h_ND + (self.bias.float() - h_ND @ r_DR) @ r_DR.T
 
 
 class LobireftIntervention(_BiasOnly, pyreft.LobireftIntervention):
@@ -264,7 +273,7 @@ class LobireftIntervention(_BiasOnly, pyreft.LobireftIntervention):
     pyreft_class = pyreft.LobireftIntervention
 
     def _edit(self, h_ND: Tensor) -> Tensor:
-        return h_ND + self.bias @ self.rotation_matrix().T
+        return h_ND + self.bias.float() @ self.rotation_matrix().T
 
 
 INTERVENTION_CLASSES: dict[str, type[_Intervention]] = {

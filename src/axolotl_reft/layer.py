@@ -43,7 +43,8 @@ def edit(
             for index, intervention in zip(indices, interventions, strict=True)
         ]
     )
-    padded.index_copy_(0, torch.cat(indices), new_ND)
+    # FSDP's mixed precision may have chosen another dtype for an intervention's output.
+    padded.index_copy_(0, torch.cat(indices), new_ND.to(padded.dtype))
     return padded[:-1].view(h_BTD.shape)
 
 
@@ -204,7 +205,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         ]
         positions = self.positions[name]
         if positions.everywhere:
-            return interventions[0](h_BTD)
+            return interventions[0](h_BTD).to(h_BTD.dtype)
         indices = self.tracker.indices(
             positions, self.turns[name], tied=len(interventions) == 1
         )

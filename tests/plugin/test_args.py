@@ -114,8 +114,6 @@ BESIDE_IT = [
     ({"gptq": True}, "gptq: true with adapter: loreft: quantised"),
     ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters: .* keeps the base fr"),
     ({"process_reward_model": True}, "process_reward_model: true .* train a reward_mo"),
-    ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 with adapter: loreft"),
-    ({"context_parallel_size": 2}, "context_parallel_size: 2 with adapter: loreft"),
     ({"use_eaft": True}, "use_eaft: true with positions: f7.l7"),
     ({"train_on_inputs": True}, "train_on_inputs: true with positions: f7.l7: .* set t"
      "rain_on_inputs: false, or edit every token with positions: all"),

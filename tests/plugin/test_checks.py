@@ -1,7 +1,9 @@
 """What is checked once the base model's config is known, before its weights are."""
 
 import pytest
+import torch
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.fp32_norms import get_fp32_norm_patterns, tag_model_fp32_norms
 from conftest import build_adapter, build_model
 from transformers import AutoConfig
 
@@ -108,6 +110,40 @@ def test_other_adapters_are_left_to_others():
     assert plugin.load_adapter(None, cfg) is None
     assert plugin.load_datasets(cfg) is None
     assert plugin.pre_model_load(cfg) is None
+
+
+def test_every_process_starts_with_the_same_numbers():
+    """Whatever it has drawn before; the seed is the config's."""
+
+    def start(drawn, **settings):
+        cfg = DictDefault({"adapter": "loreft", "loreft": {"rank": 2}, **settings})
+        base = build_model()
+        torch.manual_seed(drawn)
+        model, _ = LoreftPlugin().load_adapter(base, cfg)
+        following = torch.rand(1).item()
+        torch.manual_seed(drawn)
+        assert torch.rand(1).item() == following
+        return {k: v for k, v in model.state_dict().items() if ".intv_" in k}
+
+    first, second, other = start(1), start(2), start(1, seed=3)
+    assert all(torch.equal(second[key], value) for key, value in first.items())
+    assert not any(torch.equal(other[k], v) for k, v in first.items() if "base" in k)
+
+
+def test_fsdp2_is_told_to_keep_interventions_in_float32():
+    ours = "axolotl_reft.interventions.LoreftIntervention"
+    plugin, model = LoreftPlugin(), torch.nn.Module()
+    plugin.post_model_load(DictDefault({"adapter": "loreft"}), model)
+    assert get_fp32_norm_patterns(model) is None
+    plugin.post_model_load(DictDefault({"adapter": "lora", "fsdp_version": 2}), model)
+    assert get_fp32_norm_patterns(model) is None
+    cfg = DictDefault({"adapter": "loreft", "fsdp_version": 2})
+    plugin.post_model_load(cfg, model)
+    assert ours in get_fp32_norm_patterns(model)
+    cfg = DictDefault({"adapter": "loreft", "fsdp_version": 2, "fp32_norms": True})
+    plugin.post_model_load(cfg, torch.nn.Module())
+    tag_model_fp32_norms(model, cfg)
+    assert {ours, "RMSNorm", "LayerNorm"} <= set(get_fp32_norm_patterns(model))
 
 
 def test_preference_trainers_get_the_config_alone():

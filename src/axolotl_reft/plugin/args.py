@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from axolotl_reft.config import LoreftConfig, did_you_mean
 from axolotl_reft.plugin.checks import check_settings
+from axolotl_reft.plugin.parallel import check_parallel
 
 _FIELDS = {field.name: field for field in fields(LoreftConfig)}
 
@@ -117,7 +118,9 @@ def _check_keys_at_the_top(settings: dict[str, Any]) -> None:
 def _check_together(settings: dict[str, Any], block: LoreftBlock | None) -> None:
     adapter = settings.get("adapter")
     if adapter == "loreft":
-        check_settings(settings, (block or LoreftBlock()).positions)
+        block = block or LoreftBlock()
+        check_settings(settings, block.positions)
+        check_parallel(settings, block.component)
     elif block is not None:
         raise ValueError(
             f"loreft: the block is set, but adapter is {adapter!r}; set adapter: "

@@ -41,14 +41,6 @@ _REFUSED = {
     "process_reward_model": "process reward models are not supported with adapter: "
     "loreft; remove it, or train a reward_model",
 }
-# Refused above 1: they cut a sequence or a hidden state into pieces.
-_REFUSED_PARALLEL = {
-    "context_parallel_size": "each process would see a piece of a sequence and not "
-    "know where its prompt begins",
-    "sequence_parallel_degree": "each process would see a piece of a sequence and not "
-    "know where its prompt begins",
-    "tensor_parallel_size": "PEFT supports tensor parallelism for LoRA alone",
-}
 # lora_* keys that axolotl reads for any adapter.
 _ADAPTER_KEYS = ("lora_model_dir", "lora_on_cpu")
 # These take the labels away before the model sees them.
@@ -68,11 +60,6 @@ def check_settings(settings: Mapping[str, Any], positions: str) -> None:
     for key, reason in _REFUSED.items():
         if value := settings.get(key):
             raise ValueError(f"{key}: {_plain(value)} with adapter: loreft: {reason}")
-    for key, reason in _REFUSED_PARALLEL.items():
-        if (value := settings.get(key)) and value > 1:
-            raise ValueError(
-                f"{key}: {value} with adapter: loreft: {reason}; set {key}: 1"
-            )
     _refuse_lora_settings(settings)
     if positions != "all":
         _need_prompts(settings, positions)

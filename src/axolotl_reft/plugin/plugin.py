@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.loaders.utils import load_model_config
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.fp32_norms import get_fp32_norm_patterns
 from axolotl.utils.logging import get_logger
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import CONFIG_NAME
@@ -95,10 +97,27 @@ class LoreftPlugin(BasePlugin):
             )
             config = peft_model.peft_config["default"]
         else:
-            peft_model = get_peft_model(model, config)
+            # The same start in every process, whatever each has drawn before.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(42 if cfg.seed is None else cfg.seed)
+                peft_model = get_peft_model(model, config)
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             peft_model.print_trainable_parameters()
         return peft_model, config
+
+    def post_model_load(self, cfg: DictDefault, model: Any) -> None:
+        """Under FSDP2, interventions get float32 groups of their own: in that of the
+        whole model they would be rounded to its mixed precision at every step."""
+        if cfg.adapter != "loreft" or str(cfg.fsdp_version) != "2":
+            return
+        from axolotl_reft.interventions import INTERVENTION_CLASSES
+
+        ours = [f"{c.__module__}.{c.__name__}" for c in INTERVENTION_CLASSES.values()]
+        patterns = (get_fp32_norm_patterns(cfg) or []) + ours
+        if cfg.fp32_norms:
+            cfg.fp32_norm_classes = patterns  # read once more after this
+        else:
+            model._axolotl_fp32_norm_patterns = patterns
 
 
 def _answers() -> bool:
