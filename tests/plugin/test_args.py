@@ -154,10 +154,17 @@ def test_validation_alone_refuses_it_too(changes, message, monkeypatch):
         validated(**changes)
 
 
-def test_preference_training_is_refused():
+@pytest.mark.parametrize("method", ["dpo", "ipo", "kto", "orpo", "simpo", "grpo"])
+def test_preference_training_is_let_be(method):
     data = [{"path": "x", "type": "chatml.intel", "split": "train"}]
-    with pytest.raises(ValueError, match="rl: dpo with adapter: loreft: preference"):
-        validated(rl="dpo", datasets=data)
+    trl = {"num_generations": 2}
+    validated(
+        rl=method,
+        datasets=data,
+        trl=trl,
+        micro_batch_size=2,
+        remove_unused_columns=False,
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from axolotl.utils.train import determine_last_checkpoint
 from axolotl_reft.adapter_directory import check_adapter_fits
 from axolotl_reft.components import as_wide_as_the_model
 from axolotl_reft.config import LoreftConfig, layer_ranks
+from axolotl_reft.plugin.preference_checks import check_preference
 
 LOG = get_logger(__name__)
 
@@ -36,8 +37,6 @@ _REFUSED = {
     "LoReFT has not; remove it and set learning_rate",
     "unfrozen_parameters": "LoReFT keeps the base frozen, and unfrozen base weights "
     "would not be saved with the adapter; remove it",
-    "rl": "preference training is not supported with adapter: loreft yet (TRL takes "
-    "away the labels that tell prompt from answer); remove it",
     "process_reward_model": "process reward models are not supported with adapter: "
     "loreft; remove it, or train a reward_model",
 }
@@ -61,6 +60,7 @@ def check_settings(settings: Mapping[str, Any], positions: str) -> None:
         if value := settings.get(key):
             raise ValueError(f"{key}: {_plain(value)} with adapter: loreft: {reason}")
     _refuse_lora_settings(settings)
+    check_preference(settings)
     if positions != "all":
         _need_prompts(settings, positions)
 

@@ -29,6 +29,9 @@ LOG = get_logger(__name__)
 # in the config, and `inference` only a key that validation drops.
 _MODULES_THAT_ANSWER = ("axolotl.evaluate", "axolotl.cli.utils.load")
 
+# axolotl gives these trainers the adapter's configuration; TRL makes the adapter.
+_ADAPTED_BY_TRL = ("dpo", "ipo", "kto")
+
 
 class LoreftPlugin(BasePlugin):
     """``adapter: loreft`` for axolotl.
@@ -90,6 +93,9 @@ class LoreftPlugin(BasePlugin):
         if task == TaskType.CAUSAL_LM and not cfg.lora_model_dir:
             config.turn_markers = markers_of_data(cfg)
         if config_only:
+            if cfg.lora_model_dir:
+                config = LoreftConfig.from_pretrained(cfg.lora_model_dir)
+                config.inference_mode = False
             return None, config
         if cfg.lora_model_dir:
             peft_model = PeftModel.from_pretrained(
@@ -101,8 +107,7 @@ class LoreftPlugin(BasePlugin):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(42 if cfg.seed is None else cfg.seed)
                 peft_model = get_peft_model(model, config)
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            peft_model.print_trainable_parameters()
+        _print_trainable_parameters(peft_model)
         return peft_model, config
 
     def post_model_load(self, cfg: DictDefault, model: Any) -> None:
@@ -118,6 +123,22 @@ class LoreftPlugin(BasePlugin):
             cfg.fp32_norm_classes = patterns  # read once more after this
         else:
             model._axolotl_fp32_norm_patterns = patterns
+
+    def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list[Any]:
+        """Adds none: the one hook with a trainer that evaluation reaches as well."""
+        if cfg.adapter == "loreft" and cfg.rl:
+            from axolotl_reft.plugin.preference import prepare_trainer
+
+            evaluates = _answers()
+            prepare_trainer(trainer, cfg.lora_model_dir, evaluates)
+            if not evaluates and cfg.rl in _ADAPTED_BY_TRL:
+                _print_trainable_parameters(trainer.model)
+        return []
+
+
+def _print_trainable_parameters(model: PeftModel) -> None:
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        model.print_trainable_parameters()
 
 
 def _answers() -> bool:

@@ -1,0 +1,66 @@
+"""What is refused beside ``rl:``, with the message a user reads."""
+
+import re
+
+import pytest
+from axolotl.utils.schemas.enums import RLType
+
+from axolotl_reft.plugin.checks import check_settings
+
+REFUSED = [
+    (
+        {"rl": "gdpo"},
+        "rl: gdpo with adapter: loreft: axolotl hands TRL the adapter twice",
+    ),
+    ({"rl": "ebft"}, "rl: ebft with adapter: loreft: its rollouts come from vLLM"),
+    ({"rl": RLType.EBFT}, "rl: ebft with adapter: loreft: its rollouts"),
+    (
+        {"rl": "dpo", "rl_adapter_ref_model": True},
+        "rl_adapter_ref_model: true with adapter: loreft and rl: dpo: the reference is "
+        "the base with the adapter switched off",
+    ),
+    (
+        {"rl": "kto", "trainer_cls": "my.Trainer"},
+        "trainer_cls: my.Trainer with adapter: loreft and rl: kto: LoReFT learns from",
+    ),
+    (
+        {"rl": "grpo", "trl": {"use_vllm": True}},
+        "trl.use_vllm: true with adapter: loreft: vLLM does not edit hidden states",
+    ),
+    (
+        {"rl": "grpo", "trl": {"async_prefetch": True}},
+        "trl.async_prefetch: true with adapter: loreft: it generates in a second",
+    ),
+    (
+        {"rl": "grpo", "trl": {"use_data_producer": True}},
+        "trl.use_data_producer: true with adapter: loreft: it is made for generation",
+    ),
+    (
+        {"rl": "grpo", "trl": {"sync_ref_model": True}},
+        "trl.sync_ref_model: true with adapter: loreft: TRL keeps no reference model",
+    ),
+    (
+        {"rl": "dpo", "precompute_ref_log_probs": True, "lora_model_dir": "x"},
+        "precompute_ref_log_probs: true with lora_model_dir: the reference is the",
+    ),
+]
+
+
+@pytest.mark.parametrize("positions", ["f7+l7", "all"])
+@pytest.mark.parametrize(("settings", "message"), REFUSED)
+def test_refused(settings, message, positions):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_settings(settings, positions)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trainer_cls": "my.Trainer", "trl": {"use_vllm": True}},
+        {"rl": "dpo", "precompute_ref_log_probs": True},
+        {"rl": "grpo", "trl": {"use_vllm": False, "beta": 0.1}},
+        {"rl": "orpo", "trl": None},
+    ],
+)
+def test_let_be(settings):
+    check_settings(settings, "f7+l7")
