@@ -7,6 +7,7 @@ from conftest import HIDDEN, build_adapter, build_model
 from peft import PeftModel
 from transformers import LlamaConfig
 
+from axolotl_reft import LoreftConfig
 from axolotl_reft.components import COMPONENTS, component_layer, find_site, is_component
 from axolotl_reft.layer import LoreftDecoderLayer
 from axolotl_reft.pyreft_objects import make_pyreft_object
@@ -145,10 +146,14 @@ def test_unloading_and_deleting_take_the_hooks_away(ids):
     model = build_adapter(base, component="mlp_output")
     mlp = edited_layers(model)[0].base_layer.mlp
     assert len(mlp._forward_hooks) == 1
-    model.add_adapter("other", model.peft_config["default"])
-    assert len(mlp._forward_hooks) == 2
-    model.delete_adapter("other")
+    model.add_adapter("same", LoreftConfig(component="mlp_output"))
     assert len(mlp._forward_hooks) == 1
+    model.delete_adapter("same")
+    assert len(mlp._forward_hooks) == 1
+    model.add_adapter("other", LoreftConfig(component="mlp_input"))
+    assert len(mlp._forward_pre_hooks) == 1
+    model.delete_adapter("other")
+    assert not mlp._forward_pre_hooks
     unloaded = model.unload()
     assert not mlp._forward_hooks
     assert torch.equal(unloaded(ids).logits, expected)

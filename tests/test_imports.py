@@ -20,6 +20,7 @@ ORDER = [
     "components",
     "config",
     "conversations",
+    "adapter_rows",
     "prompts",
     "interventions",
     "adapter_directory",

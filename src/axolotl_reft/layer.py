@@ -48,6 +48,9 @@ def edit(
     return padded[:-1].view(h_BTD.shape)
 
 
+_INPUT, _OUTPUT = Site("", "input"), Site("", "output")
+
+
 class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     """A decoder layer of which something is edited: its output, or what is within.
 
@@ -62,6 +65,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
 
     # pyreft's #0 and #1; the second is the suffix's, where that is untied.
     adapter_layer_names = ("intv_0", "intv_1")
+    other_param_names = ("positions", "turns", "sites")
 
     def __init__(
         self, base_layer: nn.Module, tracker: PromptTracker, text_config: Any
@@ -75,7 +79,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         self.positions: dict[str, Positions] = {}
         self.turns: dict[str, Turns] = {}
         self.sites: dict[str, Site] = {}
-        self._handles: dict[str, RemovableHandle] = {}
+        self._handles: dict[Site, RemovableHandle] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -111,51 +115,54 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         if not positions.everywhere:
             self.tracker.watch(self.turns[adapter_name])
         self.sites[adapter_name] = site
-        if site.path:
-            self._hook(adapter_name, site)
+        self._hook()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _hook(self, name: str, site: Site) -> None:
-        module = self.base_layer.get_submodule(site.path)
-        self._unhook(name)
-        if site.side == "input":
-            self._handles[name] = module.register_forward_pre_hook(
-                partial(self._edit_input, name), with_kwargs=True
-            )
-        else:
-            self._handles[name] = module.register_forward_hook(
-                partial(self._edit_output, name)
-            )
-
-    def _unhook(self, name: str) -> None:
-        if handle := self._handles.pop(name, None):
-            handle.remove()
+    def _hook(self) -> None:
+        """One hook on each module of the layer of which something is edited."""
+        wanted = {site for site in self.sites.values() if site.path}
+        for site in self._handles.keys() - wanted:
+            self._handles.pop(site).remove()
+        for site in wanted - self._handles.keys():
+            module = self.base_layer.get_submodule(site.path)
+            if site.side == "input":
+                self._handles[site] = module.register_forward_pre_hook(
+                    partial(self._edit_input, site), with_kwargs=True
+                )
+            else:
+                self._handles[site] = module.register_forward_hook(
+                    partial(self._edit_output, site)
+                )
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._unhook(adapter_name)
+        self._hook()
+
+    def forget_adapter(self, adapter_name: str) -> None:
+        """As before it was added; what is active stays so, by name."""
+        for attribute in self.adapter_layer_names + self.other_param_names:
+            held = getattr(self, attribute)
+            if adapter_name in held:
+                del held[adapter_name]
+        self._hook()
 
     def detach(self) -> None:
         """Leave the layer as it was."""
-        for name in list(self._handles):
-            self._unhook(name)
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
 
     def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
         raise cannot_merge()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        names = [name for name in self.active_adapters if self._edits(name)]
-        for name in names:
-            if self.sites[name] == Site("", "input"):
-                args, kwargs = self._edit_input(name, self, args, kwargs)
-        if any(self.sites[name].path for name in names):
+        args, kwargs = self._edit_input(_INPUT, self, args, kwargs)
+        if any(self._editing(site) for site in self._handles):
             output = self._call_replayably(*args, **kwargs)
         else:
             output = self.base_layer(*args, **kwargs)
         before_BTD = _first(output)
-        for name in names:
-            if self.sites[name] == Site("", "output"):
-                output = self._edit_output(name, self, args, output)
+        output = self._edit_output(_OUTPUT, self, args, output)
         if _first(output) is not before_BTD:
             self.tracker.record(before_BTD, _first(output))
         return output
@@ -177,39 +184,53 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             layer._gradient_checkpointing_func = checkpoint
 
     def _edit_input(
-        self, name: str, module: nn.Module, args: Any, kwargs: Any
+        self, site: Site, module: nn.Module, args: Any, kwargs: Any
     ) -> tuple[Any, Any]:
-        if not self._edits(name):
+        if not self._editing(site):
             return args, kwargs
         if args:
-            return (self._edit(args[0], name), *args[1:]), kwargs
-        edited_BTD = self._edit(kwargs["hidden_states"], name)
+            return (self._edit(args[0], site), *args[1:]), kwargs
+        edited_BTD = self._edit(kwargs["hidden_states"], site)
         return args, kwargs | {"hidden_states": edited_BTD}
 
-    def _edit_output(self, name: str, module: nn.Module, args: Any, output: Any) -> Any:
-        if not self._edits(name):
+    def _edit_output(
+        self, site: Site, module: nn.Module, args: Any, output: Any
+    ) -> Any:
+        if not self._editing(site):
             return output
         if isinstance(output, tuple):
-            return (self._edit(output[0], name), *output[1:])
-        return self._edit(output, name)
+            return (self._edit(output[0], site), *output[1:])
+        return self._edit(output, site)
 
-    def _edits(self, name: str) -> bool:
-        active = not self.disable_adapters and name in self.active_adapters
-        return active and name in self.intv_0
+    def _editing(self, site: Site) -> list[str]:
+        """The adapters that edit a site in this forward, in the order of their edits:
+        the active ones, or those of the batch's rows."""
+        if self.disable_adapters:
+            return []
+        rows = self.tracker.adapter_rows
+        names = self.active_adapters if rows is None else rows.adapters
+        return [name for name in names if self.sites.get(name) == site]
 
-    def _edit(self, h_BTD: Tensor, name: str) -> Tensor:
+    def _edit(self, h_BTD: Tensor, site: Site) -> Tensor:
+        for name in self._editing(site):
+            h_BTD = self._edit_by(name, h_BTD)
+        return h_BTD
+
+    def _edit_by(self, name: str, h_BTD: Tensor) -> Tensor:
         interventions = [
             container[name]
             for container in (self.intv_0, self.intv_1)
             if name in container
         ]
         positions = self.positions[name]
-        if positions.everywhere:
+        if not positions.everywhere:
+            tied = len(interventions) == 1
+            indices = self.tracker.indices(positions, self.turns[name], tied, name)
+            return h_BTD if indices is None else edit(h_BTD, indices, interventions)
+        if self.tracker.adapter_rows is None:
             return interventions[0](h_BTD).to(h_BTD.dtype)
-        indices = self.tracker.indices(
-            positions, self.turns[name], tied=len(interventions) == 1
-        )
-        return h_BTD if indices is None else edit(h_BTD, indices, interventions)
+        tokens = self.tracker.tokens(name, h_BTD.device)
+        return edit(h_BTD, [tokens], interventions)
 
 
 def _first(output: Any) -> Tensor:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from axolotl_reft.adapter_rows import BASE
 from axolotl_reft.config import LoreftConfig, layer_ranks
 from axolotl_reft.layer import LoreftDecoderLayer, cannot_merge
 from axolotl_reft.prompts import PromptTracker
 
 _TRACKER = "loreft_tracker"
+# What PEFT and this package put into the paths of parameters.
+_PARTS = {BASE, "base_model", "model", "base_layer", "modules_to_save"}
+_PARTS |= {"original_module", *LoreftDecoderLayer.adapter_layer_names}
+_PARTS |= {"rotation", "rotation_base", "weight", "bias", "proj_weight"}
 
 
 class LoreftModel(BaseTuner):
@@ -33,6 +42,76 @@ class LoreftModel(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # By __call__ where PEFT uses .forward, so that the tracker's hook sees labels.
         return self.model(*args, **kwargs)
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        _check_adapter_name(adapter_name, model)
+        # PEFT adds to an adapter of the same name; here it is replaced.
+        for module in model.modules():
+            if isinstance(module, LoreftDecoderLayer):
+                module.forget_adapter(adapter_name)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's door for ``adapter_names``: an adapter for each row of a batch."""
+        names = kwargs.get("adapter_names")
+        tracker = _tracker_of(self.model)
+        if names is None or tracker is None:
+            yield
+            return
+        self._check_adapter_names(names)
+        with ExitStack() as stack:
+            stack.enter_context(tracker.adapters_by_row(names))
+            beams = kwargs.get("num_beams") or 1
+            rows = [name for name in names for _ in range(beams)]
+            for module in self.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    stack.callback(
+                        module.register_forward_pre_hook(
+                            partial(_add_adapter_names, rows), with_kwargs=True
+                        ).remove
+                    )
+            yield
+
+    def _check_adapter_names(self, names: Sequence[str]) -> None:
+        if not isinstance(names, (list, tuple)):
+            raise TypeError(
+                f"Got adapter names of type {type(names)}, expected a list of str."
+            )
+        if self.training:
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode."
+            )
+        named = {name for name in names if name != BASE}
+        if unknown := named - self.peft_config.keys():
+            raise ValueError(
+                "Trying to infer with non-existing adapter(s): "
+                f"{', '.join(sorted(map(str, unknown)))}; there are "
+                f"{', '.join(self.peft_config)}, and {BASE} for none"
+            )
+        for path, module in self.model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                without = named.union(self.active_adapters) - module._adapters
+                if without and without != named.union(self.active_adapters):
+                    raise ValueError(
+                        f"adapter_names: {sorted(without)[0]!r} has no {path} of its "
+                        "own (modules_to_save) and others have; PEFT cannot mix them "
+                        "in one batch, so run them one after the other"
+                    )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "add_weighted_adapter: LoReFT adapters cannot be added up: a weighted sum "
+            "of rotations is not a rotation. base_model.set_adapter([first, second]) "
+            "applies several, one after the other"
+        )
 
     def _prepare_adapter_config(
         self, peft_config: LoreftConfig, model_config: dict[str, Any]
@@ -97,6 +176,40 @@ class LoreftModel(BaseTuner):
             tracker.detach()
             del model.__dict__[_TRACKER]
         return model
+
+
+def _add_adapter_names(
+    names: list[str], module: nn.Module, args: Any, kwargs: Any
+) -> tuple[Any, Any]:
+    return args, kwargs | {"adapter_names": names}
+
+
+def _check_adapter_name(name: str, model: nn.Module) -> None:
+    """Refuse names that PEFT would take for something else.
+
+    It finds an adapter's numbers by ``.name.`` in their paths.
+    """
+    parts = {part for path, _ in model.named_parameters() for part in path.split(".")}
+    taken = _PARTS | parts - _adapters_of(model)
+    if not name or "." in name or name in taken or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"adapter_name: {name!r} cannot be an adapter's name: PEFT or torch would "
+            "take it for something else; choose another, such as 'default'"
+        )
+
+
+def _adapters_of(model: nn.Module) -> set[str]:
+    return {
+        name
+        for module in model.modules()
+        if isinstance(module, LoreftDecoderLayer)
+        for name in module.positions
+    } | {
+        name
+        for module in model.modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for name in module._adapters
+    }
 
 
 def _tracker_of(model: nn.Module) -> PromptTracker | None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from axolotl_reft.adapter_rows import AdapterRows, wrong_length
 from axolotl_reft.conversations import Conversations, Generation, Tokens
 from axolotl_reft.positions import Positions, PromptSpans, flat_indices
 from axolotl_reft.turns import Turns
@@ -37,10 +39,12 @@ class _Batch:
     shape: tuple[int, int]
     make_spans: Callable[[Turns], PromptSpans | None]
     one_sample_rows: bool
+    adapter_rows: AdapterRows | None = None
     spans: dict[Turns, PromptSpans | None] = field(default_factory=dict)
-    indices: dict[tuple[Positions, Turns, bool], tuple[Tensor, ...] | None] = field(
-        default_factory=dict
-    )
+    indices: dict[
+        tuple[Positions, Turns, bool, str | None], tuple[Tensor, ...] | None
+    ] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
     def prompts(self, turns: Turns) -> PromptSpans | None:
         if turns not in self.spans:
@@ -90,6 +94,7 @@ class PromptTracker:
     def __init__(self, model: PreTrainedModel, backbone: nn.Module) -> None:
         self._labels: Tensor | None = None
         self._generation: Generation | None = None
+        self._adapter_names: Sequence[str] | None = None
         self._batch: _Batch | None = None
         self._conversations = Conversations()
         self._turns: set[Turns] = set()
@@ -122,16 +127,47 @@ class PromptTracker:
             "prepare_inputs_for_generation": self._prepare_inputs,
         }
 
+    @contextmanager
+    def adapters_by_row(self, names: Sequence[str]) -> Iterator[None]:
+        """Within it, each row of a batch is edited by the adapter named for it."""
+        self._adapter_names = names
+        try:
+            yield
+        finally:
+            self._adapter_names = None
+
     # --- what layers ask -----------------------------------------------------------
 
     def watch(self, turns: Turns) -> None:
         """An adapter is there that asks for the prompts of such turns."""
         self._turns.add(turns)
 
+    @property
+    def adapter_rows(self) -> AdapterRows | None:
+        """The adapters of this forward's rows; None where the active ones edit all."""
+        return None if self._batch is None else self._batch.adapter_rows
+
+    def tokens(self, adapter: str, device: torch.device) -> Tensor:
+        """Flat indices (N,) into B·T of all tokens in the adapter's rows."""
+        batch = self._batch
+        assert batch is not None and batch.adapter_rows is not None
+        if adapter not in batch.tokens:
+            batch.tokens[adapter] = batch.adapter_rows.tokens(
+                adapter, batch.shape[1], device
+            )
+        return batch.tokens[adapter]
+
     def indices(
-        self, positions: Positions, turns: Turns, tied: bool
+        self,
+        positions: Positions,
+        turns: Turns,
+        tied: bool,
+        adapter: str | None = None,
     ) -> tuple[Tensor, ...] | None:
         """Flat indices (N,) into B·T of what each intervention of a layer edits.
+
+        Args:
+            adapter: whose rows alone are meant where rows have adapters of their own.
 
         Returns:
             One tensor, or two for untied prefix and suffix; None when this forward has
@@ -146,7 +182,7 @@ class PromptTracker:
                 "a LoReFT layer was called outside a forward of its model, so it "
                 "cannot know the prompt; call the model instead of its layers"
             )
-        key = (positions, turns, tied)
+        key = (positions, turns, tied, adapter if batch.adapter_rows else None)
         if key not in batch.indices:
             batch.indices[key] = _indices(batch, *key)
         return batch.indices[key]
@@ -187,6 +223,12 @@ class PromptTracker:
             wanted = getattr(module.config, "output_hidden_states", False)
         self._edited_outputs = {} if wanted else None
         self._batch = self._read(inputs, labels, module.training)
+        if self._adapter_names is not None:
+            self._batch.adapter_rows = AdapterRows.of_batch(
+                self._adapter_names,
+                self._batch.shape[0],
+                expands=self._generation is not None,
+            )
 
     def _after_backbone(
         self, module: nn.Module, args: Any, kwargs: Any, output: Any
@@ -223,6 +265,9 @@ class PromptTracker:
         given = [*args[:1], *(kwargs.get(name) for name in names)]
         first = next((value for value in given if value is not None), None)
         width = 1 if first is None else first.shape[1]
+        rows = self._adapter_names
+        if rows is not None and first is not None and len(rows) != len(first):
+            raise wrong_length(rows, len(first))
         ids_BP = first if first is not None and first.ndim == 2 else None
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         mask_BW = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -391,13 +436,17 @@ def _cut_back(cache: Any, past: int, keep: int, new_alone: bool) -> None:
 
 
 def _indices(
-    batch: _Batch, positions: Positions, turns: Turns, tied: bool
+    batch: _Batch, positions: Positions, turns: Turns, tied: bool, adapter: str | None
 ) -> tuple[Tensor, ...] | None:
     spans = batch.prompts(turns)
     if spans is None:
         return None
     prefix_BT, suffix_BT = spans.edited(positions)
     rows, tokens = batch.shape
+    if adapter is not None and batch.adapter_rows is not None:
+        own_B1 = batch.adapter_rows.mask(adapter, prefix_BT.device)
+        prefix_BT, suffix_BT = prefix_BT & own_B1, suffix_BT & own_B1
+        rows = batch.adapter_rows.count(adapter)
     # Counting is free on a CPU; elsewhere the host would wait, so reserve the most
     # there can be: a packed row may be all prompts.
     count_freely = prefix_BT.device.type == "cpu" and not torch.compiler.is_compiling()
