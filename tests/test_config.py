@@ -108,7 +108,7 @@ def test_bad_values_are_refused_with_the_remedy(settings, message):
 def test_every_setting_is_described():
     described = LoreftConfig.__dataclass_fields__
     own = ("layers", "positions", "rank", "tied_weights", "intervention", "component",
-           "dropout", "act_fn", "modules_to_save")  # fmt: skip
+           "dropout", "act_fn", "lora", "modules_to_save")  # fmt: skip
     assert all(described[name].metadata["help"] for name in own)
 
 

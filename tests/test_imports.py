@@ -23,6 +23,7 @@ ORDER = [
     "adapter_rows",
     "prompts",
     "interventions",
+    "lora",
     "adapter_directory",
     "layer",
     "model",

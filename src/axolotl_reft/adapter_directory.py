@@ -13,7 +13,7 @@ from axolotl_reft.components import as_wide_as_the_model
 from axolotl_reft.config import LoreftConfig, edited_layers
 from axolotl_reft.peft_type import LOREFT
 
-_KEY = re.compile(r"\.(?P<layer>\d+)\.intv_[01]\.(?P<name>\w+)$")
+_KEY = re.compile(r"\.(?P<layer>\d+)\.intv_(?P<part>[01]|lora)\.(?P<name>\w+)$")
 # Which axis of each parameter is the hidden size.
 _HIDDEN_AXIS = {"rotation": 0, "rotation_base": 0, "weight": 1, "proj_weight": 1}
 
@@ -58,7 +58,7 @@ def check_adapter_fits(
     weights = Path(directory) / SAFETENSORS_WEIGHTS_NAME
     if not Path(directory).is_dir():
         return config  # on the hub: PEFT compares when it has fetched the weights
-    found_layers, sizes = _sizes(weights, setting)
+    found_layers, lora_layers, sizes = _sizes(weights, setting)
     if as_wide_as_the_model(config.component) and sizes - {hidden_size}:
         raise ValueError(
             f"{setting}: the adapter in {directory!r} was trained on a base model of "
@@ -72,17 +72,31 @@ def check_adapter_fits(
             f"{sorted(found_layers)}, but on this base of {num_layers} layers it "
             f"needs {sorted(expected)}; set base_model to the one it was trained on"
         )
+    expected = set(range(num_layers)) if config.lora is not None else set()
+    if lora_layers != expected:
+        raise ValueError(
+            f"{setting}: the adapter in {directory!r} holds LoRA in layers "
+            f"{sorted(lora_layers)}, but with lora: {config.lora} on this base of "
+            f"{num_layers} layers it needs {sorted(expected)}; set base_model to the "
+            "one it was trained on"
+        )
     return config
 
 
-def _sizes(weights: Path, setting: str) -> tuple[set[int], set[int]]:
-    """Layer numbers and hidden sizes in an adapter's file; no tensor is read."""
-    layers, sizes = set(), set()
+def _sizes(weights: Path, setting: str) -> tuple[set[int], set[int], set[int]]:
+    """Numbers of the edited layers and of those with LoRA, and hidden sizes, in an
+    adapter's file; no tensor is read."""
+    layers: set[int] = set()
+    lora_layers: set[int] = set()
+    sizes: set[int] = set()
     try:
         with safe_open(weights, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 match = _KEY.search(key)
                 if match is None:
+                    continue
+                if match["part"] == "lora":
+                    lora_layers.add(int(match["layer"]))
                     continue
                 layers.add(int(match["layer"]))
                 axis = _HIDDEN_AXIS.get(match["name"])
@@ -93,4 +107,4 @@ def _sizes(weights: Path, setting: str) -> tuple[set[int], set[int]]:
             f"{setting}: the adapter's weights {str(weights)!r} are missing or damaged "
             f"({error}); save the adapter again, or name another checkpoint"
         ) from error
-    return layers, sizes
+    return layers, lora_layers, sizes

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from typing import Any
 
 from peft import PeftConfig
 from transformers.activations import ACT2FN
@@ -26,6 +29,10 @@ INTERVENTIONS = (
 # What pyreft's class takes but never reads, so that setting it would change nothing.
 _WITHOUT_ACT_FN = ("consreft", "lobireft")
 _WITHOUT_DROPOUT = ("consreft",)
+
+# What `lora` holds, and what it is where nothing is said; an alpha of None is r.
+ALL_LINEAR = "all-linear"
+LORA = {"r": 8, "alpha": None, "dropout": 0.0, "target_modules": ALL_LINEAR}
 
 _LAYER_ITEM = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 
@@ -113,6 +120,14 @@ class LoreftConfig(PeftConfig):
             "axolotl_reft.turn_markers(tokenizer) returns. axolotl's plugin sets them."
         },
     )
+    lora: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA beside LoReFT, on every token, in all layers: a mapping of "
+            "r (default 8), alpha (default r), dropout (default 0) and target_modules "
+            "(names of a layer's linear modules; default all-linear); null for none."
+        },
+    )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={
@@ -141,6 +156,10 @@ class LoreftConfig(PeftConfig):
         _check_component(self.component, self.layers)
         _check_dropout(self.dropout, self.intervention)
         _check_act_fn(self.act_fn, self.intervention)
+        if self.lora is not None:
+            # Nested, so that no `r` stands at the top: axolotl's merge would take the
+            # adapter for LoRA's.
+            self.lora = checked_lora(self.lora)
 
 
 def _check_rank(rank: object) -> None:
@@ -212,6 +231,57 @@ def _check_act_fn(act_fn: object, intervention: str) -> None:
             f"act_fn: {act_fn!r} has parameters of its own, which an adapter would not "
             "train; choose one without, such as gelu, relu, silu or tanh"
         )
+
+
+def checked_lora(lora: object) -> dict[str, Any]:
+    """The settings under ``lora``, each with its value.
+
+    Raises:
+        ValueError: it is no mapping, or has an unknown key or a wrong value.
+    """
+    if not isinstance(lora, Mapping):
+        raise ValueError(
+            f"lora: {lora!r} is not a mapping; write for example lora: {{r: 8}}, or "
+            "leave it out for LoReFT alone"
+        )
+    for key in lora:
+        if key not in LORA:
+            raise ValueError(
+                f"lora: unknown key {key!r}.{did_you_mean(key, tuple(LORA))} Known "
+                f"keys: {', '.join(LORA)}"
+            )
+    settings = LORA | {key: value for key, value in lora.items() if value is not None}
+    r, alpha = settings["r"], settings["alpha"]
+    if type(r) is not int or r < 1:
+        raise ValueError(f"lora: r: {r!r} is not a whole number of at least 1")
+    alpha = r if alpha is None else alpha
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
+        raise ValueError(f"lora: alpha: {alpha!r} is not a number above 0")
+    if alpha == math.inf:
+        raise ValueError(f"lora: alpha: {alpha!r} is not finite")
+    dropout = settings["dropout"]
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise ValueError(f"lora: dropout: {dropout!r} is not a number")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"lora: dropout: {dropout!r} is not from 0 to below 1")
+    targets = _checked_targets(settings["target_modules"])
+    return {"r": r, "alpha": alpha, "dropout": dropout, "target_modules": targets}
+
+
+def _checked_targets(targets: object) -> str | list[str]:
+    if targets == ALL_LINEAR:
+        return ALL_LINEAR
+    if not isinstance(targets, (list, tuple)) or not targets:
+        raise ValueError(
+            f"lora: target_modules: {targets!r} is not a list of names; write for "
+            f"example [q_proj, v_proj], or {ALL_LINEAR}"
+        )
+    for name in targets:
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f"lora: target_modules: {name!r} is not the name of a module"
+            )
+    return list(dict.fromkeys(targets))
 
 
 def edited_layers(config: LoreftConfig, count: int) -> list[int]:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from axolotl_reft.components import Site, find_site
 from axolotl_reft.config import LoreftConfig
+from axolotl_reft.lora import LayerLora, linear_modules
 from axolotl_reft.positions import Positions
 from axolotl_reft.prompts import PromptTracker
 from axolotl_reft.turns import Turns
@@ -59,12 +60,13 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     such as a layer's ``attention_type``, is answered by the layer; "DecoderLayer" in
     the name is what axolotl's offloading of layers looks for.
 
-    Components within the layer are edited by hooks on its modules. Those are replayed,
+    Components within the layer are edited by hooks on its modules, and LoRA's additions
+    to its linear modules are made by hooks on them. Those are replayed,
     so a checkpointed layer is given the batch of its own forward to be replayed with.
     """
 
     # pyreft's #0 and #1; the second is the suffix's, where that is untied.
-    adapter_layer_names = ("intv_0", "intv_1")
+    adapter_layer_names = ("intv_0", "intv_1", "intv_lora")
     other_param_names = ("positions", "turns", "sites")
 
     def __init__(
@@ -74,12 +76,14 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.intv_0 = nn.ModuleDict()
         self.intv_1 = nn.ModuleDict()
+        self.intv_lora = nn.ModuleDict()
         self.tracker = tracker
         self.text_config = text_config
         self.positions: dict[str, Positions] = {}
         self.turns: dict[str, Turns] = {}
         self.sites: dict[str, Site] = {}
         self._handles: dict[Site, RemovableHandle] = {}
+        self._lora_handles: dict[str, RemovableHandle] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -91,13 +95,29 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
-    def update_layer(self, adapter_name: str, config: LoreftConfig, rank: int) -> None:
-        """Give the layer fresh interventions of this rank under an adapter's name."""
+    def update_layer(
+        self, adapter_name: str, config: LoreftConfig, rank: int | None
+    ) -> None:
+        """Give the layer fresh numbers under an adapter's name.
+
+        Args:
+            rank: of its interventions; None for a layer that the adapter does not edit,
+                and where it has at most LoRA.
+        """
+        if rank is not None:
+            self._add_interventions(adapter_name, config, rank)
+        if config.lora is not None:
+            self._add_lora(adapter_name, config.lora)
+        self._hook()
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _add_interventions(
+        self, adapter_name: str, config: LoreftConfig, rank: int
+    ) -> None:
         from axolotl_reft.interventions import INTERVENTION_CLASSES
 
         positions = Positions.parse(config.positions)
         untied = positions.two_sided and not config.tied_weights
-        device = _device_of(self.base_layer)
         site, width = find_site(config.component, self.base_layer, self.text_config)
         for container in (self.intv_0, self.intv_1)[: 2 if untied else 1]:
             intervention = INTERVENTION_CLASSES[config.intervention](
@@ -106,20 +126,38 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
                 dropout=config.dropout,
                 act_fn=config.act_fn,
             )
-            # PEFT's low_cpu_mem_usage makes it on the meta device and fills it later.
-            if not any(p.is_meta for p in intervention.parameters()):
-                intervention.to(device)
-            container[adapter_name] = intervention.train(self.training)
+            self._put(container, adapter_name, intervention)
         self.positions[adapter_name] = positions
         self.turns[adapter_name] = Turns.parse(config.turns, config.turn_markers)
         if not positions.everywhere:
             self.tracker.watch(self.turns[adapter_name])
         self.sites[adapter_name] = site
-        self._hook()
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _add_lora(self, adapter_name: str, settings: dict[str, Any]) -> None:
+        sizes = linear_modules(self.base_layer, settings["target_modules"])
+        r, alpha, dropout = settings["r"], settings["alpha"], settings["dropout"]
+        lora = LayerLora(sizes, r=r, alpha=alpha, dropout=dropout)
+        self._put(self.intv_lora, adapter_name, lora)
+        for path in sizes.keys() - self._lora_handles.keys():
+            module = self.base_layer.get_submodule(path)
+            # First: an edit of the module's output is one of the sum.
+            self._lora_handles[path] = module.register_forward_hook(
+                partial(self._add_lora_output, path), prepend=True
+            )
+
+    def _put(self, container: nn.ModuleDict, name: str, module: nn.Module) -> None:
+        # PEFT's low_cpu_mem_usage makes it on the meta device and fills it later.
+        if not any(p.is_meta for p in module.parameters()):
+            module.to(_device_of(self.base_layer))
+        container[name] = module.train(self.training)
 
     def _hook(self) -> None:
-        """One hook on each module of the layer of which something is edited."""
+        """One hook on each module of the layer of which something is edited, and none
+        on linear modules to which nothing is added any more."""
+        loras: list[Any] = list(self.intv_lora.values())
+        for path in list(self._lora_handles):
+            if not any(lora.has(path) for lora in loras):
+                self._lora_handles.pop(path).remove()
         wanted = {site for site in self.sites.values() if site.path}
         for site in self._handles.keys() - wanted:
             self._handles.pop(site).remove()
@@ -148,16 +186,20 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
 
     def detach(self) -> None:
         """Leave the layer as it was."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+        for handles in (self._handles, self._lora_handles):
+            for handle in handles.values():
+                handle.remove()
+            handles.clear()
 
     def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
         raise cannot_merge()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self._edit_input(_INPUT, self, args, kwargs)
-        if any(self._editing(site) for site in self._handles):
+        if any(
+            name in self.intv_lora or self.sites.get(name) in self._handles
+            for name in self._adapters()
+        ):
             output = self._call_replayably(*args, **kwargs)
         else:
             output = self.base_layer(*args, **kwargs)
@@ -203,13 +245,34 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         return self._edit(output, site)
 
     def _editing(self, site: Site) -> list[str]:
-        """The adapters that edit a site in this forward, in the order of their edits:
-        the active ones, or those of the batch's rows."""
+        """The adapters that edit a site in this forward, in the order of edits."""
+        return [name for name in self._adapters() if self.sites.get(name) == site]
+
+    def _adapters(self) -> list[str]:
+        """Those of this forward: the active ones, or those of the batch's rows."""
         if self.disable_adapters:
             return []
         rows = self.tracker.adapter_rows
-        names = self.active_adapters if rows is None else rows.adapters
-        return [name for name in names if self.sites.get(name) == site]
+        return self.active_adapters if rows is None else rows.adapters
+
+    def _add_lora_output(
+        self, path: str, module: nn.Module, args: Any, output: Tensor
+    ) -> Tensor:
+        total = output
+        for name in self._adapters():
+            lora: Any = self.intv_lora[name] if name in self.intv_lora else None
+            if lora is None or not lora.has(path):
+                continue
+            if self.tracker.adapter_rows is None:
+                total = total + lora(path, args[0])
+                continue
+            # Vectors of the adapter's rows alone.
+            tokens = self.tracker.tokens(name, output)
+            x = args[0].reshape(-1, args[0].shape[-1]).index_select(0, tokens)
+            flat = total.reshape(-1, total.shape[-1])
+            added = (flat.index_select(0, tokens) + lora(path, x)).to(flat.dtype)
+            total = flat.index_copy(0, tokens, added).view(output.shape)
+        return total.to(output.dtype)
 
     def _edit(self, h_BTD: Tensor, site: Site) -> Tensor:
         for name in self._editing(site):
@@ -229,7 +292,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             return h_BTD if indices is None else edit(h_BTD, indices, interventions)
         if self.tracker.adapter_rows is None:
             return interventions[0](h_BTD).to(h_BTD.dtype)
-        tokens = self.tracker.tokens(name, h_BTD.device)
+        tokens = self.tracker.tokens(name, h_BTD)
         return edit(h_BTD, [tokens], interventions)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -117,8 +117,10 @@ class LoreftModel(BaseTuner):
         self, peft_config: LoreftConfig, model_config: dict[str, Any]
     ) -> LoreftConfig:
         path, layers = find_decoder_layers(self.model)
-        ranks = layer_ranks(peft_config, len(layers))
-        peft_config.target_modules = {f"{path}.{number}" for number in ranks}
+        numbers: Iterable[int] = layer_ranks(peft_config, len(layers))
+        if peft_config.lora is not None:
+            numbers = range(len(layers))
+        peft_config.target_modules = {f"{path}.{number}" for number in numbers}
         return peft_config
 
     def _prepare_model(self, peft_config: LoreftConfig, model: Any) -> None:
@@ -141,7 +143,7 @@ class LoreftModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         ranks = layer_ranks(peft_config, len(parent))
-        rank = ranks[int(target_name)]
+        rank = ranks.get(int(target_name))
         if isinstance(target, LoreftDecoderLayer):
             target.update_layer(adapter_name, peft_config, rank)
             return

@@ -147,13 +147,24 @@ class PromptTracker:
         """The adapters of this forward's rows; None where the active ones edit all."""
         return None if self._batch is None else self._batch.adapter_rows
 
-    def tokens(self, adapter: str, device: torch.device) -> Tensor:
-        """Flat indices (N,) into B·T of all tokens in the adapter's rows."""
+    def tokens(self, adapter: str, h_BTD: Tensor) -> Tensor:
+        """Flat indices (N,) into B·T of all tokens in the adapter's rows.
+
+        Raises:
+            RuntimeError: these are not the vectors of all tokens.
+        """
         batch = self._batch
         assert batch is not None and batch.adapter_rows is not None
+        vectors, tokens = h_BTD.shape[:-1].numel(), batch.shape[0] * batch.shape[1]
+        if vectors != tokens:
+            raise RuntimeError(
+                f"adapter_names: a module that an adapter edits got {vectors} vectors "
+                f"of a batch of {tokens} tokens, as experts do, so that their rows are "
+                "not known; run one adapter after the other"
+            )
         if adapter not in batch.tokens:
             batch.tokens[adapter] = batch.adapter_rows.tokens(
-                adapter, batch.shape[1], device
+                adapter, batch.shape[1], h_BTD.device
             )
         return batch.tokens[adapter]
 

@@ -78,6 +78,7 @@ def to_pyreft(peft_model: PeftModel) -> pyreft.ReftModel:
     config = peft_model.peft_config[name]
     if not isinstance(config, LoreftConfig):
         raise ValueError(f"the active adapter {name!r} is not a LoReFT adapter")
+    _refuse_lora(config, f"the active adapter {name!r}")
     tensors = [*peft_model.parameters(), *peft_model.buffers()]
     shared = {id(tensor): tensor for tensor in tensors}
     base = copy.deepcopy(peft_model, shared).unload()
@@ -152,6 +153,14 @@ def from_pyreft(
     return model
 
 
+def _refuse_lora(config: LoreftConfig, adapter: str) -> None:
+    if config.lora is not None:
+        raise ValueError(
+            f"{adapter} has LoRA beside LoReFT (lora: {config.lora}), for which pyreft "
+            "has no place; train one without lora for pyreft"
+        )
+
+
 # --- directories ---------------------------------------------------------------------
 
 
@@ -163,6 +172,7 @@ def export_adapter(directory: str, out: str) -> None:
             or ``out`` is in use. Nothing is written then.
     """
     config = read_adapter_config(directory, "DIR")
+    _refuse_lora(config, "DIR: the adapter")
     layers, numbers = _read_adapter(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
     kind = str(pyreft_class(config.intervention))
     keys, sizes, representations = [], [], []

@@ -35,6 +35,7 @@ class LoreftBlock(BaseModel):
     component: str = _setting("component")
     dropout: float = _setting("dropout")
     act_fn: str | None = _setting("act_fn")
+    lora: dict[str, Any] | None = _setting("lora")
 
     @model_validator(mode="before")
     @classmethod

@@ -74,7 +74,7 @@ def _refuse_lora_settings(settings: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{key}: {_plain(value)} is a setting of LoRA and would do nothing "
                 "with adapter: loreft; remove it. LoReFT's rank, layers and dropout "
-                "are set in the loreft: block"
+                "are set in the loreft: block, and LoRA beside LoReFT under lora: in it"
             )
 
 
