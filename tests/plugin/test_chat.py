@@ -1,0 +1,78 @@
+"""The plugin finds the marks of the data's chat templates and saves them."""
+
+import pytest
+from axolotl.utils.chat_templates import get_chat_template
+from axolotl.utils.dict import DictDefault
+from chat import build_chat_tokenizer
+from conftest import build_model
+
+from axolotl_reft import turn_markers
+from axolotl_reft.plugin import chat
+from axolotl_reft.plugin.args import LoreftBlock
+from axolotl_reft.plugin.plugin import LoreftPlugin
+
+
+def config(directory, *datasets, **settings):
+    block = LoreftBlock().model_dump()
+    return DictDefault(
+        {
+            "adapter": "loreft",
+            "loreft": {key: value for key, value in block.items() if value is not None},
+            "base_model": str(directory),
+            "tokenizer_config": str(directory),
+            "datasets": list(datasets),
+            **settings,
+        }
+    )
+
+
+@pytest.fixture
+def base(tmp_path):
+    build_chat_tokenizer("chatml").save_pretrained(tmp_path)
+    build_model().config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+CHAT = {"path": "x.jsonl", "type": "chat_template"}
+
+
+def test_the_adapter_gets_the_marks_of_its_data(base):
+    _, saved = LoreftPlugin().load_adapter(None, config(base, CHAT), config_only=True)
+    assert saved.turn_markers == turn_markers(build_chat_tokenizer("chatml"))
+    assert saved.turns == "every"
+
+
+def test_each_data_set_has_its_own_template(base):
+    other = {**CHAT, "chat_template": "llama3"}
+    again = {"path": "y.jsonl", "type": "chat_template.default"}
+    found = chat.markers_of_data(config(base, CHAT, other, again))
+    tokenizer = build_chat_tokenizer("chatml")
+    both = [turn_markers(tokenizer, get_chat_template(t)) for t in ("chatml", "llama3")]
+    assert found["generation_prompts"] == [m["generation_prompts"][0] for m in both]
+    assert set(found["end_of_turn"]) == {t for m in both for t in m["end_of_turn"]}
+
+
+def test_the_template_of_the_config_is_the_data_sets(base):
+    found = chat.markers_of_data(config(base, CHAT, chat_template="gemma"))
+    tokenizer = build_chat_tokenizer("chatml")
+    assert found == turn_markers(tokenizer, get_chat_template("gemma"))
+
+
+def test_data_without_a_chat_template_has_no_marks(base, monkeypatch):
+    monkeypatch.setattr(chat, "load_tokenizer", None)  # not even asked for
+    alpaca = {"path": "x.jsonl", "type": "alpaca"}
+    assert chat.markers_of_data(config(base, alpaca)) is None
+
+
+def test_a_template_without_marks_is_named(base, monkeypatch):
+    told = []
+    monkeypatch.setattr(chat.LOG, "warning", lambda *message: told.append(message))
+    plain = {
+        **CHAT,
+        "chat_template": "jinja",
+        "chat_template_jinja": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    }
+    assert chat.markers_of_data(config(base, plain)) is None
+    message = told[0][0] % told[0][1:]
+    assert "no token stands between a question and its answer" in message
+    assert "a whole conversation handed to it counts as one prompt" in message
