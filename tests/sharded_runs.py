@@ -142,27 +142,27 @@ def _watch(model, lent):
 
 
 def _step(model, number, rank, processes):
-    """One step of SGD on this process's rows of the global batch; its loss."""
+    """One step of SGD on the global batch, of which each process computes its rows; one
+    process computes all in turn, in pieces of the same rounding. Its loss."""
     rows = samples()[number * GLOBAL_BATCH :][:GLOBAL_BATCH]
-    share = GLOBAL_BATCH // processes
-    batch = collate(rows[rank * share :][:share])
-    labels = batch["labels"][:, 1:].flatten()
-    count = (labels != -100).sum()
-    if processes > 1:
-        dist.all_reduce(count)
-    logits = model(**batch).logits[:, :-1].float().flatten(0, 1)
-    loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / count
-    # FSDP averages gradients over processes.
-    (loss * processes).backward()
+    shares = [collate(rows[:2]), collate(rows[2:])]
+    count = sum((share["labels"][:, 1:] != -100).sum() for share in shares)
+    total = torch.zeros(())
+    for share in shares if processes == 1 else [shares[rank]]:
+        logits = model(**share).logits[:, :-1].float().flatten(0, 1)
+        labels = share["labels"][:, 1:].flatten()
+        loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        # FSDP averages gradients over processes.
+        (loss * processes / count).backward()
+        total += loss.detach() / count
     for parameter in model.parameters():
         if parameter.grad is not None:
             with torch.no_grad():
                 parameter.sub_(parameter.grad, alpha=0.5)
             parameter.grad = None
-    loss = loss.detach()
     if processes > 1:
-        dist.all_reduce(loss)
-    return loss.item()
+        dist.all_reduce(total)
+    return total.item()
 
 
 def _saved(model, accelerator, rank, directory):

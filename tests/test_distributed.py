@@ -42,7 +42,7 @@ def test_two_processes_have_the_losses_and_the_adapter_of_one(directories, case)
 @pytest.mark.parametrize("case", list(FSDP_CASES))
 def test_sharded_processes_have_the_losses_and_the_adapter_of_one(directories, case):
     one, first, second = (r[case] for r in results(directories, "sharded"))
-    far = 0.01 if case == "rounded" else 1e-4
+    far = 0.02 if case == "rounded" else 1e-6
     assert first[0] == pytest.approx(one[0], abs=far)
     compare(first[1], one[1], atol=far, rtol=far)
     # What is trained: no number more than in one process.
