@@ -197,13 +197,17 @@ def by_hand(method, model, base, batch, inputs, colon):
 
     if method in ("orpo", "simpo"):
         batch = concatenated(batch)
-        chosen, rejected = mean(logps(model)).chunk(2)
-        if method == "simpo":
-            return -F.logsigmoid(BETA * (chosen - rejected - 0.5 / BETA)).mean()
+        answers = logps(model)
+        chosen, rejected = mean(answers).chunk(2)
+        pairs = len(chosen)
+        if method == "simpo":  # and, by TRL's default of cpo_alpha, the chosen's own
+            margin = chosen - rejected - 0.5 / BETA
+            return (
+                -F.logsigmoid(BETA * margin).mean() - torch.cat(answers[:pairs]).mean()
+            )
         log_odds = (chosen - rejected) - (
             torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp())
         )
-        pairs = len(chosen)
         rows = rows_of(
             batch["input_ids"][:pairs], batch["attention_mask"][:pairs], colon
         )
