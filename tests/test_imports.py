@@ -25,6 +25,7 @@ ORDER = [
     "interventions",
     "lora",
     "adapter_directory",
+    "input_gradients",
     "layer",
     "model",
     "registration",

@@ -196,10 +196,13 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self._edit_input(_INPUT, self, args, kwargs)
-        if any(
-            name in self.intv_lora or self.sites.get(name) in self._handles
+        within = [
+            name
             for name in self._adapters()
-        ):
+            if name in self.intv_lora or self.sites.get(name) in self._handles
+        ]
+        if within:
+            self._find_positions(within)
             output = self._call_replayably(*args, **kwargs)
         else:
             output = self.base_layer(*args, **kwargs)
@@ -209,6 +212,15 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             self.tracker.record(before_BTD, _first(output))
         return output
 
+    def _find_positions(self, names: list[str]) -> None:
+        """Ask for positions ahead of the layer: compiled checkpointing lets what is
+        inside of it note nothing, and would break the graph."""
+        for name in names:
+            positions = self.positions.get(name)
+            if positions is not None and not positions.everywhere:
+                tied = name not in self.intv_1
+                self.tracker.indices(positions, self.turns[name], tied, name)
+
     def _call_replayably(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward; gradient checkpointing replays it with this batch."""
         layer: Any = self.base_layer
@@ -217,6 +229,8 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             return layer(*args, **kwargs)
 
         def checkpoint_with_batch(function: Any, *inputs: Any, **options: Any) -> Any:
+            if _is_reentrant(checkpoint):
+                inputs = _with_gradient(inputs)
             return checkpoint(self.tracker.replayable(function), *inputs, **options)
 
         layer._gradient_checkpointing_func = checkpoint_with_batch
@@ -298,6 +312,21 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _is_reentrant(checkpoint: Any) -> bool:
+    """Whether a layer's checkpointing function, a ``partial`` of torch's, is."""
+    return getattr(checkpoint, "keywords", {}).get("use_reentrant", True) is not False
+
+
+def _with_gradient(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs of which one requires a gradient: reentrant checkpointing gives none to
+    what is inside a layer otherwise, as below the first edit nothing requires one."""
+    if not torch.is_grad_enabled() or any(
+        isinstance(value, Tensor) and value.requires_grad for value in inputs
+    ):
+        return inputs
+    return (inputs[0].detach().requires_grad_(), *inputs[1:])
 
 
 def cannot_merge() -> ValueError:

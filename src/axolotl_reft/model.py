@@ -13,6 +13,7 @@ from torch import nn
 
 from axolotl_reft.adapter_rows import BASE
 from axolotl_reft.config import LoreftConfig, layer_ranks
+from axolotl_reft.input_gradients import spare_frozen_layers, treat_as_usual
 from axolotl_reft.layer import LoreftDecoderLayer, cannot_merge
 from axolotl_reft.prompts import PromptTracker
 
@@ -127,6 +128,7 @@ class LoreftModel(BaseTuner):
         if _tracker_of(model) is None:
             # A plain attribute, of the model and not of this tuner: see prompts.py.
             model.__dict__[_TRACKER] = PromptTracker(model, model.base_model)
+            spare_frozen_layers(model, self.prefix)
 
     @staticmethod
     def _check_target_module_exists(peft_config: LoreftConfig, key: str) -> bool:
@@ -177,6 +179,7 @@ class LoreftModel(BaseTuner):
         if tracker is not None:
             tracker.detach()
             del model.__dict__[_TRACKER]
+            treat_as_usual(model)
         return model
 
 

@@ -209,6 +209,8 @@ class PromptTracker:
         batch = self._batch
 
         def with_batch(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():  # the graph holds the positions
+                return function(*args, **kwargs)
             outer, self._batch = self._batch, batch
             try:
                 return function(*args, **kwargs)

@@ -1,0 +1,88 @@
+"""``torch.compile`` takes the model and its edits as one graph, as it does the base."""
+
+import pytest
+import torch
+from accelerate.utils import compile_regions
+from conftest import LAYERS, build_adapter, build_model
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from axolotl_reft.layer import LoreftDecoderLayer
+
+ADAPTERS = {
+    "untied": {"tied_weights": False},
+    "inside": {"component": "mlp_output"},
+    "everywhere": {"positions": "all", "dropout": 0.1},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def packed(tokens, lengths=(7, 5), prompt=4, seed=0):
+    place = torch.cat([torch.arange(length) for length in lengths])[None].expand(2, -1)
+    ids = tokens(2, sum(lengths), seed)
+    labels = ids.where(place >= prompt, -100)
+    return {"input_ids": ids, "labels": labels, "position_ids": place}
+
+
+def step(model, batch):
+    """The loss and every gradient of one training step."""
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return [loss, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def assert_close(got, expected):
+    for one, other in zip(got, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("adapter", list(ADAPTERS))
+def test_a_training_forward_is_one_graph(tokens, adapter):
+    model = build_adapter(build_model(), **ADAPTERS[adapter]).train()
+    batch, other = packed(tokens), packed(tokens, (5, 7), prompt=2, seed=1)
+    expected = step(model, batch), step(model, other)
+    counter = CompileCounterWithBackend("aot_eager")
+    # fullgraph raises at a break.
+    model.compile(backend=counter, fullgraph=True)
+    assert_close(step(model, batch), expected[0])
+    # Prompts elsewhere, in a batch of the same shape, need no other graph.
+    assert_close(step(model, other), expected[1])
+    assert counter.frame_count == 1
+
+
+def test_checkpointed_layers_compile_whole(tokens):
+    model = build_adapter(build_model(), component="mlp_output").train()
+    batch = packed(tokens)
+    expected = step(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.compile(backend="aot_eager", fullgraph=True)
+    assert_close(step(model, batch), expected)
+
+
+@pytest.mark.parametrize("adapter", ["untied", "inside"])
+def test_layers_compiled_one_by_one_have_no_graph_break(tokens, adapter):
+    """Regional compilation: the prompts are found outside of the graphs."""
+    model = build_adapter(build_model(), **ADAPTERS[adapter]).train()
+    batch = packed(tokens)
+    expected = step(model, batch)
+    counter = CompileCounterWithBackend("aot_eager")
+    layers = [m for m in model.modules() if isinstance(m, LoreftDecoderLayer)]
+    for layer in layers:
+        layer.compile(backend=counter, fullgraph=True)
+    assert_close(step(model, batch), expected)
+    assert len(layers) == LAYERS and counter.frame_count >= 1
+
+
+def test_accelerates_regional_compilation_runs(tokens):
+    model = build_adapter(build_model()).train()
+    batch = packed(tokens)
+    expected = step(model, batch)
+    regions = compile_regions(model, backend="aot_eager")
+    assert_close(step(regions, batch), expected)
