@@ -21,6 +21,7 @@ from axolotl_reft.config import LoreftConfig
 from axolotl_reft.plugin.args import check_as_written
 from axolotl_reft.plugin.chat import markers_of_data
 from axolotl_reft.plugin.checks import check_against_base
+from axolotl_reft.plugin.labels import show_labels
 from axolotl_reft.pyreft_install import check_pyreft
 
 LOG = get_logger(__name__)
@@ -133,6 +134,8 @@ class LoreftPlugin(BasePlugin):
             prepare_trainer(trainer, cfg.lora_model_dir, evaluates)
             if not evaluates and cfg.rl in _ADAPTED_BY_TRL:
                 _print_trainable_parameters(trainer.model)
+        elif cfg.adapter == "loreft" and not cfg.reward_model:
+            show_labels(trainer)
         return []
 
 
