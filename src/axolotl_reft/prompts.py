@@ -22,7 +22,12 @@ from transformers import PreTrainedModel
 
 from axolotl_reft.adapter_rows import AdapterRows, wrong_length
 from axolotl_reft.conversations import Conversations, Generation, Tokens
-from axolotl_reft.positions import Positions, PromptSpans, flat_indices
+from axolotl_reft.positions import (
+    Positions,
+    PromptSpans,
+    flat_indices,
+    total_in_sample,
+)
 from axolotl_reft.turns import Turns
 
 
@@ -354,6 +359,9 @@ class PromptTracker:
             else:
                 self._warn_without_labels(training)
                 return turns.prompts(real_BT, ids_BT, starts)
+            if starts is not None:
+                # The padded end of a packed row looks like one more sample.
+                real_BT = real_BT & (total_in_sample(answer_BT, starts) > 0)
             spans = turns.prompts(real_BT, ids_BT, starts, answer_BT)
             self._warn_without_prompt(spans)
             return spans
@@ -484,7 +492,8 @@ def _sample_starts(inputs: dict[str, Any], shape: tuple[int, int]) -> Tensor | N
     if position_ids is None:
         return None
     if position_ids.ndim == 3:  # multimodal rotary embeddings: (axes, B, T)
-        position_ids = position_ids[0]
+        # An image at the start is at 0 in time as a whole.
+        return (position_ids == 0).all(0).expand(shape)
     return (position_ids == 0).expand(shape)
 
 

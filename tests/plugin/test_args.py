@@ -114,7 +114,20 @@ BESIDE_IT = [
     ({"gptq": True}, "gptq: true with adapter: loreft: quantised"),
     ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters: .* keeps the base fr"),
     ({"process_reward_model": True}, "process_reward_model: true .* train a reward_mo"),
-    ({"use_eaft": True}, "use_eaft: true with positions: f7.l7"),
+    ({"tiled_mlp": True, "loreft": {"component": "mlp_activation"}},
+     "tiled_mlp: true with component: mlp_activation: it would see pieces of a seq"),
+    ({"tiled_mlp": True, "loreft": {"component": "mlp.down_proj.output"}},
+     "tiled_mlp: true with component: mlp.down_proj.output"),
+    ({"datasets": [{"path": "x", "type": "chat_template", "train_on_eos": "all"}]},
+     "datasets: train_on_eos: all with positions: f7.l7: .* write train_on_eos: turn"),
+    ({"datasets": [{"path": "x", "type": "chat_template", "train_on_eot": "all"}]},
+     "datasets: train_on_eot: all with positions: f7.l7"),
+    ({"datasets": [{"path": "x", "type": "chat_template",
+                    "roles_to_train": ["assistant", "user"]}]},
+     "datasets: roles_to_train: 'user' with positions: f7.l7: its tokens are the prom"),
+    ({"plugins": ["axolotl_reft.LoreftPlugin",
+                  "axolotl.integrations.diffusion.DiffusionPlugin"]},
+     "plugins: DiffusionPlugin with positions: f7.l7: a diffusion language model"),
     ({"train_on_inputs": True}, "train_on_inputs: true with positions: f7.l7: .* set t"
      "rain_on_inputs: false, or edit every token with positions: all"),
     ({"datasets": [{"path": "x", "type": "completion"}]},
@@ -172,11 +185,19 @@ def test_preference_training_is_let_be(method):
     [
         {"train_on_inputs": True},
         {"datasets": [{"path": "x", "type": "completion"}]},
-        {"use_eaft": True},
+        {"datasets": [{"path": "x", "type": "chat_template", "train_on_eos": "all"}]},
     ],
 )
 def test_editing_every_token_needs_no_prompt(changes):
     assert validated(loreft={"positions": "all"}, **changes).loreft.positions == "all"
+
+
+def test_an_mlp_in_pieces_can_be_edited_as_a_whole():
+    assert validated(tiled_mlp=True, loreft={"component": "mlp_output"}).tiled_mlp
+
+
+def test_losses_that_keep_the_labels_to_themselves_are_welcome():
+    assert validated(use_eaft=True).use_eaft
 
 
 def test_settings_of_lora_that_say_nothing_are_let_be():

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from axolotl_reft.config import LoreftConfig, did_you_mean
-from axolotl_reft.plugin.checks import check_settings
+from axolotl_reft.plugin.checks import check_component, check_settings
 from axolotl_reft.plugin.parallel import check_parallel
 
 _FIELDS = {field.name: field for field in fields(LoreftConfig)}
@@ -122,6 +122,7 @@ def _check_together(settings: dict[str, Any], block: LoreftBlock | None) -> None
         block = block or LoreftBlock()
         check_settings(settings, block.positions)
         check_parallel(settings, block.component)
+        check_component(settings, block.component)
     elif block is not None:
         raise ValueError(
             f"loreft: the block is set, but adapter is {adapter!r}; set adapter: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,8 +43,8 @@ _REFUSED = {
 }
 # lora_* keys that axolotl reads for any adapter.
 _ADAPTER_KEYS = ("lora_model_dir", "lora_on_cpu")
-# These take the labels away before the model sees them.
-_WITHOUT_LABELS = ("use_eaft", "kd_trainer")
+# Who is trained to be answered to: their tokens would end the prompt too early.
+_PROMPTING_ROLES = ("system", "developer", "user", "human")
 
 
 def check_settings(settings: Mapping[str, Any], positions: str) -> None:
@@ -78,6 +79,21 @@ def _refuse_lora_settings(settings: Mapping[str, Any]) -> None:
             )
 
 
+def check_component(settings: Mapping[str, Any], component: str) -> None:
+    """Refuse to edit within an MLP that is computed in pieces of a sequence.
+
+    Raises:
+        ValueError: ``tiled_mlp`` with such a component.
+    """
+    within = component == "mlp_activation" or re.search(r"\bmlp\.\w+\.", component)
+    if settings.get("tiled_mlp") and within:
+        raise ValueError(
+            f"tiled_mlp: true with component: {component}: it would see pieces of a "
+            "sequence and not know where the prompt is; remove it, or edit mlp_input "
+            "or mlp_output"
+        )
+
+
 def _need_prompts(settings: Mapping[str, Any], positions: str) -> None:
     """With prompt positions, every sample must have a prompt that is not trained."""
     remedy = "or edit every token with positions: all"
@@ -103,11 +119,33 @@ def _need_prompts(settings: Mapping[str, Any], positions: str) -> None:
                     f"{name}: type: {kind} with positions: {positions}: raw text has "
                     f"no prompt to edit; use instruction data, {remedy}"
                 )
-    for key in _WITHOUT_LABELS:
-        if settings.get(key):
+            _need_trained_answers(name, dict(dataset), positions)
+    plugins = [
+        str(plugin).rpartition(".")[2] for plugin in settings.get("plugins") or []
+    ]
+    if "DiffusionPlugin" in plugins:
+        raise ValueError(
+            f"plugins: DiffusionPlugin with positions: {positions}: a diffusion "
+            "language model has no prompt that comes before its answer; remove it, "
+            f"{remedy}"
+        )
+
+
+def _need_trained_answers(name: str, dataset: dict[str, Any], positions: str) -> None:
+    """Inference takes a prompt to be all before the answer, so training must too."""
+    for key in ("train_on_eos", "train_on_eot"):
+        if dataset.get(key) == "all":
             raise ValueError(
-                f"{key}: true with positions: {positions}: it takes the labels that "
-                f"tell prompt from answer away from the model; remove it, {remedy}"
+                f"{name}: {key}: all with positions: {positions}: the prompt would end "
+                f"at the end of the user's turn, and not where the answer begins; "
+                f"write {key}: turn, or edit every token with positions: all"
+            )
+    for role in dataset.get("roles_to_train") or []:
+        if role in _PROMPTING_ROLES:
+            raise ValueError(
+                f"{name}: roles_to_train: {role!r} with positions: {positions}: its "
+                "tokens are the prompt, which ends before the first trained token; "
+                "leave it out, or edit every token with positions: all"
             )
 
 
