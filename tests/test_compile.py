@@ -57,11 +57,12 @@ def test_a_training_forward_is_one_graph(tokens, adapter):
     assert counter.frame_count == 1
 
 
-def test_checkpointed_layers_compile_whole(tokens):
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_layers_compile_whole(tokens, use_reentrant):
     model = build_adapter(build_model(), component="mlp_output").train()
     batch = packed(tokens)
     expected = step(model, batch)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.compile(backend="aot_eager", fullgraph=True)
     assert_close(step(model, batch), expected)
 

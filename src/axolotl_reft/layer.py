@@ -229,7 +229,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             return layer(*args, **kwargs)
 
         def checkpoint_with_batch(function: Any, *inputs: Any, **options: Any) -> Any:
-            if _is_reentrant(checkpoint):
+            if _is_reentrant(checkpoint) and not torch.compiler.is_compiling():
                 inputs = _with_gradient(inputs)
             return checkpoint(self.tracker.replayable(function), *inputs, **options)
 
