@@ -27,6 +27,7 @@ ORDER = [
     "adapter_directory",
     "input_gradients",
     "layer",
+    "trained_modules",
     "model",
     "registration",
     "pyreft_objects",

@@ -131,8 +131,16 @@ class LoreftConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Other modules to train and to save with the adapter, such as a "
-            "classifier's head."
+            "help": "Other modules to train whole and to save with the adapter, such "
+            "as ['embed_tokens', 'lm_head'] with new tokens, or a classifier's head; "
+            "none within the decoder layers."
+        },
+    )
+    vocab_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of the embeddings saved with the adapter, noted when it is "
+            "made; a base with fewer gets as many."
         },
     )
 

@@ -16,6 +16,11 @@ from axolotl_reft.config import LoreftConfig, layer_ranks
 from axolotl_reft.input_gradients import spare_frozen_layers, treat_as_usual
 from axolotl_reft.layer import LoreftDecoderLayer, cannot_merge
 from axolotl_reft.prompts import PromptTracker
+from axolotl_reft.trained_modules import (
+    check_modules_to_save,
+    fit_vocabulary,
+    tie_trained_embeddings,
+)
 
 _TRACKER = "loreft_tracker"
 # What PEFT and this package put into the paths of parameters.
@@ -122,9 +127,16 @@ class LoreftModel(BaseTuner):
         if peft_config.lora is not None:
             numbers = range(len(layers))
         peft_config.target_modules = {f"{path}.{number}" for number in numbers}
+        check_modules_to_save(peft_config, self.model, path)
         return peft_config
 
+    def _check_tied_modules(self, model: nn.Module, peft_config: LoreftConfig) -> None:
+        # PEFT's warns that each gets a copy of its own.
+        tied = self._get_module_names_tied_with_embedding()
+        tie_trained_embeddings(peft_config, self.model, tied)
+
     def _prepare_model(self, peft_config: LoreftConfig, model: Any) -> None:
+        fit_vocabulary(peft_config, model)
         if _tracker_of(model) is None:
             # A plain attribute, of the model and not of this tuner: see prompts.py.
             model.__dict__[_TRACKER] = PromptTracker(model, model.base_model)

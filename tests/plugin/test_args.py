@@ -109,10 +109,15 @@ BESIDE_IT = [
     ({"loraplus_lr_ratio": 16.0}, "loraplus_lr_ratio: 16.0 with adapter: loreft"),
     ({"relora": True, "jagged_restart_steps": 10}, "relora: true .*: ReLoRA merges"),
     ({"merge_lora": True}, "merge_lora: true with adapter: loreft: a LoReFT adapter"),
-    ({"load_in_8bit": True}, "load_in_8bit: true with adapter: loreft: quantised"),
-    ({"load_in_4bit": True}, "load_in_4bit: true with adapter: loreft: quantised"),
-    ({"gptq": True}, "gptq: true with adapter: loreft: quantised"),
-    ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters: .* keeps the base fr"),
+    ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters: .* modules_to_save"),
+    ({"fp8": True}, "fp8: true with adapter: loreft: it trains the base's matrices"),
+    ({"qat": {"weight_dtype": "int8"}}, "qat: .*: it trains weights to be quantised"),
+    ({"tokens": ["<a>"]}, "tokens: .* need new embeddings, which are trained"),
+    ({"lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save: .* into the block"),
+    ({"embedding_lr": 1e-4}, "embedding_lr: 0.0001 would do nothing: no embeddings"),
+    ({"optimizer": "galore_adamw"}, "optimizer: galore_adamw with adapter: loreft"),
+    ({"optimizer": "adalomo"}, "optimizer: adalomo with adapter: loreft"),
+    ({"optim_target_modules": ["mlp"]}, "optim_target_modules: .* chooses weights of"),
     ({"process_reward_model": True}, "process_reward_model: true .* train a reward_mo"),
     ({"tiled_mlp": True, "loreft": {"component": "mlp_activation"}},
      "tiled_mlp: true with component: mlp_activation: it would see pieces of a seq"),
@@ -165,6 +170,15 @@ def test_validation_alone_refuses_it_too(changes, message, monkeypatch):
     monkeypatch.setattr(LoreftPlugin, "register", lambda self, cfg: None)
     with pytest.raises((ValueError, ImportError)):
         validated(**changes)
+
+
+def test_modules_to_save_are_put_where_axolotl_looks_for_them():
+    names = ["embed_tokens", "lm_head"]
+    cfg = validated(
+        loreft={"modules_to_save": names}, tokens=["<a>"], embedding_lr=1e-4
+    )
+    assert cfg.lora_modules_to_save == cfg.loreft.modules_to_save == names
+    assert validate_config(cfg).lora_modules_to_save == names
 
 
 @pytest.mark.parametrize("method", ["dpo", "ipo", "kto", "orpo", "simpo", "grpo"])

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from axolotl_reft.config import LoreftConfig, did_you_mean
 from axolotl_reft.plugin.checks import check_component, check_settings
 from axolotl_reft.plugin.parallel import check_parallel
+from axolotl_reft.plugin.quantised import check_quantisation, with_quantization
 
 _FIELDS = {field.name: field for field in fields(LoreftConfig)}
 
@@ -36,6 +37,7 @@ class LoreftBlock(BaseModel):
     dropout: float = _setting("dropout")
     act_fn: str | None = _setting("act_fn")
     lora: dict[str, Any] | None = _setting("lora")
+    modules_to_save: list[str] | None = _setting("modules_to_save")
 
     @model_validator(mode="before")
     @classmethod
@@ -64,6 +66,9 @@ class LoreftArgs(BaseModel):
         if getattr(self, "adapter", None) == "loreft":
             self.loreft = self.loreft or LoreftBlock()
         _check_together(self.__dict__, self.loreft)
+        if self.loreft is not None:
+            self.lora_modules_to_save = self.loreft.modules_to_save
+            self.overrides_of_model_kwargs = with_quantization(self.__dict__)
         return self
 
 
@@ -123,6 +128,7 @@ def _check_together(settings: dict[str, Any], block: LoreftBlock | None) -> None
         check_settings(settings, block.positions)
         check_parallel(settings, block.component)
         check_component(settings, block.component)
+        check_quantisation(settings)
     elif block is not None:
         raise ValueError(
             f"loreft: the block is set, but adapter is {adapter!r}; set adapter: "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from axolotl.loaders.tokenizer import load_tokenizer
+from axolotl.loaders.utils import get_linear_embedding_layers
 from axolotl.utils.logging import get_logger
 from axolotl.utils.train import determine_last_checkpoint
 
@@ -13,6 +16,8 @@ from axolotl_reft.adapter_directory import check_adapter_fits
 from axolotl_reft.components import as_wide_as_the_model
 from axolotl_reft.config import LoreftConfig, layer_ranks
 from axolotl_reft.plugin.preference_checks import check_preference
+from axolotl_reft.plugin.quantised import check_quantised_base
+from axolotl_reft.trained_modules import same_modules
 
 LOG = get_logger(__name__)
 
@@ -20,27 +25,39 @@ LOG = get_logger(__name__)
 _SETTINGS = [
     key
     for key in LoreftConfig.__annotations__
-    if key not in ("modules_to_save", "turn_markers")
+    if key not in ("modules_to_save", "turn_markers", "vocab_size")
 ]
 
 # Settings that are refused when set (true, non-zero, non-empty), and why.
 _REFUSED = {
     "merge_lora": "a LoReFT adapter edits hidden states at some positions of a prompt, "
     "so it cannot be merged into weights; serve the adapter beside the base model",
-    "load_in_8bit": "quantised bases are not supported with adapter: loreft yet, and "
-    "axolotl would load the base in full precision without saying so; remove it",
-    "load_in_4bit": "quantised bases are not supported with adapter: loreft yet, and "
-    "axolotl would load the base in full precision without saying so; remove it",
-    "gptq": "quantised bases are not supported with adapter: loreft yet; remove it",
     "relora": "ReLoRA merges the adapter at every restart, and LoReFT cannot be "
     "merged; remove it",
     "loraplus_lr_ratio": "LoRA+ sets the learning rate of LoRA's B matrices, which "
     "LoReFT has not; remove it and set learning_rate",
-    "unfrozen_parameters": "LoReFT keeps the base frozen, and unfrozen base weights "
-    "would not be saved with the adapter; remove it",
+    "unfrozen_parameters": "base weights that are unfrozen would not be saved with the "
+    "adapter; name whole modules under loreft: modules_to_save, which are trained and "
+    "saved with it",
+    "fp8": "it trains the base's matrices in 8-bit floats, and LoReFT trains none of "
+    "them; remove it, and set load_in_8bit: true for a smaller base",
+    "qat": "it trains weights to be quantised, and LoReFT trains none of the base's; "
+    "remove it, and set load_in_4bit: true for a quantised base",
+    "optim_target_modules": "it chooses weights of the base to train, and LoReFT "
+    "trains none of them; remove it",
     "process_reward_model": "process reward models are not supported with adapter: "
     "loreft; remove it, or train a reward_model",
 }
+# Optimizers made for the base's matrices: projected gradients, updates in backward.
+_REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "q_galore")
+# What makes axolotl resize the embeddings.
+_NEW_TOKENS = (
+    "tokens",
+    "special_tokens",
+    "added_tokens_overrides",
+    "resize_token_embeddings_to_32x",
+    "shrink_embeddings",
+)
 # lora_* keys that axolotl reads for any adapter.
 _ADAPTER_KEYS = ("lora_model_dir", "lora_on_cpu")
 # Who is trained to be answered to: their tokens would end the prompt too early.
@@ -62,12 +79,50 @@ def check_settings(settings: Mapping[str, Any], positions: str) -> None:
             raise ValueError(f"{key}: {_plain(value)} with adapter: loreft: {reason}")
     _refuse_lora_settings(settings)
     check_preference(settings)
+    _refuse_optimizers(settings)
+    if (tokens := settings.get("tokens")) and not _own_modules_to_save(settings):
+        raise ValueError(
+            f"tokens: {tokens} need new embeddings, which are trained and saved only "
+            "where they are named; write\nloreft:\n  modules_to_save: [embed_tokens, "
+            "lm_head]\nor the names that this base has for them"
+        )
     if positions != "all":
         _need_prompts(settings, positions)
 
 
+def _refuse_optimizers(settings: Mapping[str, Any]) -> None:
+    optimizer = str(_plain(settings.get("optimizer")))
+    if optimizer.startswith(_REFUSED_OPTIMIZERS):
+        raise ValueError(
+            f"optimizer: {optimizer} with adapter: loreft: it saves memory on the "
+            "large matrices of a base, and LoReFT trains none of them; set optimizer: "
+            "adamw_torch"
+        )
+    for key in ("embedding_lr", "embedding_lr_scale"):
+        if settings.get(key) and not _own_modules_to_save(settings):
+            raise ValueError(
+                f"{key}: {settings[key]} would do nothing: no embeddings are trained; "
+                "remove it, or train them with loreft: modules_to_save: [embed_tokens, "
+                "lm_head]"
+            )
+
+
+def _own_modules_to_save(settings: Mapping[str, Any]) -> Any:
+    block = settings.get("loreft")
+    return dict(block).get("modules_to_save") if block else None
+
+
 def _refuse_lora_settings(settings: Mapping[str, Any]) -> None:
+    own = _own_modules_to_save(settings)
     for key, value in settings.items():
+        if key == "lora_modules_to_save" and value:
+            # Where axolotl looks for them; ours are put there in validation.
+            if value == own:
+                continue
+            raise ValueError(
+                f"{key}: {value} is a setting of LoRA; with adapter: loreft write it "
+                f"into the block\nloreft:\n  modules_to_save: {value}"
+            )
         is_lora = key.startswith(("lora_", "peft_")) or key == "peft"
         if not is_lora or key in (*_ADAPTER_KEYS, "peft_autocast_adapter_dtype"):
             continue
@@ -173,17 +228,25 @@ def check_against_base(cfg: Any, model_config: Any, training: bool = True) -> No
     text_config = model_config.get_text_config()
     hidden_size, count = text_config.hidden_size, text_config.num_hidden_layers
     block = LoreftConfig(**cfg.loreft)
+    check_quantised_base(cfg, model_config, training)
+    if training:
+        _check_vocabulary(cfg, block, model_config)
     rank = max(layer_ranks(block, count).values())
     if as_wide_as_the_model(block.component) and rank > hidden_size:
         raise ValueError(
             f"rank: {rank} is larger than the base model's hidden size "
             f"{hidden_size}; choose a rank of at most {hidden_size}, 4 to 8 are usual"
         )
+    embeddings = get_linear_embedding_layers(model_config.model_type)
+    tied = embeddings if getattr(text_config, "tie_word_embeddings", False) else []
     for setting, directory in _saved_adapters(cfg, training):
         saved = check_adapter_fits(directory, setting, hidden_size, count)
+        compared = list(_SETTINGS)
+        if not same_modules(saved.modules_to_save, block.modules_to_save, tied):
+            compared.append("modules_to_save")
         differences = [
             f"{key}: {_plain(getattr(saved, key))} (here {_plain(value)})"
-            for key in _SETTINGS
+            for key in compared
             if getattr(saved, key) != (value := getattr(block, key))
         ]
         if not differences:
@@ -195,6 +258,24 @@ def check_against_base(cfg: Any, model_config: Any, training: bool = True) -> No
                 "to train a new adapter"
             )
         LOG.warning("%s; the adapter's own settings are used", told)
+
+
+def _check_vocabulary(cfg: Any, block: LoreftConfig, model_config: Any) -> None:
+    """New tokens get new embeddings, which exist only where they are saved."""
+    if not any(cfg[key] for key in _NEW_TOKENS):
+        return
+    rows = model_config.get_text_config().vocab_size
+    tokens = len(load_tokenizer(cfg))
+    if cfg.resize_token_embeddings_to_32x:
+        tokens = math.ceil(tokens / 32) * 32
+    changed = tokens > rows or (tokens < rows and cfg.shrink_embeddings)
+    embeddings = get_linear_embedding_layers(model_config.model_type)
+    if changed and not set(embeddings) <= set(block.modules_to_save or ()):
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens and the base model's embeddings "
+            f"{rows} rows: axolotl resizes them, and the new rows would be lost with "
+            f"the base; write loreft: modules_to_save: [{', '.join(embeddings)}]"
+        )
 
 
 def _saved_adapters(cfg: Any, training: bool) -> list[tuple[str, str]]:

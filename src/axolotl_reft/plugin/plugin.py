@@ -18,6 +18,7 @@ from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel
 
 from axolotl_reft.config import LoreftConfig
+from axolotl_reft.plugin import quantised
 from axolotl_reft.plugin.args import check_as_written
 from axolotl_reft.plugin.chat import markers_of_data
 from axolotl_reft.plugin.checks import check_against_base
@@ -79,6 +80,11 @@ class LoreftPlugin(BasePlugin):
         if answers:
             LOG.info("using the LoReFT adapter in %s", cfg.lora_model_dir)
         check_against_base(cfg, load_model_config(cfg), training=not answers)
+        quantised.complete(cfg)
+
+    def post_model_build(self, cfg: DictDefault, model: PreTrainedModel) -> None:
+        if cfg.adapter == "loreft":
+            quantised.finish_base(cfg, model)
 
     def load_adapter(
         self,
@@ -98,16 +104,23 @@ class LoreftPlugin(BasePlugin):
                 config = LoreftConfig.from_pretrained(cfg.lora_model_dir)
                 config.inference_mode = False
             return None, config
+        # For modules_to_save alone: interventions are float32 whatever is asked for.
+        upcast = cfg.peft_autocast_adapter_dtype is not False
         if cfg.lora_model_dir:
             peft_model = PeftModel.from_pretrained(
-                model, cfg.lora_model_dir, is_trainable=not inference
+                model,
+                cfg.lora_model_dir,
+                is_trainable=not inference,
+                autocast_adapter_dtype=upcast,
             )
             config = peft_model.peft_config["default"]
         else:
             # The same start in every process, whatever each has drawn before.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(42 if cfg.seed is None else cfg.seed)
-                peft_model = get_peft_model(model, config)
+                peft_model = get_peft_model(
+                    model, config, autocast_adapter_dtype=upcast
+                )
         _print_trainable_parameters(peft_model)
         return peft_model, config
 

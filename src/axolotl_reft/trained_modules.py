@@ -1,0 +1,98 @@
+"""Modules trained whole and saved with the adapter: PEFT's ``modules_to_save``.
+
+PEFT copies a module, trains the copy and saves it. Three things it leaves open are
+settled here: which modules a name means, embeddings that the head shares, and a base
+whose vocabulary had grown when the adapter was trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from axolotl_reft.config import LoreftConfig, did_you_mean
+
+# PEFT adds a classifier's heads by these names, whichever the model has.
+_HEADS = ("classifier", "score")
+
+
+def check_modules_to_save(config: LoreftConfig, model: nn.Module, layers: str) -> None:
+    """See that each name means modules of the model, outside of its edited layers.
+
+    Args:
+        layers: path of the list of decoder layers.
+
+    Raises:
+        ValueError: a name matches nothing, or something within the layers.
+    """
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    for name in config.modules_to_save or ():
+        # As PEFT matches.
+        matched = [path for path in paths if path.endswith(name)]
+        if not matched and name not in _HEADS:
+            leaves = {path.rsplit(".", 1)[-1] for path in paths if path}
+            raise ValueError(
+                f"modules_to_save: {name!r} is not a module of "
+                f"{type(model).__name__}.{did_you_mean(name, tuple(sorted(leaves)))}"
+            )
+        within = [path for path in matched if f"{path}.".startswith(f"{layers}.")]
+        if within:
+            raise ValueError(
+                f"modules_to_save: {name!r} matches {within[0]!r}, within the layers "
+                "whose hidden states LoReFT edits and which it leaves as they are; "
+                "name modules outside of them, such as embed_tokens, lm_head or "
+                "model.norm"
+            )
+
+
+def tie_trained_embeddings(config: Any, model: Any, tied: list[str]) -> None:
+    """Let a head that shares the embeddings share the trained copy too.
+
+    Args:
+        config: the adapter's; changed in place.
+        tied: modules that share the embeddings.
+    """
+    named = set(config.modules_to_save or ())
+    names = _embedding_names(model)
+    if tied and named & set(names):
+        config.modules_to_tie = set(tied)
+        config.modules_to_save = sorted(named - set(names) | {names[0]})
+
+
+def fit_vocabulary(config: LoreftConfig, model: Any) -> None:
+    """Note how many tokens the trained embeddings have; give a plain base as many.
+
+    What the new rows hold does not matter: the saved embeddings take their place.
+    """
+    if not set(config.modules_to_save or ()) & set(_embedding_names(model)):
+        return
+    rows = model.get_input_embeddings().num_embeddings
+    if config.vocab_size is None:
+        config.vocab_size = rows
+    elif config.vocab_size != rows:
+        model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+
+
+def _embedding_names(model: Any) -> list[str]:
+    """What the model calls its input embeddings and its head, for example
+    ``embed_tokens`` and ``lm_head``."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {id(module): path for path, module in model.named_modules()}
+    return [names[id(m)].rsplit(".", 1)[-1] for m in modules if id(m) in names]
+
+
+def same_modules(
+    one: list[str] | None, other: list[str] | None, tied: list[str]
+) -> bool:
+    """Whether two settings train the same modules.
+
+    Args:
+        tied: names that mean one module, as the embeddings and the head may.
+    """
+
+    def distinct(names: list[str] | None) -> set[str]:
+        kept = set(names or ()) - set(_HEADS)
+        return kept - set(tied[1:]) | set(tied[:1] if kept & set(tied) else ())
+
+    return distinct(one) == distinct(other)
