@@ -12,6 +12,7 @@ import axolotl_reft
 PACKAGE = Path(axolotl_reft.__file__).parent
 ORDER = [
     "positions",
+    "editing",
     "turns",
     "chat_template",
     "rotation",
@@ -95,6 +96,7 @@ def test_imports_point_one_way():
     ("part", "allowed"),
     [
         ("positions", {"torch"}),
+        ("editing", {"torch"}),
         ("turns", {"torch", "axolotl_reft"}),
         ("rotation", {"torch"}),
     ],

@@ -2,46 +2,6 @@ import pytest
 import torch
 from conftest import LAYERS, build_adapter, build_model
 
-from axolotl_reft.layer import edit
-
-
-def double(hidden):
-    return 2 * hidden
-
-
-def negate(hidden):
-    return -hidden
-
-
-def test_edit_replaces_the_named_vectors_alone():
-    hidden = torch.arange(24.0).view(2, 4, 3)
-    before = hidden.clone()
-    got = edit(hidden, [torch.tensor([1]), torch.tensor([6, 7])], [double, negate])
-    flat, expected = got.view(8, 3), before.view(8, 3).clone()
-    expected[1] *= 2
-    expected[6:] *= -1
-    assert torch.equal(flat, expected)
-    assert torch.equal(hidden, before)
-
-
-def test_unused_slots_neither_write_nor_send_gradients():
-    hidden = torch.randn(1, 3, 2, requires_grad=True)
-    scale = torch.ones(2, requires_grad=True)
-    index = torch.tensor([1, 3, 3])
-    got = edit(hidden, [index], [lambda rows: rows * scale + scale])
-    got.sum().backward()
-    assert torch.equal(got[0, [0, 2]], hidden[0, [0, 2]])
-    assert torch.allclose(scale.grad, hidden[0, 1].detach() + 1)
-
-
-def test_no_position_at_all_keeps_the_parameters_in_the_graph():
-    """Distributed training hangs on parameters that a step does not use."""
-    hidden = torch.randn(1, 3, 2)
-    scale = torch.ones(2, requires_grad=True)
-    edit(hidden, [torch.tensor([], dtype=torch.long)], [lambda h: h * scale]).sum(
-    ).backward()  # fmt: skip
-    assert torch.equal(scale.grad, torch.zeros(2))
-
 
 def gradients(model, loss):
     model.zero_grad()

@@ -73,6 +73,28 @@ def test_gradient_is_that_of_finite_differences():
     assert torch.autograd.gradcheck(lambda x: rotation(x, base), vectors)
 
 
+def test_several_at_once_are_each_what_they_are_alone():
+    torch.manual_seed(0)
+    bases = torch.stack([random_base(12, 3) for _ in range(4)])
+    vectors = torch.randn(4, 12, 3, requires_grad=True)
+    weights = torch.randn(4, 12, 3)
+    (rotation(vectors, bases) * weights).sum().backward()
+    for one, base, weight, gradient in zip(
+        vectors.detach(), bases, weights, vectors.grad, strict=True
+    ):
+        alone = one.clone().requires_grad_()
+        (rotation(alone, base) * weight).sum().backward()
+        assert torch.allclose(gradient, alone.grad, atol=1e-6)
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    vectors = torch.randn(6, 2, requires_grad=True)
+    matrix = rotation(vectors, random_base(6, 2))
+    (gradient,) = torch.autograd.grad(matrix.square().sum(), vectors, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_the_square_base_is_orthogonal_and_begins_with_the_columns():
     torch.manual_seed(0)
     matrix = torch.nn.init.orthogonal_(torch.empty(20, 3))

@@ -1,53 +1,25 @@
 """A module of the base model with its interventions around it.
 
-Shapes: B batch, T tokens, N edited positions, D hidden size.
+Shapes: B batch, T tokens, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from axolotl_reft.components import Site, find_site
 from axolotl_reft.config import LoreftConfig
+from axolotl_reft.editing import edit
 from axolotl_reft.lora import LayerLora, linear_modules
 from axolotl_reft.positions import Positions
 from axolotl_reft.prompts import PromptTracker
 from axolotl_reft.turns import Turns
-
-
-def edit(
-    h_BTD: Tensor, indices: Sequence[Tensor], interventions: Sequence[nn.Module]
-) -> Tensor:
-    """Hidden states with the vectors at ``indices`` replaced by their edits.
-
-    Args:
-        h_BTD: hidden states; not changed in place.
-        indices: one (N,) tensor of flat indices into B·T per intervention, no index
-            twice; B·T itself, one past the end, marks an unused slot.
-        interventions: as many, called with (N, D).
-    """
-    flat = h_BTD.reshape(-1, h_BTD.shape[-1])
-    # A row past the end, for unused slots to read from and to write to.
-    padded = F.pad(flat, (0, 0, 0, 1))
-    indices = [index.to(flat.device) for index in indices]
-    new_ND = torch.cat(
-        [
-            intervention(padded.index_select(0, index))
-            for index, intervention in zip(indices, interventions, strict=True)
-        ]
-    )
-    # FSDP's mixed precision may have chosen another dtype for an intervention's output.
-    padded.index_copy_(0, torch.cat(indices), new_ND.to(padded.dtype))
-    return padded[:-1].view(h_BTD.shape)
-
 
 _INPUT, _OUTPUT = Site("", "input"), Site("", "output")
 
@@ -82,6 +54,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         self.positions: dict[str, Positions] = {}
         self.turns: dict[str, Turns] = {}
         self.sites: dict[str, Site] = {}
+        self._everywhere = False
         self._handles: dict[Site, RemovableHandle] = {}
         self._lora_handles: dict[str, RemovableHandle] = {}
         self._disable_adapters = False
@@ -131,6 +104,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         self.turns[adapter_name] = Turns.parse(config.turns, config.turn_markers)
         if not positions.everywhere:
             self.tracker.watch(self.turns[adapter_name])
+        self._everywhere |= positions.everywhere
         self.sites[adapter_name] = site
 
     def _add_lora(self, adapter_name: str, settings: dict[str, Any]) -> None:
@@ -195,6 +169,9 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         raise cannot_merge()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # A decode step: not a dictionary is built before the layer runs.
+        if self.tracker.prompt_has_gone_by and not self._everywhere:
+            return self.base_layer(*args, **kwargs)
         args, kwargs = self._edit_input(_INPUT, self, args, kwargs)
         within = [
             name

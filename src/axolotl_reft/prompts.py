@@ -39,17 +39,20 @@ class _Batch:
         shape: B and T.
         make_spans: the prompts of such turns; None for none.
         one_sample_rows: no row holds several packed samples.
+        past: columns in the cache before it.
     """
 
     shape: tuple[int, int]
     make_spans: Callable[[Turns], PromptSpans | None]
     one_sample_rows: bool
+    past: int = 0
     adapter_rows: AdapterRows | None = None
     spans: dict[Turns, PromptSpans | None] = field(default_factory=dict)
     indices: dict[
         tuple[Positions, Turns, bool, str | None], tuple[Tensor, ...] | None
     ] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)
+    gone_by: bool | None = None
 
     def prompts(self, turns: Turns) -> PromptSpans | None:
         if turns not in self.spans:
@@ -202,6 +205,17 @@ class PromptTracker:
         if key not in batch.indices:
             batch.indices[key] = _indices(batch, *key)
         return batch.indices[key]
+
+    @property
+    def prompt_has_gone_by(self) -> bool:
+        """Whether this forward has a filled cache and no prompt of any adapter: a
+        decode step."""
+        batch = self._batch
+        if batch is None or not batch.past:
+            return False
+        if batch.gone_by is None:
+            batch.gone_by = all(batch.prompts(turns) is None for turns in self._turns)
+        return batch.gone_by
 
     def record(self, before: Tensor, after: Tensor) -> None:
         """Note a layer's output before and after its edit, where hidden states are
@@ -385,7 +399,7 @@ class PromptTracker:
         def make_spans(turns: Turns) -> PromptSpans | None:
             return generation.step(turns, rows, tokens, past, device)
 
-        return _Batch(shape, make_spans, one_sample_rows=True)
+        return _Batch(shape, make_spans, one_sample_rows=True, past=past)
 
     def _read_chunk(
         self,
@@ -409,7 +423,7 @@ class PromptTracker:
             spans = turns.prompts(real_BW, seen.ids_BW, None, seen.answer_BW)
             return spans.columns(past, width[1])
 
-        return _Batch(shape, make_spans, one_sample_rows=True)
+        return _Batch(shape, make_spans, one_sample_rows=True, past=past)
 
     def _warn_without_labels(self, training: bool) -> None:
         if training and torch.is_grad_enabled() and self._labels_mark_answers:
