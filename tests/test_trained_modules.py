@@ -27,7 +27,7 @@ def test_embeddings_of_a_grown_vocabulary_come_back_on_a_plain_base(
     grown = build_model(tie_word_embeddings=tied)
     grown.resize_token_embeddings(70, mean_resizing=False)
     model = build_adapter(grown, modules_to_save=list(EMBEDDINGS))
-    assert trained(model) == {"embed_tokens"} if tied else set(EMBEDDINGS)
+    assert trained(model) == ({"embed_tokens"} if tied else set(EMBEDDINGS))
     ids = tokens(2, 9)
     ids[:, 4] = 69
     model.save_pretrained(tmp_path)
@@ -52,7 +52,6 @@ def test_tied_embeddings_are_one_while_they_are_trained(tokens):
     assert copy.requires_grad
     with torch.no_grad():
         copy.mul_(2)
-    # Twice the embeddings: the head's part alone doubles every logit of a zero edit.
     after = model(ids).logits
     head = model.base_model.model.lm_head
     h = torch.randn(1, 1, 32)
