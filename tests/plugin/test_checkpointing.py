@@ -133,15 +133,16 @@ def loaded_by_axolotl(block, **settings):
 
 
 def reached(model, tokens):
-    """The layers whose output a backward pass would go through, from the top."""
-    layers = model.get_base_model().model.layers
+    """The layers whose output a backward pass goes through, lowest first."""
+    backbone = model.get_base_model().model
     needed = {}
 
-    def note(number, module, args, output):
-        needed.setdefault(number, output.requires_grad)
+    def note(number, module, args):
+        needed.setdefault(number, args[0].requires_grad)
 
-    for number, layer in enumerate(layers):
-        layer.register_forward_hook(partial(note, number))
+    # What comes after a layer tells: a layer's own hooks run within its checkpoint.
+    for number, module in enumerate([*backbone.layers[1:], backbone.norm]):
+        module.register_forward_pre_hook(partial(note, number))
     got = gradients(model, tokens)
     assert all(gradient.any() for gradient in got.values())
     assert not model.get_input_embeddings().weight.requires_grad
