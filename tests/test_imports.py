@@ -33,6 +33,7 @@ ORDER = [
     "registration",
     "pyreft_objects",
     "pyreft_format",
+    "lm_eval",
     "plugin",
 ]
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from axolotl_reft.plugin import checks
 from axolotl_reft.plugin.args import LoreftBlock
 from axolotl_reft.plugin.checks import check_against_base
-from axolotl_reft.plugin.plugin import LoreftPlugin, _trained_adapter
+from axolotl_reft.plugin.plugin import LoreftPlugin, trained_adapter
 
 
 def check(block=None, hidden_size=32, layers=3, training=True, **settings):
@@ -93,15 +93,15 @@ def test_the_adapter_of_the_output_directory(tmp_path):
     with pytest.raises(
         ValueError, match="output_dir: there is no trained LoReFT adapt"
     ):
-        _trained_adapter(str(tmp_path / "nowhere"))
+        trained_adapter(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="train first with axolotl train"):
-        _trained_adapter(str(tmp_path))
+        trained_adapter(str(tmp_path))
     checkpoint = tmp_path / "checkpoint-7"
     build_adapter(build_model()).save_pretrained(checkpoint)
     with pytest.raises(ValueError, match="with --lora-model-dir .*checkpoint-7"):
-        _trained_adapter(str(tmp_path))
+        trained_adapter(str(tmp_path))
     build_adapter(build_model()).save_pretrained(tmp_path)
-    assert _trained_adapter(str(tmp_path)) == str(tmp_path)
+    assert trained_adapter(str(tmp_path)) == str(tmp_path)
 
 
 def test_other_adapters_are_left_to_others():

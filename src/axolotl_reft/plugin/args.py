@@ -114,10 +114,14 @@ def _check_keys_at_the_top(settings: dict[str, Any]) -> None:
         ours = settings.get("adapter") == "loreft" and key in LoreftBlock.model_fields
         near = re.match(r"(?i)(lo[-_.]?)?reft", str(key)) and key != "loreft"
         if ours or near:
+            sweep = (
+                "\nA sweep lists whole blocks:\nloreft:\n"
+                "  - {positions: f7+l7, rank: 4}\n  - {positions: f7+l7, rank: 8}"
+            )
             raise ValueError(
                 f"{key}: is not a key at the top of the config; the adapter's "
                 "settings go into a block, for example\nloreft:\n"
-                "  positions: f7+l7\n  rank: 8"
+                "  positions: f7+l7\n  rank: 8" + (sweep if "." in str(key) else "")
             )
 
 

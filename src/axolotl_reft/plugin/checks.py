@@ -79,6 +79,7 @@ def check_settings(settings: Mapping[str, Any], positions: str) -> None:
             raise ValueError(f"{key}: {_plain(value)} with adapter: loreft: {reason}")
     _refuse_lora_settings(settings)
     check_preference(settings)
+    _refuse_scoring_after_training(settings)
     _refuse_optimizers(settings)
     if (tokens := settings.get("tokens")) and not _own_modules_to_save(settings):
         raise ValueError(
@@ -146,6 +147,19 @@ def check_component(settings: Mapping[str, Any], component: str) -> None:
             f"tiled_mlp: true with component: {component}: it would see pieces of a "
             "sequence and not know where the prompt is; remove it, or edit mlp_input "
             "or mlp_output"
+        )
+
+
+def _refuse_scoring_after_training(settings: Mapping[str, Any]) -> None:
+    """axolotl's LMEvalPlugin, which would fail when the training is over."""
+    scores = settings.get("lm_eval_tasks") and any(
+        str(name).endswith(".LMEvalPlugin") for name in settings.get("plugins") or ()
+    )
+    if scores and settings.get("lm_eval_post_train") is not False:
+        raise ValueError(
+            "lm_eval_post_train: true (also when left out) with adapter: loreft: "
+            "lm_eval's own model cannot load the adapter; set lm_eval_post_train: "
+            "false, and after the training run axolotl reft lm-eval config.yml"
         )
 
 

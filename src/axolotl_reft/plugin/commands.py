@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -13,7 +14,7 @@ from axolotl_reft.config import INTERVENTIONS
 
 @click.group()
 def reft() -> None:
-    """Exchange LoReFT adapters with pyreft."""
+    """Score LoReFT adapters, and exchange them with pyreft."""
 
 
 def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -78,3 +79,43 @@ def import_command(directory: str, out: str, **settings: Any) -> None:
     click.echo(
         f"wrote {out}; load it with peft.PeftModel.from_pretrained(base, {out!r})"
     )
+
+
+@reft.command("lm-eval")
+@click.argument("source", metavar="CONFIG_OR_DIR", type=click.Path(exists=True))
+@click.option(
+    "--tasks", help="Names of lm_eval's tasks or groups, with commas between."
+)
+@click.option("--include-path", help="A directory of further tasks.")
+@click.option("--num-fewshot", type=int, help="Examples in each context.")
+@click.option("--limit", type=float, help="Samples of each task, or a part below 1.")
+@click.option("--batch-size", default="8", show_default=True, help="Or auto.")
+@click.option("--apply-chat-template", is_flag=True, help="The tokenizer's.")
+@click.option("--output", help="A JSON file for the results.")
+@_plain_errors
+def lm_eval_command(source: str, tasks: str | None, **settings: Any) -> None:
+    """Score a trained adapter on tasks of lm_eval.
+
+    CONFIG_OR_DIR is axolotl's config, whose adapter in output_dir (or lora_model_dir)
+    is taken, or a directory with an adapter. Every request's context is its prompt.
+    """
+    from lm_eval.utils import make_table
+
+    from axolotl_reft.plugin.evaluation import evaluate_tasks
+
+    names = tuple(name for name in (tasks or "").split(",") if name)
+    results = evaluate_tasks(source, names, **settings)
+    click.echo(make_table(results))
+    if "groups" in results:
+        click.echo(make_table(results, "groups"))
+
+
+@reft.command("config-schema")
+def config_schema_command() -> None:
+    """Print the JSON schema of the loreft: block.
+
+    `axolotl config-schema` knows axolotl's own settings alone.
+    """
+    from axolotl_reft.plugin.args import LoreftBlock
+
+    click.echo(json.dumps(LoreftBlock.model_json_schema(), indent=2))

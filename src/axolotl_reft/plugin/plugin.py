@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,10 @@ from axolotl_reft.plugin.args import check_as_written
 from axolotl_reft.plugin.chat import markers_of_data
 from axolotl_reft.plugin.checks import check_against_base
 from axolotl_reft.plugin.labels import show_labels
+from axolotl_reft.plugin.running import answers, check_command
 from axolotl_reft.pyreft_install import check_pyreft
 
 LOG = get_logger(__name__)
-
-# axolotl tells its plugins which command runs in no other way: `evaluate` sets nothing
-# in the config, and `inference` only a key that validation drops.
-_MODULES_THAT_ANSWER = ("axolotl.evaluate", "axolotl.cli.utils.load")
 
 # axolotl gives these trainers the adapter's configuration; TRL makes the adapter.
 _ADAPTED_BY_TRL = ("dpo", "ipo", "kto")
@@ -51,6 +47,7 @@ class LoreftPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         adapter = cfg.get("adapter")
+        check_command(adapter)
         if adapter == "loreft":
             check_pyreft()
         if adapter != "loreft" and str(adapter).lower() in ("loreft", "reft"):
@@ -74,12 +71,12 @@ class LoreftPlugin(BasePlugin):
             return
         import axolotl_reft.interventions  # noqa: F401  (a broken pyreft stops here)
 
-        answers = _answers()
-        if answers and not cfg.lora_model_dir:
-            cfg.lora_model_dir = _trained_adapter(cfg.output_dir)
-        if answers:
+        answering = answers()
+        if answering and not cfg.lora_model_dir:
+            cfg.lora_model_dir = trained_adapter(cfg.output_dir)
+        if answering:
             LOG.info("using the LoReFT adapter in %s", cfg.lora_model_dir)
-        check_against_base(cfg, load_model_config(cfg), training=not answers)
+        check_against_base(cfg, load_model_config(cfg), training=not answering)
         quantised.complete(cfg)
 
     def post_model_build(self, cfg: DictDefault, model: PreTrainedModel) -> None:
@@ -143,7 +140,7 @@ class LoreftPlugin(BasePlugin):
         if cfg.adapter == "loreft" and cfg.rl:
             from axolotl_reft.plugin.preference import prepare_trainer
 
-            evaluates = _answers()
+            evaluates = answers()
             prepare_trainer(trainer, cfg.lora_model_dir, evaluates)
             if not evaluates and cfg.rl in _ADAPTED_BY_TRL:
                 _print_trainable_parameters(trainer.model)
@@ -157,17 +154,7 @@ def _print_trainable_parameters(model: PeftModel) -> None:
         model.print_trainable_parameters()
 
 
-def _answers() -> bool:
-    """Whether the model is being loaded to answer with, and not to be trained."""
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__") in _MODULES_THAT_ANSWER:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-def _trained_adapter(output_dir: str) -> str:
+def trained_adapter(output_dir: str) -> str:
     """The adapter that training left in ``output_dir``.
 
     Raises:

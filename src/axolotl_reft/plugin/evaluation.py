@@ -1,0 +1,105 @@
+"""``axolotl reft lm-eval``: a trained adapter, scored on tasks of lm_eval."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from axolotl.cli.config import load_cfg
+from axolotl.cli.utils import load_model_and_tokenizer
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager, get_task_dict
+from lm_eval.utils import handle_non_serializable
+
+from axolotl_reft.adapter_directory import read_adapter_config
+from axolotl_reft.lm_eval import LoreftLM, check_rolling
+from axolotl_reft.plugin.plugin import trained_adapter
+
+
+def evaluate_tasks(
+    source: str,
+    tasks: tuple[str, ...],
+    include_path: str | None,
+    output: str | None,
+    batch_size: str,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Score the adapter of a config or of a directory.
+
+    Args:
+        source: axolotl's YAML, whose model is loaded as by ``axolotl inference``, or a
+            directory with an adapter, whose base is loaded as by lm_eval.
+        tasks: names of tasks or groups; empty for the config's ``lm_eval_tasks``.
+        include_path: a directory of further tasks.
+        output: a JSON file for the results.
+        settings: as ``lm_eval.simple_evaluate`` takes them.
+
+    Returns:
+        What ``simple_evaluate`` returns.
+
+    Raises:
+        ValueError: there is no task, no adapter, or they do not go together; before the
+            base model is loaded.
+    """
+    if output and Path(output).exists():
+        raise ValueError(f"--output: {output!r} exists already; name another file")
+    is_adapter = Path(source).is_dir()
+    if not tasks and not is_adapter:
+        tasks = _tasks_of(source)
+    if not tasks:
+        raise ValueError("--tasks: name at least one task of lm_eval")
+    manager = TaskManager(include_path=include_path)
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise ValueError(
+            f"--tasks: lm_eval knows no task {unknown[0]!r}; give the directory of "
+            "your own with --include-path, and see lm_eval ls tasks for the others"
+        )
+    if is_adapter:
+        _check_tasks(tasks, manager, read_adapter_config(source, "DIR").positions)
+        model = LoreftLM(peft=source, batch_size=batch_size)
+    else:
+        cfg = load_cfg(source, inference=True, rl=None)
+        if cfg.adapter != "loreft":
+            raise ValueError(
+                f"adapter: {cfg.adapter!r} is not loreft; use axolotl lm-eval"
+            )
+        directory = cfg.lora_model_dir or trained_adapter(cfg.output_dir)
+        _check_tasks(
+            tasks, manager, read_adapter_config(directory, "output_dir").positions
+        )
+        loaded, tokenizer, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
+        model = LoreftLM(loaded, tokenizer=tokenizer, batch_size=batch_size)
+    results = simple_evaluate(
+        model, tasks=list(tasks), task_manager=manager, log_samples=False, **settings
+    )
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(results, indent=2, default=handle_non_serializable)
+        Path(output).write_text(text)
+    return results
+
+
+def _tasks_of(config: str) -> tuple[str, ...]:
+    """What ``axolotl lm-eval`` would read; only its plugin's keys are missing later."""
+    tasks = (yaml.safe_load(Path(config).read_text()) or {}).get("lm_eval_tasks") or []
+    for task in tasks:
+        if ":" in task:
+            name, shots = task.split(":", 1)
+            raise ValueError(
+                f"lm_eval_tasks: {task!r} holds a number of shots; write --tasks "
+                f"{name} --num-fewshot {shots}"
+            )
+    return tuple(tasks)
+
+
+def _check_tasks(tasks: tuple[str, ...], manager: TaskManager, positions: str) -> None:
+    found = [get_task_dict(list(tasks), manager)]
+    while found:
+        for task in found.pop().values():
+            if isinstance(task, dict):
+                found.append(task)
+            elif task.OUTPUT_TYPE == "loglikelihood_rolling":
+                check_rolling(positions)

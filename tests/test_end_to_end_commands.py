@@ -1,0 +1,224 @@
+"""The commands that load a model: in this process where that is what users run."""
+
+import builtins
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gradio
+import pytest
+import torch
+from axolotl.cli.inference import do_cli
+from axolotl.cli.main import cli
+from click.testing import CliRunner
+from conftest import build_adapter
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from workspace import ANSWER, build_base, build_config, build_data
+
+from axolotl_reft.plugin.commands import reft
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "c a b d :"
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "repetition_penalty": 1.1}
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} : {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A workspace with a random adapter in output_dir, far from the base's answers."""
+    directory = tmp_path_factory.mktemp("commands")
+    build_base(directory / "base")
+    build_data(directory / "train.jsonl", 8, seed=0)
+    build_data(directory / "test.jsonl", 4, seed=1)
+    base = AutoModelForCausalLM.from_pretrained(directory / "base")
+    adapter = build_adapter(base, positions="f2+l2", rank=4, tied_weights=False)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 5)
+    adapter.save_pretrained(directory / "out")
+    return build_config(
+        directory,
+        gradio_share=False,
+        gradio_max_new_tokens=5,
+        gradio_temperature=0.0001,
+        max_steps=2,
+        save_steps=1000,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    base = AutoModelForCausalLM.from_pretrained(config.parent / "base")
+    return PeftModel.from_pretrained(base, config.parent / "out").eval()
+
+
+@torch.no_grad()
+def answer(model, text):
+    """What the adapter says, which the base alone does not."""
+    tokenizer = AutoTokenizer.from_pretrained(model.base_model.model.name_or_path)
+    batch = tokenizer(text, return_tensors="pt")
+    length = batch.input_ids.shape[1]
+    told = model.generate(**batch, **GREEDY)[0, length:]
+    with model.disable_adapter():
+        assert not torch.equal(model.generate(**batch, **GREEDY)[0, length:], told)
+    return " ".join(tokenizer.convert_ids_to_tokens(told))
+
+
+def run(monkeypatch, *arguments):
+    line = [str(argument) for argument in arguments] + ["--launcher", "python"]
+    monkeypatch.setattr(sys, "argv", ["axolotl", *line])
+    result = CliRunner().invoke(cli, line)
+    assert result.exception is None, result.output[-3000:]
+    return result.output
+
+
+def axolotl(directory, *arguments):
+    scripts = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": scripts + os.pathsep + os.environ["PATH"]}
+    return subprocess.run(
+        ["axolotl", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
+        cwd=directory,
+    )
+
+
+def test_other_launchers_train_too(config, monkeypatch):
+    out = config.parent / "by-python"
+    run(monkeypatch, "train", config, "--output-dir", out)
+    assert (out / "adapter_model.safetensors").is_file()
+
+
+def test_torchrun_trains_too(config):
+    out = config.parent / "by-torchrun"
+    done = axolotl(
+        config.parent, "train", config, "--launcher", "torchrun", "--output-dir", out
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (out / "adapter_model.safetensors").is_file()
+
+
+@torch.no_grad()
+def test_evaluate_by_the_python_launcher(config, model, monkeypatch):
+    run(monkeypatch, "evaluate", config)
+    rows = list(csv.DictReader((config.parent / "out/eval_summary.csv").open()))
+    got = next(float(row["validation"]) for row in rows if row["metric"] == "loss")
+    tokenizer = AutoTokenizer.from_pretrained(config.parent / "base")
+    end = tokenizer(ANSWER, add_special_tokens=False).input_ids + [2]
+    losses = []
+    for line in (config.parent / "test.jsonl").read_text().splitlines():
+        prompt = tokenizer(json.loads(line)["instruction"]).input_ids
+        labels = torch.tensor([[-100] * len(prompt) + end])
+        losses.append(model(torch.tensor([prompt + end]), labels=labels).loss.item())
+    assert got == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_gradio_answers_from_the_adapter(config, model, monkeypatch):
+    launched = []
+    monkeypatch.setattr(
+        gradio.Interface, "launch", lambda page, **settings: launched.append(page)
+    )
+    run(monkeypatch, "inference", config, "--gradio")
+    told = list(launched[0].fn(PROMPT))[-1]
+    assert " ".join(told.split()) == f"<s> {PROMPT} {answer(model, PROMPT)}"
+
+
+def test_chat_answers_from_the_adapter_and_ends(config, model, monkeypatch, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(config.parent / "base")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(config.parent / "chat")
+    path = build_config(
+        config.parent,
+        "chat.yml",
+        tokenizer_config=str(config.parent / "chat"),
+        chat_template="tokenizer_default",
+    )
+    typed = iter(["/set temperature 0", "/set max_new_tokens 5", "c a b d", "/quit"])
+    monkeypatch.setattr(builtins, "input", lambda prompt="": next(typed))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "argv", ["axolotl", str(path)])
+    do_cli(str(path), chat=True)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert answer(model, PROMPT) in shown
+    assert next(typed, None) is None
+
+
+def build_task(directory, output_type="multiple_choice"):
+    directory.mkdir(exist_ok=True)
+    rows = [
+        {"text": text, "choices": ["m n", "n", "q r s"], "right": index % 3}
+        for index, text in enumerate(["a b c d :", "e f :", "g h i j k :", "l a :"])
+    ]
+    data = directory / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {
+        "multiple_choice": {
+            "doc_to_text": "{{text}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{right}}",
+            "metric_list": [{"metric": "acc"}],
+        },
+        "loglikelihood_rolling": {
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "word_perplexity"}],
+        },
+    }[output_type]
+    task = asked | {
+        "task": "letters",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": output_type,
+    }
+    (directory / "letters.yaml").write_text(json.dumps(task))
+
+
+def score(source, tasks, *options):
+    line = ["lm-eval", str(source), "--tasks", "letters", "--include-path", str(tasks)]
+    return CliRunner().invoke(reft, [*line, *map(str, options)])
+
+
+def test_a_config_and_its_adapters_directory_score_alike(config, tmp_path):
+    build_task(tmp_path / "tasks")
+    found = []
+    for name, source in (("config", config), ("directory", config.parent / "out")):
+        file = tmp_path / f"{name}.json"
+        result = score(source, tmp_path / "tasks", "--output", file)
+        assert result.exception is None, result.output[-3000:]
+        assert "|letters|" in result.output
+        found.append(json.loads(file.read_text())["results"])
+    assert found[0] == found[1]
+
+
+def test_a_file_of_scores_is_not_overwritten(config, tmp_path):
+    file = tmp_path / "scores.json"
+    file.write_text("kept")
+    result = score(config, tmp_path, "--output", file)
+    assert "exists already; name another file" in result.output
+    assert file.read_text() == "kept"
+
+
+def test_a_task_without_prompts_stops_before_the_base_loads(config, tmp_path):
+    build_task(tmp_path / "tasks", "loglikelihood_rolling")
+    result = score(config.parent / "out", tmp_path / "tasks")
+    assert "such texts have no prompt" in result.output
+    result = score(config.parent / "out", tmp_path)
+    assert "lm_eval knows no task 'letters'" in result.output
+
+
+def test_axolotls_lm_eval_fails_and_writes_nothing(config):
+    path = build_config(config.parent, "lm.yml", lm_eval_tasks=["arc_easy"])
+    before = {file.name for file in (config.parent / "out").iterdir()}
+    done = axolotl(config.parent, "lm-eval", path)
+    assert done.returncode != 0
+    assert "CalledProcessError" in done.stderr
+    assert {file.name for file in (config.parent / "out").iterdir()} == before
