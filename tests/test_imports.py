@@ -34,6 +34,13 @@ ORDER = [
     "pyreft_objects",
     "pyreft_format",
     "lm_eval",
+    "edit_size",
+    "token_view",
+    "inspection",
+    "probe",
+    "inspection_text",
+    "inspection_plot",
+    "inspect_command",
     "plugin",
 ]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from axolotl_reft.components import as_wide_as_the_model
 from axolotl_reft.config import LoreftConfig, edited_layers
@@ -81,6 +83,54 @@ def check_adapter_fits(
             "one it was trained on"
         )
     return config
+
+
+@dataclass(frozen=True)
+class SavedNumbers:
+    """The tensors of a saved adapter.
+
+    Attributes:
+        interventions: the state dict of each, by layer and side; side 1 is that of an
+            untied suffix.
+        lora: the matrices of a LoRA beside them, by their keys.
+        others: what else was saved, such as a classifier's head, by its key.
+    """
+
+    interventions: dict[tuple[int, int], dict[str, Tensor]]
+    lora: dict[str, Tensor]
+    others: dict[str, Tensor]
+
+
+def read_numbers(directory: str, setting: str) -> SavedNumbers:
+    """Every tensor of an adapter, in a directory or on the hub.
+
+    Raises:
+        ValueError: the weights are missing or damaged, or hold no intervention.
+    """
+    try:
+        tensors = load_peft_weights(directory, device="cpu")
+    except Exception as error:  # the hub's and safetensors' own kinds
+        raise ValueError(
+            f"{setting}: the adapter's weights in {directory!r} are missing or damaged "
+            f"({error}); save the adapter again, or name another checkpoint"
+        ) from error
+    numbers = SavedNumbers({}, {}, {})
+    for key, tensor in sorted(tensors.items()):
+        match = _KEY.search(key)
+        if match is None:
+            numbers.others[key] = tensor
+            continue
+        if match["part"] == "lora":
+            numbers.lora[key] = tensor
+            continue
+        place = (int(match["layer"]), int(match["part"]))
+        numbers.interventions.setdefault(place, {})[match["name"]] = tensor
+    if not numbers.interventions:
+        raise ValueError(
+            f"{setting}: the weights in {directory!r} hold no LoReFT intervention; "
+            "name the directory that an adapter was saved to"
+        )
+    return numbers
 
 
 def _sizes(weights: Path, setting: str) -> tuple[set[int], set[int], set[int]]:

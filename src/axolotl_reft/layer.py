@@ -17,7 +17,7 @@ from axolotl_reft.components import Site, find_site
 from axolotl_reft.config import LoreftConfig
 from axolotl_reft.editing import edit
 from axolotl_reft.lora import LayerLora, linear_modules
-from axolotl_reft.positions import Positions
+from axolotl_reft.positions import Positions, PromptSpans
 from axolotl_reft.prompts import PromptTracker
 from axolotl_reft.turns import Turns
 
@@ -167,6 +167,13 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
         raise cannot_merge()
+
+    def prompts(self, name: str) -> PromptSpans | None:
+        """What the adapter takes for prompts in the forward under way; None where it
+        sees none, or edits every token."""
+        if self.positions[name].everywhere:
+            return None
+        return self.tracker.prompts(self.turns[name])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # A decode step: not a dictionary is built before the layer runs.

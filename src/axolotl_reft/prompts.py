@@ -217,6 +217,11 @@ class PromptTracker:
             batch.gone_by = all(batch.prompts(turns) is None for turns in self._turns)
         return batch.gone_by
 
+    def prompts(self, turns: Turns) -> PromptSpans | None:
+        """The prompts in the forward under way; None when there is none in it."""
+        assert self._batch is not None, "asked within a forward"
+        return self._batch.prompts(turns)
+
     def record(self, before: Tensor, after: Tensor) -> None:
         """Note a layer's output before and after its edit, where hidden states are
         asked for: transformers records them inside the wrapper, unedited."""

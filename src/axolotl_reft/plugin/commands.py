@@ -14,7 +14,7 @@ from axolotl_reft.config import INTERVENTIONS
 
 @click.group()
 def reft() -> None:
-    """Score LoReFT adapters, and exchange them with pyreft."""
+    """Look at LoReFT adapters, score them, and exchange them with pyreft."""
 
 
 def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -119,3 +119,35 @@ def config_schema_command() -> None:
     from axolotl_reft.plugin.args import LoreftBlock
 
     click.echo(json.dumps(LoreftBlock.model_json_schema(), indent=2))
+
+
+@reft.command("inspect")
+@click.argument("directory", metavar="DIR")
+@click.option("--prompt", "prompts", multiple=True, help="A prompt; can be repeated.")
+@click.option("--prompts-file", help="A file with one prompt a line, text or JSON.")
+@click.option(
+    "--sample",
+    type=click.IntRange(1, 1000),
+    help="How many prompts to draw from the file; without one, the base model writes "
+    "them.",
+)
+@click.option("--chat", is_flag=True, help="Put prompts into the chat template.")
+@click.option(
+    "--base-model", help="Path or hub id; default: the one that the adapter names."
+)
+@click.option("--device", default="cpu", show_default=True, help="Where to run it.")
+@click.option("--with", "other", metavar="OTHER_DIR", help="Compare with this adapter.")
+@click.option(
+    "--plot", metavar="FILE", help="Also draw it: .png, .svg, .pdf, or .html."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@_plain_errors
+def inspect_command(directory: str, **options: Any) -> None:
+    """Show what the adapter in DIR is, which tokens it edits, and by how much.
+
+    The base model is loaded when there are prompts to run, or when --base-model is
+    passed (it then writes eight itself); the rest is read from DIR's files.
+    """
+    from axolotl_reft.inspect_command import run
+
+    run(directory, **options)
