@@ -13,6 +13,7 @@ from torch import Tensor
 
 from axolotl_reft.components import as_wide_as_the_model
 from axolotl_reft.config import LoreftConfig, edited_layers
+from axolotl_reft.format_version import NewerFormatError
 from axolotl_reft.peft_type import LOREFT
 
 _KEY = re.compile(r"\.(?P<layer>\d+)\.intv_(?P<part>[01]|lora)\.(?P<name>\w+)$")
@@ -28,10 +29,12 @@ def read_adapter_config(directory: str, setting: str) -> LoreftConfig:
         setting: the YAML key it came from, for the message.
 
     Raises:
-        ValueError: there is no adapter, or one of another method.
+        ValueError: there is no adapter, or one of another method or a newer format.
     """
     try:
         config = PeftConfig.from_pretrained(directory)
+    except NewerFormatError as error:
+        raise ValueError(f"{setting}: {directory!r}: {error}") from error
     except Exception as error:
         raise ValueError(
             f"{setting}: there is no readable adapter in {directory!r} (looked for "

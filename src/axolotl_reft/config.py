@@ -13,6 +13,7 @@ from peft import PeftConfig
 from transformers.activations import ACT2FN
 
 from axolotl_reft.components import COMPONENTS, component_layer, is_component
+from axolotl_reft.format_version import FORMAT_VERSION, check_format, package_version
 from axolotl_reft.peft_type import LOREFT
 from axolotl_reft.positions import Positions
 from axolotl_reft.turns import Turns
@@ -143,6 +144,27 @@ class LoreftConfig(PeftConfig):
             "made; a base with fewer gets as many."
         },
     )
+
+    format_version: int = field(
+        default=FORMAT_VERSION,
+        metadata={"help": "Of the saved adapter; written when it is saved."},
+    )
+    axolotl_reft_version: str | None = field(
+        default=None,
+        metadata={"help": "Of the package that saved it; written when it is saved."},
+    )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> LoreftConfig:
+        # Ahead of the fields: what PEFT does with those it does not know is to drop
+        # them, with a warning.
+        version = kwargs.get("format_version", FORMAT_VERSION)
+        check_format(version, kwargs.get("axolotl_reft_version"))
+        return super().__new__(cls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As saved: in the format and by the version of now."""
+        now = {"axolotl_reft_version": package_version()}
+        return super().to_dict() | now | {"format_version": FORMAT_VERSION}
 
     def __post_init__(self) -> None:
         super().__post_init__()

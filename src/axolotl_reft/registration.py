@@ -7,6 +7,7 @@ from peft.utils import register_peft_method
 
 from axolotl_reft.config import LoreftConfig
 from axolotl_reft.model import LoreftModel
+from axolotl_reft.model_card import extend_pefts_cards
 from axolotl_reft.peft_type import LOREFT
 
 
@@ -19,3 +20,4 @@ def register_loreft() -> None:
             model_cls=LoreftModel,
             prefix=LoreftModel.prefix,
         )
+    extend_pefts_cards()

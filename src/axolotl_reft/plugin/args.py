@@ -54,6 +54,12 @@ class LoreftArgs(BaseModel):
         "`axolotl_reft.LoreftPlugin` plugin to enable this block.",
     )
 
+    loreft_log_edits: bool | None = Field(
+        default=None,
+        description="Log the size of the edits and their gradients by group of layers, "
+        "and show before the first step which tokens are edited. Default: true.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def check_keys(cls, data: Any) -> Any:
@@ -112,7 +118,10 @@ def _check_keys_at_the_top(settings: dict[str, Any]) -> None:
     """axolotl drops unknown keys at the top without a word; these are ours."""
     for key in settings:
         ours = settings.get("adapter") == "loreft" and key in LoreftBlock.model_fields
-        near = re.match(r"(?i)(lo[-_.]?)?reft", str(key)) and key != "loreft"
+        near = (
+            re.match(r"(?i)(lo[-_.]?)?reft", str(key))
+            and key not in LoreftArgs.model_fields
+        )
         if ours or near:
             sweep = (
                 "\nA sweep lists whole blocks:\nloreft:\n"

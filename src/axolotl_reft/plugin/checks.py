@@ -22,11 +22,14 @@ from axolotl_reft.trained_modules import same_modules
 LOG = get_logger(__name__)
 
 # The adapter's own: without those of every PEFT method, and what no YAML sets.
-_SETTINGS = [
-    key
-    for key in LoreftConfig.__annotations__
-    if key not in ("modules_to_save", "turn_markers", "vocab_size")
-]
+_NO_SETTINGS = (
+    "modules_to_save",
+    "turn_markers",
+    "vocab_size",
+    "format_version",
+    "axolotl_reft_version",
+)
+_SETTINGS = [key for key in LoreftConfig.__annotations__ if key not in _NO_SETTINGS]
 
 # Settings that are refused when set (true, non-zero, non-empty), and why.
 _REFUSED = {

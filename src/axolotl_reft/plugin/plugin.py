@@ -14,10 +14,11 @@ from axolotl.utils.fp32_norms import get_fp32_norm_patterns
 from axolotl.utils.logging import get_logger
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import CONFIG_NAME
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from axolotl_reft.config import LoreftConfig
-from axolotl_reft.plugin import quantised
+from axolotl_reft.model_card import keep_in_trainers_card
+from axolotl_reft.plugin import observation, quantised
 from axolotl_reft.plugin.args import check_as_written
 from axolotl_reft.plugin.chat import markers_of_data
 from axolotl_reft.plugin.checks import check_against_base
@@ -135,8 +136,10 @@ class LoreftPlugin(BasePlugin):
         else:
             model._axolotl_fp32_norm_patterns = patterns
 
-    def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list[Any]:
-        """Adds none: the one hook with a trainer that evaluation reaches as well."""
+    def add_callbacks_post_trainer(
+        self, cfg: DictDefault, trainer: Any
+    ) -> list[TrainerCallback]:
+        """The one hook with a trainer that evaluation reaches as well."""
         if cfg.adapter == "loreft" and cfg.rl:
             from axolotl_reft.plugin.preference import prepare_trainer
 
@@ -146,7 +149,12 @@ class LoreftPlugin(BasePlugin):
                 _print_trainable_parameters(trainer.model)
         elif cfg.adapter == "loreft" and not cfg.reward_model:
             show_labels(trainer)
-        return []
+        return observation.callbacks(cfg, trainer)
+
+    def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
+        config = getattr(trainer.model, "peft_config", {}).get("default")
+        if cfg.adapter == "loreft" and config is not None:
+            keep_in_trainers_card(trainer, config)
 
 
 def _print_trainable_parameters(model: PeftModel) -> None:

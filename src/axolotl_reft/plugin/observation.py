@@ -1,0 +1,32 @@
+"""What a user sees of the edits while axolotl trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from transformers import TrainerCallback
+
+from axolotl_reft.edit_log import EditLog
+from axolotl_reft.first_batch import FirstBatch
+
+LOG = get_logger(__name__)
+
+
+def callbacks(cfg: DictDefault, trainer: Any) -> list[TrainerCallback]:
+    """The trainer's callbacks for a LoReFT adapter; ``loreft_log_edits`` can be off."""
+    if cfg.adapter != "loreft" or cfg.loreft_log_edits is False:
+        return []
+    if not hasattr(trainer.model, "peft_config"):
+        return []
+    found: list[TrainerCallback] = [EditLog(trainer)]
+    tokenizer = getattr(trainer, "processing_class", None)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if hasattr(tokenizer, "decode"):
+        found.append(FirstBatch(trainer.model, tokenizer, _tell))
+    return found
+
+
+def _tell(text: str) -> None:
+    LOG.info("%s", text)
