@@ -1,5 +1,6 @@
 # make test   set up a virtual environment and run every check
 # make demo   set it up and run the main job on a tiny model
+# make docs   draw the pictures and build the documentation's site in build/site
 # Either takes PYTHON=python3.12 (3.10 or newer) and VENV=elsewhere.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 # The models here are tiny: more threads wait for each other longer than they compute.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test demo clean
+.PHONY: install test demo docs clean
 
 install: $(VENV)/installed
 
@@ -38,6 +39,11 @@ demo: install
 	@echo; echo 'One held-out prompt through axolotl inference:'
 	sed -n '1s/.*"instruction": "\([^"]*\)".*/\1/p' $(DEMO)/data/test.jsonl \
 	  | axolotl inference $(DEMO)/loreft.yml
+
+docs: install
+	pip install --quiet --editable '.[docs]'
+	python docs/figures/positions.py
+	mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(DEMO)/base $(DEMO)/data $(DEMO)/out

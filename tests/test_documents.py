@@ -59,3 +59,23 @@ def test_the_table_of_settings_is_the_blocks():
     rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", README, re.MULTILINE)
     defaults = LoreftBlock().model_dump()
     assert {key: yaml.safe_load(value) for key, value in rows} == defaults
+
+
+TESTS = re.compile(r"`((?:plugin/)?test_\w+\.py)::(test_\w+)`")
+
+
+@pytest.mark.parametrize("page", ["support.md", "commands.md"])
+def test_every_row_of_the_support_tables_has_a_test(page):
+    text = (ROOT / "docs" / page).read_text()
+    rows = [
+        line
+        for line in re.findall(r"^\| .*", text, re.MULTILINE)
+        if not re.match(r"\| (what|command) \|", line)
+    ]
+    assert rows
+    for row in rows:
+        named = TESTS.findall(row)
+        assert named, row
+        for file, test in named:
+            source = (ROOT / "tests" / file).read_text()
+            assert f"def {test}(" in source, f"{file}::{test}"
