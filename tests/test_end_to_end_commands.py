@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workspace import ANSWER, build_base, build_config, build_data
 
+from axolotl_reft.plugin import evaluation
 from axolotl_reft.plugin.commands import reft
 
 pytestmark = pytest.mark.slow
@@ -207,11 +208,15 @@ def test_a_file_of_scores_is_not_overwritten(config, tmp_path):
     assert file.read_text() == "kept"
 
 
-def test_a_task_without_prompts_stops_before_the_base_loads(config, tmp_path):
+def test_a_task_without_prompts_stops_before_the_base_loads(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "LoreftLM", None)
     build_task(tmp_path / "tasks", "loglikelihood_rolling")
     result = score(config.parent / "out", tmp_path / "tasks")
     assert "such texts have no prompt" in result.output
-    result = score(config.parent / "out", tmp_path)
+    (tmp_path / "none").mkdir()
+    result = score(config.parent / "out", tmp_path / "none")
     assert "lm_eval knows no task 'letters'" in result.output
 
 
