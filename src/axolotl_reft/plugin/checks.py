@@ -80,6 +80,12 @@ def check_settings(settings: Mapping[str, Any], positions: str) -> None:
     for key, reason in _REFUSED.items():
         if value := settings.get(key):
             raise ValueError(f"{key}: {_plain(value)} with adapter: loreft: {reason}")
+    if "SpectrumPlugin" in _plugins(settings):
+        raise ValueError(
+            "plugins: SpectrumPlugin with adapter: loreft: it unfreezes weights of the "
+            "base, which would not be saved with the adapter; remove it, and choose "
+            "what is edited with loreft: layers"
+        )
     _refuse_lora_settings(settings)
     check_preference(settings)
     _refuse_scoring_after_training(settings)
@@ -92,6 +98,11 @@ def check_settings(settings: Mapping[str, Any], positions: str) -> None:
         )
     if positions != "all":
         _need_prompts(settings, positions)
+
+
+def _plugins(settings: Mapping[str, Any]) -> list[str]:
+    """The names of the plugins' classes."""
+    return [str(plugin).rpartition(".")[2] for plugin in settings.get("plugins") or []]
 
 
 def _refuse_optimizers(settings: Mapping[str, Any]) -> None:
@@ -139,10 +150,10 @@ def _refuse_lora_settings(settings: Mapping[str, Any]) -> None:
 
 
 def check_component(settings: Mapping[str, Any], component: str) -> None:
-    """Refuse to edit within an MLP that is computed in pieces of a sequence.
+    """Refuse to edit within an MLP that is computed in pieces or by one kernel.
 
     Raises:
-        ValueError: ``tiled_mlp`` with such a component.
+        ValueError: ``tiled_mlp`` or ``liger_glu_activation`` with such a component.
     """
     within = component == "mlp_activation" or re.search(r"\bmlp\.\w+\.", component)
     if settings.get("tiled_mlp") and within:
@@ -150,6 +161,14 @@ def check_component(settings: Mapping[str, Any], component: str) -> None:
             f"tiled_mlp: true with component: {component}: it would see pieces of a "
             "sequence and not know where the prompt is; remove it, or edit mlp_input "
             "or mlp_output"
+        )
+    fused = settings.get("liger_glu_activation") or settings.get("liger_swiglu")
+    if fused and (component == "mlp_activation" or ".act_fn." in component):
+        raise ValueError(
+            f"liger_glu_activation: true with component: {component}: Liger's kernel "
+            "computes the activation and its product in one, and there is nothing to "
+            "edit in between; remove liger_glu_activation, or edit "
+            "mlp.down_proj.input, which is the product"
         )
 
 
@@ -192,10 +211,7 @@ def _need_prompts(settings: Mapping[str, Any], positions: str) -> None:
                     f"no prompt to edit; use instruction data, {remedy}"
                 )
             _need_trained_answers(name, dict(dataset), positions)
-    plugins = [
-        str(plugin).rpartition(".")[2] for plugin in settings.get("plugins") or []
-    ]
-    if "DiffusionPlugin" in plugins:
+    if "DiffusionPlugin" in _plugins(settings):
         raise ValueError(
             f"plugins: DiffusionPlugin with positions: {positions}: a diffusion "
             "language model has no prompt that comes before its answer; remove it, "
