@@ -72,7 +72,7 @@ def test_ranks_that_do_not_suit_the_layers(layers, rank, message):
     [
         ({"rank": {}}, "rank: the mapping of layers to ranks is empty"),
         ({"rank": {"all": 0}}, "rank: 0 is not a whole number of at least 1"),
-        ({"rank": {"x": 4}}, "layers: 'x' is not understood"),
+        ({"rank": {"x": 4}}, "rank: 'x' is not understood as layers"),
         ({"layers": "some"}, "layers: 'some' is not understood.*Write layers: all"),
         ({"layers": []}, r"layers: \[\] is not understood, no layer is named"),
         ({"layers": ""}, "layers: '' is not understood"),

@@ -11,6 +11,8 @@ import axolotl_reft
 
 PACKAGE = Path(axolotl_reft.__file__).parent
 ORDER = [
+    "wording",
+    "adapter_numbers",
     "positions",
     "editing",
     "turns",
@@ -20,6 +22,7 @@ ORDER = [
     "pyreft_install",
     "components",
     "format_version",
+    "config_file",
     "config",
     "conversations",
     "adapter_rows",
@@ -107,7 +110,7 @@ def test_imports_point_one_way():
 @pytest.mark.parametrize(
     ("part", "allowed"),
     [
-        ("positions", {"torch"}),
+        ("positions", {"torch", "axolotl_reft"}),
         ("editing", {"torch"}),
         ("turns", {"torch", "axolotl_reft"}),
         ("rotation", {"torch"}),

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
+from axolotl_reft.adapter_numbers import check_intervention, check_lora, check_values
 from axolotl_reft.components import as_wide_as_the_model
-from axolotl_reft.config import LoreftConfig, edited_layers
+from axolotl_reft.config import LoreftConfig, edited_layers, layer_ranks
 from axolotl_reft.format_version import NewerFormatError
 from axolotl_reft.peft_type import LOREFT
+from axolotl_reft.positions import Positions
+from axolotl_reft.wording import shown
 
 _KEY = re.compile(r"\.(?P<layer>\d+)\.intv_(?P<part>[01]|lora)\.(?P<name>\w+)$")
 # Which axis of each parameter is the hidden size.
@@ -32,7 +36,13 @@ def read_adapter_config(directory: str, setting: str) -> LoreftConfig:
         ValueError: there is no adapter, or one of another method or a newer format.
     """
     try:
+        if Path(directory).is_dir() and not (Path(directory) / CONFIG_NAME).is_file():
+            # PEFT would ask the hub for a repository of the directory's name.
+            raise FileNotFoundError(f"there is no file {CONFIG_NAME}")
         config = PeftConfig.from_pretrained(directory)
+        if config.peft_type == LOREFT:
+            # Once more: only the method's own class reads strictly.
+            config = LoreftConfig.from_pretrained(directory)
     except NewerFormatError as error:
         raise ValueError(f"{setting}: {directory!r}: {error}") from error
     except Exception as error:
@@ -85,6 +95,7 @@ def check_adapter_fits(
             f"{num_layers} layers it needs {sorted(expected)}; set base_model to the "
             "one it was trained on"
         )
+    _check_numbers(weights, setting, config, layer_ranks(config, num_layers))
     return config
 
 
@@ -136,6 +147,47 @@ def read_numbers(directory: str, setting: str) -> SavedNumbers:
     return numbers
 
 
+def _check_numbers(
+    weights: Path, setting: str, config: LoreftConfig, ranks: dict[int, int]
+) -> None:
+    """See that the file has each number of the adapter, and no other."""
+    parts = ["0"]
+    if Positions.parse(config.positions).two_sided and not config.tied_weights:
+        parts.append("1")
+    found: dict[tuple[int, str], dict[str, Tensor]] = {
+        (layer, part): {} for layer in ranks for part in parts
+    }
+    try:
+        tensors = load_file(weights)
+        for key, tensor in tensors.items():
+            match = _KEY.search(key)
+            if match is not None:
+                place = int(match["layer"]), match["part"]
+                found.setdefault(place, {})[match["name"]] = tensor
+            elif "intv_" in key or not key.startswith("base_model.model."):
+                raise ValueError(f"{shown(key)} is no part of a LoReFT adapter")
+            else:
+                check_values(key, tensor)
+        for (layer, part), numbers in found.items():
+            where = f"layer {layer}, intv_{part}"
+            if part == "lora":
+                lora = config.lora or {}
+                check_lora(lora["r"], lora["target_modules"], numbers, where)
+            elif part not in parts:
+                raise ValueError(
+                    f"{where} is the suffix's own intervention, which positions: "
+                    f"{config.positions} with tied_weights: {config.tied_weights} has "
+                    "not"
+                )
+            else:
+                check_intervention(config.intervention, ranks[layer], numbers, where)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{setting}: the adapter's weights {str(weights)!r} are damaged, or not "
+            f"those of its adapter_config.json: {error}"
+        ) from error
+
+
 def _sizes(weights: Path, setting: str) -> tuple[set[int], set[int], set[int]]:
     """Numbers of the edited layers and of those with LoRA, and hidden sizes, in an
     adapter's file; no tensor is read."""
@@ -153,8 +205,9 @@ def _sizes(weights: Path, setting: str) -> tuple[set[int], set[int], set[int]]:
                     continue
                 layers.add(int(match["layer"]))
                 axis = _HIDDEN_AXIS.get(match["name"])
-                if axis is not None:
-                    sizes.add(file.get_slice(key).get_shape()[axis])
+                shape = file.get_slice(key).get_shape()
+                if axis is not None and axis < len(shape):
+                    sizes.add(shape[axis])
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{setting}: the adapter's weights {str(weights)!r} are missing or damaged "

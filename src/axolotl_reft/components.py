@@ -21,6 +21,13 @@ def _within(parents: tuple[str, ...], *children: str) -> tuple[str, ...]:
     return tuple(f"{parent}.{child}" for parent in parents for child in children)
 
 
+# A module's path within the layer, or from the list of layers on.
+_PATH = re.compile(
+    r"(?P<path>\w+(?:\.\w+)*)"
+    r"|(?P<list>\w+(?:\.\w+)*)\[(?P<layer>\d{1,9})\](?:\.(?P<rest>\w+(?:\.\w+)*))?",
+    re.ASCII,
+)
+
 # pyvene's names, and where the architectures of transformers keep what they mean.
 _NAMES = {
     "block_input": ("",),
@@ -69,6 +76,27 @@ def component_layer(component: str) -> int | None:
     return read[0] if read else None
 
 
+def check_list_of_layers(component: str, layers: str) -> None:
+    """See that a path of pyreft's begins with the model's list of layers.
+
+    Args:
+        layers: the path of that list; either may begin further up in the model.
+
+    Raises:
+        ValueError: it begins with another.
+    """
+    head = component.rpartition(".")[0]
+    match = None if component in COMPONENTS else _PATH.fullmatch(head)
+    if match is None or match["list"] is None:
+        return
+    ends = f".{match['list']}", f".{layers}"
+    if not ends[0].endswith(ends[1]) and not ends[1].endswith(ends[0]):
+        raise ValueError(
+            f"component: {component!r} is in {match['list']}, and this model's layers "
+            f"are in {layers}; write {layers}[{match['layer']}]"
+        )
+
+
 def as_wide_as_the_model(component: str) -> bool:
     """Whether what is edited surely has the hidden size, whatever the model."""
     return component in _AS_WIDE_AS_THE_MODEL
@@ -80,11 +108,11 @@ def _parse_path(component: object) -> tuple[int | None, Site] | None:
     head, _, side = component.rpartition(".")
     if side not in ("input", "output"):
         return None
-    match = re.fullmatch(r"(?:(?:\w+\.)*\w+\[(\d+)\])?\.?((?:\w+\.)*\w+)?", head)
-    if match is None or not head:
+    match = _PATH.fullmatch(head)
+    if match is None:
         return None
-    layer = None if match[1] is None else int(match[1])
-    return layer, Site(match[2] or "", side)
+    layer = None if match["layer"] is None else int(match["layer"])
+    return layer, Site(match["rest"] or match["path"] or "", side)
 
 
 def from_pyreft_name(name: object) -> tuple[int | None, str] | None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import PeftConfig
 from transformers.activations import ACT2FN
 
 from axolotl_reft.components import COMPONENTS, component_layer, is_component
+from axolotl_reft.config_file import read_config_file
 from axolotl_reft.format_version import FORMAT_VERSION, check_format, package_version
 from axolotl_reft.peft_type import LOREFT
 from axolotl_reft.positions import Positions
 from axolotl_reft.turns import Turns
+from axolotl_reft.wording import did_you_mean, shown
 
 INTERVENTIONS = (
     "loreft",
@@ -35,7 +36,10 @@ _WITHOUT_DROPOUT = ("consreft",)
 ALL_LINEAR = "all-linear"
 LORA = {"r": 8, "alpha": None, "dropout": 0.0, "target_modules": ALL_LINEAR}
 
-_LAYER_ITEM = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+# Nine digits are more than any model has; torch's integers end at nineteen.
+_LARGEST = 999_999_999
+_LAYER_ITEM = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?", re.ASCII)
+_ALPHAS = (1e-6, 1e6)
 
 
 @dataclass
@@ -166,6 +170,11 @@ class LoreftConfig(PeftConfig):
         now = {"axolotl_reft_version": package_version()}
         return super().to_dict() | now | {"format_version": FORMAT_VERSION}
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        known = {field.name for field in fields(cls) if field.init}
+        return read_config_file(path_json_file, known)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LOREFT
@@ -176,40 +185,58 @@ class LoreftConfig(PeftConfig):
         Turns.parse(self.turns, self.turn_markers)
         if isinstance(self.rank, dict):
             # As JSON would have it, so that a reloaded configuration is the same.
-            self.rank = {str(key): rank for key, rank in self.rank.items()}
+            self.rank = _by_written_layers(self.rank)
         _check_rank(self.rank)
         if type(self.tied_weights) is not bool:
             raise ValueError(
-                f"tied_weights: {self.tied_weights!r} is neither true nor false"
+                f"tied_weights: {shown(self.tied_weights)} is neither true nor false"
             )
         _check_choice("intervention", self.intervention, INTERVENTIONS)
         _check_component(self.component, self.layers)
         _check_dropout(self.dropout, self.intervention)
         _check_act_fn(self.act_fn, self.intervention)
+        _check_modules_to_save(self.modules_to_save)
+        rows = self.vocab_size
+        if rows is not None and (type(rows) is not int or not 1 <= rows <= _LARGEST):
+            raise ValueError(
+                f"vocab_size: {shown(rows)} is not a number of tokens; leave it out, "
+                "it is noted when the adapter is made"
+            )
         if self.lora is not None:
             # Nested, so that no `r` stands at the top: axolotl's merge would take the
             # adapter for LoRA's.
             self.lora = checked_lora(self.lora)
 
 
+def _by_written_layers(ranks: dict[Any, Any]) -> dict[str | int, Any]:
+    """The mapping with every key as text."""
+    written: dict[str | int, Any] = {}
+    for layers, rank in ranks.items():
+        parse_layers(layers, "rank")
+        if str(layers) in written:
+            raise ValueError(
+                f"rank: {layers} has two ranks, as a number and as text; give it one"
+            )
+        written[str(layers)] = rank
+    return written
+
+
 def _check_rank(rank: object) -> None:
     ranks = list(rank.values()) if isinstance(rank, dict) else [rank]
     for one in ranks:
-        if type(one) is not int or one < 1:
+        if type(one) is not int or not 1 <= one <= _LARGEST:
             raise ValueError(
-                f"rank: {one!r} is not a whole number of at least 1; the paper uses 4 "
-                "to 8"
+                f"rank: {shown(one)} is not a whole number of at least 1 and at most "
+                "the hidden size; the paper uses 4 to 8"
             )
     if not ranks:
         raise ValueError("rank: the mapping of layers to ranks is empty; write rank: 8")
-    for layers in rank if isinstance(rank, dict) else ():
-        parse_layers(layers)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(
-            f"{name}: {value!r} is unknown.{did_you_mean(value, choices)} "
+            f"{name}: {shown(value)} is unknown.{did_you_mean(value, choices)} "
             f"Choose one of: {', '.join(choices)}"
         )
 
@@ -217,32 +244,28 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def _check_component(component: object, layers: object) -> None:
     if not is_component(component):
         raise ValueError(
-            f"component: {component!r} is unknown.{did_you_mean(component, COMPONENTS)}"
-            f" Choose one of: {', '.join(COMPONENTS)}; or name a module of the layer "
-            "and its side by path, such as mlp.down_proj.output"
+            f"component: {shown(component)} is unknown."
+            f"{did_you_mean(component, COMPONENTS)} Choose one of: "
+            f"{', '.join(COMPONENTS)}; or name a module of the layer and its side by "
+            "path, such as mlp.down_proj.output"
         )
     if component_layer(str(component)) is not None and layers != "all":
         raise ValueError(
-            f"component: {component!r} names its layer, and layers: {layers!r} does "
-            "too; leave out layers, or write the path within the layer"
+            f"component: {shown(component)} names its layer, and layers: "
+            f"{shown(layers)} does too; leave out layers, or write the path "
+            "within the layer"
         )
-
-
-def did_you_mean(value: object, choices: tuple[str, ...]) -> str:
-    """`` Did you mean 'rank'?``, or nothing where nothing is near."""
-    near = get_close_matches(str(value), choices, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _check_dropout(dropout: object, intervention: str) -> None:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-        raise ValueError(f"dropout: {dropout!r} is not a number from 0 to below 1")
+        raise ValueError(f"dropout: {shown(dropout)} is not a number from 0 to below 1")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: {dropout!r} is not from 0 to below 1")
+        raise ValueError(f"dropout: {shown(dropout)} is not from 0 to below 1")
     if dropout and intervention in _WITHOUT_DROPOUT:
         raise ValueError(
-            f"dropout: {dropout!r} would have no effect, {intervention} has no dropout "
-            "in pyreft; set dropout: 0.0"
+            f"dropout: {shown(dropout)} would have no effect, {intervention} has no "
+            "dropout in pyreft; set dropout: 0.0"
         )
 
 
@@ -253,14 +276,27 @@ def _check_act_fn(act_fn: object, intervention: str) -> None:
     _check_choice("act_fn", act_fn, known)
     if intervention in _WITHOUT_ACT_FN:
         raise ValueError(
-            f"act_fn: {act_fn!r} would have no effect, {intervention} has no Wh to "
-            "apply it to; set act_fn: null"
+            f"act_fn: {shown(act_fn)} would have no effect, {intervention} has no Wh "
+            "to apply it to; set act_fn: null"
         )
     if list(ACT2FN[act_fn].parameters()):
         raise ValueError(
-            f"act_fn: {act_fn!r} has parameters of its own, which an adapter would not "
-            "train; choose one without, such as gelu, relu, silu or tanh"
+            f"act_fn: {shown(act_fn)} has parameters of its own, which an adapter "
+            "would not train; choose one without, such as gelu, relu, silu or tanh"
         )
+
+
+def _check_modules_to_save(modules: object) -> None:
+    """A list: of a text PEFT would take the letters for names."""
+    if modules is None:
+        return
+    names = modules if isinstance(modules, (list, tuple, set)) else [None]
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f"modules_to_save: {shown(modules)} is not a list of names of modules; "
+                "write for example [embed_tokens, lm_head]"
+            )
 
 
 def checked_lora(lora: object) -> dict[str, Any]:
@@ -271,31 +307,45 @@ def checked_lora(lora: object) -> dict[str, Any]:
     """
     if not isinstance(lora, Mapping):
         raise ValueError(
-            f"lora: {lora!r} is not a mapping; write for example lora: {{r: 8}}, or "
-            "leave it out for LoReFT alone"
+            f"lora: {shown(lora)} is not a mapping; write for example lora: {{r: 8}}, "
+            "or leave it out for LoReFT alone"
         )
     for key in lora:
         if key not in LORA:
             raise ValueError(
-                f"lora: unknown key {key!r}.{did_you_mean(key, tuple(LORA))} Known "
-                f"keys: {', '.join(LORA)}"
+                f"lora: unknown key {shown(key)}.{did_you_mean(key, tuple(LORA))} "
+                f"Known keys: {', '.join(LORA)}"
             )
     settings = LORA | {key: value for key, value in lora.items() if value is not None}
     r, alpha = settings["r"], settings["alpha"]
-    if type(r) is not int or r < 1:
-        raise ValueError(f"lora: r: {r!r} is not a whole number of at least 1")
+    if type(r) is not int or not 1 <= r <= _LARGEST:
+        raise ValueError(
+            f"lora: r: {shown(r)} is not a whole number of at least 1 and at most the "
+            "hidden size; 8 is usual"
+        )
+    _check_alpha(r if alpha is None else alpha)
     alpha = r if alpha is None else alpha
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
-        raise ValueError(f"lora: alpha: {alpha!r} is not a number above 0")
-    if alpha == math.inf:
-        raise ValueError(f"lora: alpha: {alpha!r} is not finite")
     dropout = settings["dropout"]
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-        raise ValueError(f"lora: dropout: {dropout!r} is not a number")
+        raise ValueError(
+            f"lora: dropout: {shown(dropout)} is not a number from 0 to below 1"
+        )
     if not 0 <= dropout < 1:
-        raise ValueError(f"lora: dropout: {dropout!r} is not from 0 to below 1")
+        raise ValueError(f"lora: dropout: {shown(dropout)} is not from 0 to below 1")
     targets = _checked_targets(settings["target_modules"])
     return {"r": r, "alpha": alpha, "dropout": dropout, "target_modules": targets}
+
+
+def _check_alpha(alpha: object) -> None:
+    low, high = _ALPHAS
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise ValueError(f"lora: alpha: {shown(alpha)} is not a number; r is usual")
+    # Beyond these, α/r times a float32 is zero or infinite before long.
+    if not low <= alpha <= high:
+        raise ValueError(
+            f"lora: alpha: {shown(alpha)} is not a number from {low:g} to {high:g}; r "
+            "is usual"
+        )
 
 
 def _checked_targets(targets: object) -> str | list[str]:
@@ -303,13 +353,13 @@ def _checked_targets(targets: object) -> str | list[str]:
         return ALL_LINEAR
     if not isinstance(targets, (list, tuple)) or not targets:
         raise ValueError(
-            f"lora: target_modules: {targets!r} is not a list of names; write for "
+            f"lora: target_modules: {shown(targets)} is not a list of names; write for "
             f"example [q_proj, v_proj], or {ALL_LINEAR}"
         )
     for name in targets:
         if not isinstance(name, str) or not name:
             raise ValueError(
-                f"lora: target_modules: {name!r} is not the name of a module"
+                f"lora: target_modules: {shown(name)} is not the name of a module"
             )
     return list(dict.fromkeys(targets))
 
@@ -356,8 +406,10 @@ def layer_ranks(config: LoreftConfig, count: int) -> dict[int, int]:
     return ranks | dict.fromkeys(without, config.rank.get("all", 0))
 
 
-def parse_layers(layers: object) -> list[tuple[int, int]] | None:
-    """Read the ``layers`` setting.
+def parse_layers(
+    layers: object, setting: str = "layers"
+) -> list[tuple[int, int]] | None:
+    """Read the ``layers`` setting, or the layers of another one.
 
     Returns:
         Inclusive ranges, negative numbers still counting from the top; None for all.
@@ -370,22 +422,34 @@ def parse_layers(layers: object) -> list[tuple[int, int]] | None:
     items = layers if isinstance(layers, (list, tuple)) else [layers]
     ranges = []
     for item in items:
-        for part in str(item).split(",") if isinstance(item, (int, str)) else [""]:
-            match = _LAYER_ITEM.fullmatch(part.strip())
-            if match is None or isinstance(item, bool):
-                raise _bad_layers(layers, f"{item!r} is not a layer")
+        for part in _parts(item):
+            match = _LAYER_ITEM.fullmatch(part.strip(" "))
+            if match is None:
+                raise _bad_layers(setting, layers, f"{shown(item)} is not a layer")
             start = int(match[1])
             ranges.append((start, int(match[2]) if match[2] else start))
     if not ranges:
-        raise _bad_layers(layers, "no layer is named")
+        raise _bad_layers(setting, layers, "no layer is named")
     return ranges
 
 
-def _bad_layers(layers: object, reason: str) -> ValueError:
+def _parts(item: object) -> list[str]:
+    """What a comma separates; nothing readable where it is neither number nor text."""
+    if type(item) is int and abs(item) <= _LARGEST:
+        return [str(item)]
+    return item.split(",") if isinstance(item, str) else [""]
+
+
+def _bad_layers(setting: str, layers: object, reason: str) -> ValueError:
+    if setting != "layers":
+        return ValueError(
+            f"{setting}: {shown(layers)} is not understood as layers, {reason}. Write "
+            "for example {0-15: 4, all: 8}"
+        )
     return ValueError(
-        f"layers: {layers!r} is not understood, {reason}. Write layers: all, a list "
-        "such as [3, 9, 18, 24], a range such as 8-15, or negative numbers from the "
-        "top such as [-1]"
+        f"layers: {shown(layers)} is not understood, {reason}. Write layers: all, a "
+        "list such as [3, 9, 18, 24], a range such as 8-15, or negative numbers from "
+        "the top such as [-1]"
     )
 
 
@@ -403,20 +467,20 @@ def resolve_layers(layers: object, count: int) -> list[int]:
         for end in ends:
             if not -count <= end < count:
                 raise ValueError(
-                    f"layers: {end} in {layers!r} is out of range, the base model has "
-                    f"{count} layers; use 0 to {count - 1}, or -{count} to -1 from "
+                    f"layers: {end} in {shown(layers)} is out of range, the base model "
+                    f"has {count} layers; use 0 to {count - 1}, or -{count} to -1 from "
                     "the top"
                 )
         start, stop = (end % count for end in ends)
         if start > stop:
             raise ValueError(
-                f"layers: the range {ends[0]}-{ends[1]} in {layers!r} is empty in a "
-                f"model of {count} layers; write the lower layer first"
+                f"layers: the range {ends[0]}-{ends[1]} in {shown(layers)} is empty in "
+                f"a model of {count} layers; write the lower layer first"
             )
         numbers.extend(range(start, stop + 1))
     if len(set(numbers)) < len(numbers):
-        twice = sorted({n for n in numbers if numbers.count(n) > 1})
+        twice = min(n for n, times in Counter(numbers).items() if times > 1)
         raise ValueError(
-            f"layers: {layers!r} names layer {twice[0]} twice; name it once"
+            f"layers: {shown(layers)} names layer {twice} twice; name it once"
         )
     return sorted(numbers)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from axolotl_reft.adapter_numbers import check_values
 from axolotl_reft.pyreft_install import pyreft_unusable
 from axolotl_reft.rotation import random_base, rotation
 
@@ -121,6 +122,8 @@ class _Intervention(nn.Module):
                     f"{self.rank} needs {tuple(tensor.shape)}; load it on the base "
                     "model it was trained on"
                 )
+            if saved is not None:
+                check_values(prefix + name, saved)
         for name in self._buffers:
             # FSDP2 loads with assign=True, and wraps what it hands over: a parameter
             # would take the buffer's place, and be trained.

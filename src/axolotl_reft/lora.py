@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from axolotl_reft.config import ALL_LINEAR, did_you_mean
+from axolotl_reft.adapter_numbers import check_values
+from axolotl_reft.config import ALL_LINEAR
+from axolotl_reft.wording import did_you_mean, shown
 
 # Sizes of a module's input and output.
 Sizes = tuple[int, int]
@@ -38,6 +40,12 @@ class LayerLora(nn.Module):
         self, sizes: Mapping[str, Sizes], r: int, alpha: float, dropout: float
     ) -> None:
         super().__init__()
+        widest = max((size for both in sizes.values() for size in both), default=r)
+        if r > widest:
+            raise ValueError(
+                f"lora: r: {r} is larger than every side of the modules it is for; "
+                f"choose at most {widest}, 8 is usual"
+            )
         self.r = r
         self.scaling = alpha / r
         self.dropout_p = dropout
@@ -79,6 +87,8 @@ class LayerLora(nn.Module):
                     f"{tuple(parameter.shape)}; load it on the base model it was "
                     "trained on"
                 )
+            if saved is not None:
+                check_values(prefix + name, saved)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -114,7 +124,7 @@ def linear_modules(layer: nn.Module, targets: str | Sequence[str]) -> dict[str, 
         if not paths:
             known = tuple(dict.fromkeys(path.rpartition(".")[2] for path in linear))
             raise ValueError(
-                f"lora: target_modules: {target!r} is no linear module of "
+                f"lora: target_modules: {shown(target)} is no linear module of "
                 f"{type(layer).__name__}.{did_you_mean(target, known)} It has: "
                 f"{', '.join(linear)}"
             )

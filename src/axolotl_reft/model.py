@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
+from axolotl_reft.adapter_numbers import check_complete
 from axolotl_reft.adapter_rows import BASE
+from axolotl_reft.components import check_list_of_layers
 from axolotl_reft.config import LoreftConfig, layer_ranks
 from axolotl_reft.input_gradients import spare_frozen_layers, treat_as_usual
 from axolotl_reft.layer import LoreftDecoderLayer, cannot_merge
@@ -107,6 +110,13 @@ class LoreftModel(BaseTuner):
                         "in one batch, so run them one after the other"
                     )
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any
+    ) -> None:
+        tensors = chain(self.named_parameters(), self.named_buffers())
+        check_complete(state_dict, [prefix + name for name, _ in tensors])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused.
 
@@ -123,6 +133,7 @@ class LoreftModel(BaseTuner):
         self, peft_config: LoreftConfig, model_config: dict[str, Any]
     ) -> LoreftConfig:
         path, layers = find_decoder_layers(self.model)
+        check_list_of_layers(peft_config.component, path)
         numbers: Iterable[int] = layer_ranks(peft_config, len(layers))
         if peft_config.lora is not None:
             numbers = range(len(layers))

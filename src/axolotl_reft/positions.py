@@ -16,7 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_GRAMMAR = re.compile(r"(?:f(?P<first>[1-9]\d*))?(?P<plus>\+)?(?:l(?P<last>[1-9]\d*))?")
+from axolotl_reft.wording import shown
+
+# At most nine digits: torch's integers end at nineteen.
+_GRAMMAR = re.compile(
+    r"(?:f(?P<first>[1-9]\d{0,8}))?(?P<plus>\+)?(?:l(?P<last>[1-9]\d{0,8}))?", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,9 @@ class Positions:
             if bool(match["plus"]) == bool(first and last) and (first or last):
                 return cls(first, last)
         raise ValueError(
-            f"positions: {text!r} is not understood. Write f<n> for the first n prompt "
-            "tokens, l<n> for the last n, f<n>+l<m> for both (n, m at least 1), or all "
-            "for every token: for example positions: f7+l7"
+            f"positions: {shown(text)} is not understood. Write f<n> for the first n "
+            "prompt tokens, l<n> for the last n, f<n>+l<m> for both (n, m from 1 to "
+            "999999999), or all for every token: for example positions: f7+l7"
         )
 
     def __str__(self) -> str:

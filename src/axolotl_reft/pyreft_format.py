@@ -41,6 +41,7 @@ from axolotl_reft.pyreft_objects import (
     read_as_noreft,
     read_pyreft_state,
 )
+from axolotl_reft.wording import shown
 
 _OURS = re.compile(
     r"base_model\.model\.(?P<list>.+)\.(?P<layer>\d+)"
@@ -49,7 +50,8 @@ _OURS = re.compile(
 # By pyvene's name of the component, or by its path with the dots made underscores.
 _THEIRS = re.compile(
     r"(?:layer_(?P<layer>\d+)_comp_(?P<named>\w+)"
-    r"|comp_(?P<path>\w+\[(?P<number>\d+)\]\w+))_unit_pos_nunit_1#(?P<side>[01])"
+    r"|comp_(?P<path>\w+\[(?P<number>\d+)\]\w+))_unit_pos_nunit_1#(?P<side>[01])",
+    re.ASCII,
 )
 _PREFIX, _SUFFIX = "intkey_", ".bin"
 _TRAINER_FOLDER = "intervenable_model"
@@ -428,11 +430,16 @@ def _kinds(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
         kinds = dict(zip(keys, settings["intervention_types"], strict=True))
         places = [str(place[1]) for place in settings["representations"]]
         components = dict(zip(keys, places, strict=True))
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, OSError, RecursionError) as error:
         raise ValueError(
             f"DIR: config.json is not one of pyreft's ({error})"
         ) from error
     for key, kind in kinds.items():
+        if not isinstance(key, str) or not isinstance(kind, str):
+            raise ValueError(
+                f"DIR: config.json is not one of pyreft's: {shown(key)} is of the "
+                f"class {shown(kind)}"
+            )
         if kind not in _CLASSES:
             raise ValueError(
                 f"DIR: {key!r} is of the class {kind!r}, which is none of pyreft's six"

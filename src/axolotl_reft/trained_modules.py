@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from axolotl_reft.config import LoreftConfig, did_you_mean
+from axolotl_reft.config import LoreftConfig
+from axolotl_reft.wording import did_you_mean
 
 # PEFT adds a classifier's heads by these names, whichever the model has.
 _HEADS = ("classifier", "score")

@@ -23,6 +23,7 @@ from axolotl_reft.positions import (
     prompt_spans,
     total_in_sample,
 )
+from axolotl_reft.wording import shown
 
 TURNS = ("every", "first")
 
@@ -51,22 +52,22 @@ class Turns:
         """
         if turns not in TURNS:
             raise ValueError(
-                f"turns: {turns!r} is unknown. Write turns: every to edit the prompt "
-                "of each turn of a conversation, or turns: first for the first one's "
-                "alone"
+                f"turns: {shown(turns)} is unknown. Write turns: every to edit the "
+                "prompt of each turn of a conversation, or turns: first for the first "
+                "one's alone"
             )
         if markers is None:
             return cls(turns == "every")
         try:
             (prompts, ends) = (
-                tuple(tuple(_ids(p)) for p in markers["generation_prompts"]),
+                tuple(tuple(_ids(p)) for p in _list(markers["generation_prompts"])),
                 tuple(_ids(markers["end_of_turn"])),
             )
         except (KeyError, TypeError):
             prompts, ends = (), ()
         if not prompts or not all(prompts) or not ends or len(markers) != 2:
             raise ValueError(
-                f"turn_markers: {markers!r} is not understood. It holds the "
+                f"turn_markers: {shown(markers)} is not understood. It holds the "
                 "token ids of a chat template as generation_prompts (a list of lists) "
                 "and end_of_turn (a list), which axolotl_reft.turn_markers(tokenizer) "
                 "finds"
@@ -122,10 +123,17 @@ class Turns:
         return prompt_spans(real_BT, starts_BT, answer_BT, self.every)
 
 
+def _list(items: Any) -> list[Any]:
+    if not isinstance(items, (list, tuple)):
+        raise TypeError
+    return list(items)
+
+
 def _ids(numbers: Any) -> list[int]:
-    if any(type(number) is not int for number in numbers):
-        raise TypeError(numbers)
-    return list(numbers)
+    numbers = _list(numbers)
+    if any(type(number) is not int or not 0 <= number < 2**31 for number in numbers):
+        raise TypeError
+    return numbers
 
 
 def _ends_of(sequences: tuple[tuple[int, ...], ...], ids_BT: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from axolotl_reft.config import LoreftConfig, did_you_mean
+from axolotl_reft.config import LoreftConfig
 from axolotl_reft.plugin.checks import check_component, check_settings
 from axolotl_reft.plugin.parallel import check_parallel
 from axolotl_reft.plugin.quantised import check_quantisation, with_quantization
+from axolotl_reft.wording import did_you_mean, shown
 
 _FIELDS = {field.name: field for field in fields(LoreftConfig)}
 
@@ -98,14 +99,14 @@ def _checked_block(data: Any) -> dict[str, Any]:
     """The block's settings, with our own messages ahead of pydantic's."""
     if not isinstance(data, dict):
         raise ValueError(
-            f"loreft: {data!r} is not a block of settings; write for example\n"
+            f"loreft: {shown(data)} is not a block of settings; write for example\n"
             "loreft:\n  positions: f7+l7\n  rank: 8"
         )
     known = tuple(LoreftBlock.model_fields)
     for key in data:
         if key not in known:
             raise ValueError(
-                f"loreft: unknown key {key!r}.{did_you_mean(key, known)} Known "
+                f"loreft: unknown key {shown(key)}.{did_you_mean(key, known)} Known "
                 f"keys: {', '.join(known)}"
             )
     # A key without a value means its default, as elsewhere in axolotl's YAML.
@@ -118,9 +119,10 @@ def _check_keys_at_the_top(settings: dict[str, Any]) -> None:
     """axolotl drops unknown keys at the top without a word; these are ours."""
     for key in settings:
         ours = settings.get("adapter") == "loreft" and key in LoreftBlock.model_fields
+        if not isinstance(key, str):
+            continue  # axolotl says so
         near = (
-            re.match(r"(?i)(lo[-_.]?)?reft", str(key))
-            and key not in LoreftArgs.model_fields
+            re.match(r"(?i)(lo[-_.]?)?reft", key) and key not in LoreftArgs.model_fields
         )
         if ours or near:
             sweep = (

@@ -138,7 +138,7 @@ def _refuse_lora_settings(settings: Mapping[str, Any]) -> None:
                 f"{key}: {value} is a setting of LoRA; with adapter: loreft write it "
                 f"into the block\nloreft:\n  modules_to_save: {value}"
             )
-        is_lora = key.startswith(("lora_", "peft_")) or key == "peft"
+        is_lora = str(key).startswith(("lora_", "peft_")) or key == "peft"
         if not is_lora or key in (*_ADAPTER_KEYS, "peft_autocast_adapter_dtype"):
             continue
         if value:
