@@ -180,10 +180,11 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         if self.tracker.prompt_has_gone_by and not self._everywhere:
             return self.base_layer(*args, **kwargs)
         args, kwargs = self._edit_input(_INPUT, self, args, kwargs)
+        # Not by the handles: torch.compile cannot look a site up among them.
         within = [
             name
             for name in self._adapters()
-            if name in self.intv_lora or self.sites.get(name) in self._handles
+            if name in self.intv_lora or (name in self.sites and self.sites[name].path)
         ]
         if within:
             self._find_positions(within)
