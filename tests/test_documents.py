@@ -1,50 +1,68 @@
-"""What the documents show works: every YAML in them and in examples/ is validated."""
+"""What the documents show works: every YAML block of theirs is validated.
+
+A block without a base model is part of a config and stands in the place of the README's
+first one's keys. A block that begins with ``# refused`` shows what is refused.
+"""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
-from axolotl.cli.config import prepare_plugins
-from axolotl.utils.config import validate_config
-from axolotl.utils.dict import DictDefault
+from documents import ROOT, dropped, validated
 
 from axolotl_reft.plugin.args import LoreftBlock
 from axolotl_reft.pyreft_install import INSTALL_COMMAND
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-EXAMPLES = sorted((ROOT / "examples").rglob("*.yml"))
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+REFUSED = "# refused"
 
 
-def validated(text):
-    cfg = DictDefault(yaml.safe_load(text))
-    prepare_plugins(cfg)
-    return validate_config(cfg)
+def yaml_blocks(text):
+    """The fenced ones, at any indentation."""
+    found = re.findall(r"(?ms)^( *)```ya?ml[^\n]*\n(.*?)^\1```", text)
+    return [re.sub(f"(?m)^{indent}", "", block) for indent, block in found]
+
+
+FIRST = yaml_blocks(README)[0]
+BLOCKS = [
+    pytest.param(block, id=f"{path.relative_to(ROOT)}-{number}")
+    for path in DOCUMENTS
+    for number, block in enumerate(yaml_blocks(path.read_text()))
+]
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_the_readmes_yaml(block):
-    """Whole configs, and parts that stand in the first one's place."""
-    settings = yaml.safe_load(BLOCKS[0]) | yaml.safe_load(block)
-    assert validated(yaml.safe_dump(settings)).adapter == "loreft"
+def test_a_documents_yaml(block):
+    settings = yaml.safe_load(block)
+    if "base_model" not in settings:
+        settings = yaml.safe_load(FIRST) | settings
+    if block.startswith(REFUSED):
+        with pytest.raises(ValueError):
+            validated(settings)
+        return
+    for one in alternatives(settings):
+        assert list(dropped(one, validated(one))) == []
+
+
+def alternatives(settings):
+    """Of a file for ``axolotl train --sweep``, whose keys have lists of blocks."""
+    if not isinstance(settings["loreft"], list):
+        return [settings]
+    return [settings | {"loreft": block} for block in settings["loreft"]]
+
+
+def test_blocks_are_found_whole():
+    text = 'a\n```yaml\nx: 1\n```\n- b\n  ```yaml title="y"\n  y:\n    z: 2\n  ```\n'
+    assert yaml_blocks(text) == ["x: 1\n", "y:\n  z: 2\n"]
 
 
 def test_the_first_config_is_short():
-    assert len(BLOCKS[0].splitlines()) == 12
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_an_examples_yaml(path):
-    text = path.read_text()
-    assert validated(text).adapter == "loreft"
-    header = text.split("\n\n")[0]
-    assert f"axolotl train {path.relative_to(ROOT).as_posix()}" in header
-
-
-def test_there_is_something_to_test():
-    assert BLOCKS and EXAMPLES
+    assert len(FIRST.splitlines()) == 12
 
 
 def test_the_install_command_is_one_everywhere():
