@@ -1,3 +1,5 @@
+from importlib.metadata import version
+
 import pytest
 
 from axolotl_reft import LoreftConfig
@@ -117,5 +119,7 @@ def test_the_file_holds_what_was_set_and_nothing_derived(tmp_path):
     config.target_modules = {"model.layers.5"}
     config.save_pretrained(tmp_path)
     loaded = LoreftConfig.from_pretrained(tmp_path)
+    assert loaded.axolotl_reft_version == version("axolotl-reft")
+    config.axolotl_reft_version = loaded.axolotl_reft_version
     assert loaded == config
     assert loaded.target_modules is None

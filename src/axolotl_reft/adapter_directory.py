@@ -14,13 +14,15 @@ from torch import Tensor
 
 from axolotl_reft.adapter_numbers import check_intervention, check_lora, check_values
 from axolotl_reft.components import as_wide_as_the_model
-from axolotl_reft.config import LoreftConfig, edited_layers, layer_ranks
+from axolotl_reft.config import LoreftConfig, layer_ranks
 from axolotl_reft.format_version import NewerFormatError
 from axolotl_reft.peft_type import LOREFT
 from axolotl_reft.positions import Positions
 from axolotl_reft.wording import shown
 
 _KEY = re.compile(r"\.(?P<layer>\d+)\.intv_(?P<part>[01]|lora)\.(?P<name>\w+)$")
+# What PEFT's keys begin with.
+_BASE = "base_model.model."
 # Which axis of each parameter is the hidden size.
 _HIDDEN_AXIS = {"rotation": 0, "rotation_base": 0, "weight": 1, "proj_weight": 1}
 
@@ -80,7 +82,14 @@ def check_adapter_fits(
             f"hidden size {min(sizes - {hidden_size})}, this base has {hidden_size}; "
             "set base_model to the one it was trained on"
         )
-    expected = set(edited_layers(config, num_layers))
+    try:
+        ranks = layer_ranks(config, num_layers)
+    except ValueError as error:
+        raise ValueError(
+            f"{setting}: the adapter in {directory!r} does not fit this base of "
+            f"{num_layers} layers: {error}"
+        ) from error
+    expected = set(ranks)
     if found_layers != expected:
         raise ValueError(
             f"{setting}: the adapter in {directory!r} holds layers "
@@ -95,7 +104,7 @@ def check_adapter_fits(
             f"{num_layers} layers it needs {sorted(expected)}; set base_model to the "
             "one it was trained on"
         )
-    _check_numbers(weights, setting, config, layer_ranks(config, num_layers))
+    _check_numbers(weights, setting, config, ranks)
     return config
 
 
@@ -161,10 +170,10 @@ def _check_numbers(
         tensors = load_file(weights)
         for key, tensor in tensors.items():
             match = _KEY.search(key)
-            if match is not None:
+            if match is not None and key.startswith(_BASE):
                 place = int(match["layer"]), match["part"]
                 found.setdefault(place, {})[match["name"]] = tensor
-            elif "intv_" in key or not key.startswith("base_model.model."):
+            elif "intv_" in key or not key.startswith(_BASE):
                 raise ValueError(f"{shown(key)} is no part of a LoReFT adapter")
             else:
                 check_values(key, tensor)

@@ -119,7 +119,7 @@ def check_lora(
                     f"{stem}_{side} is missing in {place}, and would be random; "
                     f"{_REMEDY}"
                 )
-            if tensor.ndim != 2 or tensor.shape[axis] != r:
+            if tensor.ndim != 2 or tensor.shape[axis] != r or not tensor.numel():
                 raise ValueError(
                     f"{stem}_{side} in {place} has shape {tuple(tensor.shape)}, which "
                     f"is not that of lora with r: {r}; {_REMEDY}"

@@ -121,13 +121,19 @@ def _checked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in left.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise ValueError(f"{name!r} is not a tensor of numbers")
-        held = not tensor.is_meta and tensor.layout == torch.strided
-        if tensor.dtype.itemsize == 1 or not held or not tensor.is_contiguous():
-            # In 8 bits, sparse, or a huge tensor that stands on a few numbers.
+        if tensor.dtype.itemsize == 1 or not _held(tensor):
             raise ValueError(f"{name!r} is not an ordinary tensor of numbers")
         if not tensor.isfinite().all():
             raise ValueError(f"{name!r} has numbers that are not finite")
     return {name: tensor.float() for name, tensor in left.items()}
+
+
+def _held(tensor: Tensor) -> bool:
+    """Whether each of its numbers is there: it is not sparse, nor a huge tensor that
+    stands on a few numbers."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
 
 
 def _state_names(intervention: str) -> set[str]:
