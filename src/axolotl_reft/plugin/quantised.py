@@ -242,6 +242,8 @@ def _check_layers(key: str, model: PreTrainedModel) -> None:
             f"loaded, and it would be trained on in {model.dtype}; remove {key}, or "
             "what keeps the base from being quantised (such as reinit_weights)"
         )
+    bits = 4 if key == "load_in_4bit" else 8
+    LOG.info("the base is quantised: %d linear layers in %d bits", len(quantised), bits)
     left = sum(_matrix_numbers(set(modules) - set(quantised)))
     whole = left + sum(m.in_features * m.out_features for m in quantised)
     if left > 0.1 * whole:
