@@ -1,11 +1,14 @@
 # make test   set up a virtual environment and run every check
 # make demo   set it up and run the main job on a tiny model
 # make docs   draw the pictures and build the documentation's site in build/site
-# Either takes PYTHON=python3.12 (3.10 or newer) and VENV=elsewhere.
+# make bench  set it up and measure (benchmarks/README.md); SIZE=full takes hours
+# Each takes PYTHON=python3.12 (3.10 or newer) and VENV=elsewhere.
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO := examples/tiny-llama
+SIZE ?= quick
+ENVIRONMENTS := benchmarks/environments
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
@@ -14,7 +17,7 @@ export TOKENIZERS_PARALLELISM := false
 # The models here are tiny: more threads wait for each other longer than they compute.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test demo docs clean
+.PHONY: install test demo docs bench bench-environments clean
 
 install: $(VENV)/installed
 
@@ -45,5 +48,24 @@ docs: install
 	python docs/figures/positions.py
 	mkdocs build --strict
 
+bench: install
+	python -m benchmarks --size $(SIZE)
+
+# pyreft with the pins that decide how fast it is, without its notebook packages: with
+# those, resolving takes longer than all benchmarks.
+bench-environments: $(ENVIRONMENTS)/pyreft/installed $(ENVIRONMENTS)/adapters/installed
+
+$(ENVIRONMENTS)/pyreft/installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet torch transformers==4.45.1 pyvene==0.1.8
+	$(@D)/bin/pip install --quiet --no-deps pyreft==0.1.0
+	touch $@
+
+$(ENVIRONMENTS)/adapters/installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet torch adapters
+	touch $@
+
 clean:
+	rm -rf $(ENVIRONMENTS)
 	rm -rf $(VENV) $(DEMO)/base $(DEMO)/data $(DEMO)/out

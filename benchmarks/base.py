@@ -1,0 +1,179 @@
+"""The base model that all contestants share, and the batches they are given.
+
+Runs in the contestants' own environments too: torch and transformers alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is built and what it is given; defaults are those of the issue's table.
+
+    Attributes:
+        edited: ``all`` decoder layers, the ``upper`` half of them, or the ``last``.
+        prompt: tokens of the prompt; the rest of ``length`` is the answer.
+        samples: for ragged batches, how many samples; 0 for a full rectangle.
+        threads: torch's; 0 leaves them.
+    """
+
+    hidden_size: int = 1024
+    layers: int = 8
+    rank: int = 8
+    first: int = 7
+    last: int = 7
+    tied: bool = False
+    edited: str = "all"
+    batch: int = 4
+    length: int = 256
+    prompt: int = 64
+    samples: int = 0
+    vocabulary: int = 4096
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 2
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Setting:
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+    def asdict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def but(self, **changes: Any) -> Setting:
+        return replace(self, **changes)
+
+    @property
+    def edited_layers(self) -> list[int]:
+        start = {"all": 0, "upper": self.layers // 2, "last": self.layers - 1}
+        return list(range(start[self.edited], self.layers))
+
+
+@dataclass
+class Batch:
+    """Inputs of one forward: rows of samples padded on the right, or packed."""
+
+    inputs: dict[str, Tensor]
+    prompts: list[int]
+    useful_tokens: int
+
+
+def llama_config(setting: Setting) -> Any:
+    """Llama-3's proportions at any size: 4 query heads to a key, wide MLP."""
+    from transformers import LlamaConfig
+
+    d = setting.hidden_size
+    heads = max(d // (128 if d >= 4096 else 64), 1)
+    return LlamaConfig(
+        vocab_size=setting.vocabulary,
+        hidden_size=d,
+        intermediate_size=7 * d // 2,
+        num_hidden_layers=setting.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(heads // 4, 1),
+        max_position_embeddings=16384,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def build_base(setting: Setting) -> nn.Module:
+    """A frozen Llama of random weights."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(setting.device):
+        model = LlamaForCausalLM(llama_config(setting))
+    model.requires_grad_(False)
+    return model.to(getattr(torch, setting.dtype))
+
+
+def share(model: nn.Module) -> nn.Module:
+    """A model of its own on the same weights."""
+    weights = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(weight): weight for weight in weights})
+
+
+def rectangle(setting: Setting) -> Batch:
+    """``batch`` samples of ``length`` tokens, each of the same prompt."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (setting.batch, setting.length)
+    ids = torch.randint(3, setting.vocabulary, shape, generator=generator)
+    labels = ids.clone()
+    labels[:, : setting.prompt] = -100
+    inputs = {"input_ids": ids, "labels": labels}
+    return Batch(
+        {name: tensor.to(setting.device) for name, tensor in inputs.items()},
+        [setting.prompt] * setting.batch,
+        ids.numel(),
+    )
+
+
+def ragged_lengths(setting: Setting) -> list[int]:
+    """Sample lengths as instructions have them: most are short, a few long."""
+    draw = random.Random(2)
+    low, high = 2 * (setting.first + setting.last), setting.length
+    return [
+        min(max(int(draw.lognormvariate(4.2, 0.6)), low), high)
+        for _ in range(setting.samples)
+    ]
+
+
+def padded(setting: Setting) -> list[Batch]:
+    """The ragged samples in rows of their own, ``batch`` of them padded together."""
+    lengths = ragged_lengths(setting)
+    return [
+        _padded(setting, lengths[start : start + setting.batch])
+        for start in range(0, len(lengths), setting.batch)
+    ]
+
+
+def _padded(setting: Setting, lengths: list[int]) -> Batch:
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = torch.arange(length) % (setting.vocabulary - 3) + 3
+        labels[row, length // 2 : length] = ids[row, length // 2 : length]
+        mask[row, :length] = 1
+    inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return Batch(
+        {name: tensor.to(setting.device) for name, tensor in inputs.items()},
+        [length // 2 for length in lengths],
+        sum(lengths),
+    )
+
+
+def packed(setting: Setting) -> list[Batch]:
+    """The same samples, filled one after the other into rows of ``length``."""
+    rows: list[list[int]] = []
+    for length in sorted(ragged_lengths(setting), reverse=True):
+        room = [row for row in rows if sum(row) + length <= setting.length]
+        if room:
+            room[0].append(length)
+        else:
+            rows.append([length])
+    return [_packed(setting, row) for row in rows]
+
+
+def _packed(setting: Setting, lengths: list[int]) -> Batch:
+    ids, positions, labels = [], [], []
+    for length in lengths:
+        sample = (torch.arange(length) % (setting.vocabulary - 3) + 3).tolist()
+        ids += sample
+        positions += range(length)
+        labels += [-100] * (length // 2) + sample[length // 2 :]
+    inputs = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    return Batch(
+        {k: torch.tensor([v], device=setting.device) for k, v in inputs.items()},
+        [length // 2 for length in lengths],
+        sum(lengths),
+    )

@@ -1,0 +1,164 @@
+"""Who is measured: a model to call with a batch, and the numbers it trains.
+
+Each is built on a frozen base. Libraries are imported where they are needed, since no
+environment has all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.base import Batch, Setting
+
+
+@dataclass
+class Contestant:
+    """A model that trains.
+
+    Attributes:
+        loss: of a batch.
+        trained: parameters an optimizer steps; none for the floor.
+    """
+
+    loss: Callable[[Batch], Tensor]
+    trained: list[nn.Parameter]
+    model: nn.Module
+
+
+def floor(base: nn.Module, setting: Setting) -> Contestant:
+    """The least that a frozen base costs: its forward, and the backward through its
+    activations down to the first edited layer, whose output is made a leaf."""
+    layer: Any = base.get_submodule(f"model.layers.{setting.edited_layers[0]}")
+
+    def leaf(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0].detach().requires_grad_(), *output[1:])
+        return output.detach().requires_grad_()
+
+    layer.register_forward_hook(leaf)
+    return _plain(base)
+
+
+def _plain(model: nn.Module) -> Contestant:
+    def loss(batch: Batch) -> Tensor:
+        return model(**batch.inputs, use_cache=False).loss
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Contestant(loss, trained, model)
+
+
+def ours(base: nn.Module, setting: Setting) -> Contestant:
+    """LoReFT as a PEFT method."""
+    from peft import get_peft_model
+
+    return _plain(get_peft_model(base, our_config(setting)).train())
+
+
+def our_config(setting: Setting) -> Any:
+    from axolotl_reft import LoreftConfig
+
+    sides = (
+        f"f{setting.first}" * bool(setting.first),
+        f"l{setting.last}" * bool(setting.last),
+    )
+    return LoreftConfig(
+        task_type="CAUSAL_LM",
+        layers=setting.edited_layers,
+        positions="+".join(filter(None, sides)),
+        rank=setting.rank,
+        tied_weights=setting.tied,
+    )
+
+
+def lora(base: nn.Module, setting: Setting) -> Contestant:
+    """PEFT's LoRA on all linear layers of the same decoder layers."""
+    from peft import LoraConfig, get_peft_model
+
+    layers = "|".join(map(str, setting.edited_layers))
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=setting.rank,
+        target_modules=rf".*\.layers\.({layers})\.\w+\.\w+_proj",
+    )
+    return _plain(get_peft_model(base, config).train())
+
+
+def pyreft(base: nn.Module, setting: Setting) -> Contestant:
+    """pyreft's own; its positions are computed beforehand, as its collator does."""
+    import pyreft as library
+
+    sides = 2 if setting.first and setting.last and not setting.tied else 1
+    layers = setting.edited_layers * sides
+    representations = [
+        {
+            "layer": layer,
+            "component": "block_output",
+            "low_rank_dimension": setting.rank,
+            "intervention": library.LoreftIntervention(
+                embed_dim=setting.hidden_size,
+                low_rank_dimension=setting.rank,
+                dtype=torch.float32,
+            ),
+        }
+        for layer in layers
+    ]
+    config = library.ReftConfig(representations=representations)
+    model: Any = library.get_reft_model(base, config, set_device=False)
+    model.set_device(setting.device)
+
+    def loss(batch: Batch) -> Tensor:
+        inputs = dict(batch.inputs)
+        labels = inputs.pop("labels")
+        _, output = model(
+            inputs,
+            unit_locations={"sources->base": (None, locations(batch, setting, sides))},
+            labels=labels,
+            use_cache=False,
+        )
+        return output.loss
+
+    trained = [p for one in model.interventions.values() for p in one.parameters()]
+    return Contestant(loss, trained, model)
+
+
+def locations(batch: Batch, setting: Setting, sides: int) -> list[list[list[int]]]:
+    """pyreft's positions: for each intervention, for each sample, the tokens."""
+    prefix = [list(range(setting.first)) for _ in batch.prompts]
+    suffix = [list(range(p - setting.last, p)) for p in batch.prompts]
+    count = len(setting.edited_layers)
+    if sides == 2:
+        return [prefix] * count + [suffix] * count
+    return [[a + b for a, b in zip(prefix, suffix, strict=True)]] * count
+
+
+def adapters(base: nn.Module, setting: Setting) -> Contestant:
+    """AdapterHub's LoReFT, whose suffix is that of the whole sequence."""
+    import adapters as library
+
+    library.init(base)
+    model: Any = base
+    config = library.LoReftConfig(
+        layers=setting.edited_layers,
+        r=setting.rank,
+        prefix_positions=setting.first,
+        suffix_positions=setting.last,
+        tied_weights=setting.tied,
+        dropout=0.0,
+    )
+    model.add_adapter("loreft", config=config)
+    model.train_adapter("loreft")
+    return _plain(model.train())
+
+
+CONTESTANTS: dict[str, Callable[[nn.Module, Setting], Contestant]] = {
+    "floor": floor,
+    "ours": ours,
+    "lora": lora,
+    "pyreft": pyreft,
+    "adapters": adapters,
+}

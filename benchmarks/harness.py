@@ -1,0 +1,128 @@
+"""Contestants taking turns, and what is kept of it: one JSON for one benchmark."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "transformers", "peft", "axolotl", "pyreft", "pyvene", "adapters")
+
+
+@dataclass
+class Series:
+    """One setting's repetitions, contestant by contestant, in the order of the turns.
+
+    Attributes:
+        setting: what was built.
+        values: every repetition; the n-th of each contestant were in one round.
+        failures: contestants that could not run, and what they said.
+    """
+
+    setting: dict[str, Any]
+    values: dict[str, list[float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def ratios(self, name: str, floor: str) -> list[float]:
+        """Round by round, a contestant's value over the floor's."""
+        pairs = zip(self.values[name], self.values[floor], strict=True)
+        return [own / other for own, other in pairs]
+
+
+@dataclass
+class Result:
+    """One benchmark's result.
+
+    Attributes:
+        benchmark: its name.
+        unit: of the values.
+        floor: whom ratios are taken to.
+        series: one a setting.
+    """
+
+    benchmark: str
+    unit: str
+    floor: str
+    series: list[Series]
+    versions: dict[str, dict[str, str]]
+    hardware: dict[str, Any]
+    date: str
+
+    def write(self, directory: Path = RESULTS) -> Path:
+        directory.mkdir(parents=True, exist_ok=True)
+        device = "" if self.hardware.get("gpu") is None else "-gpu"
+        path = directory / f"{self.benchmark}{device}.json"
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        return path
+
+
+def read(path: Path) -> Result:
+    values = json.loads(path.read_text())
+    values["series"] = [Series(**series) for series in values["series"]]
+    return Result(**values)
+
+
+def read_all(directory: Path = RESULTS) -> list[Result]:
+    return [read(path) for path in sorted(directory.glob("*.json"))]
+
+
+def take_turns(
+    turns: dict[str, Callable[[], float]], repetitions: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Rounds in which each contestant has one turn, the first to go changing."""
+    names = list(turns)
+    values: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(-warm_up, repetitions):
+        start = round_ % len(names)
+        for name in names[start:] + names[:start]:
+            value = turns[name]()
+            if round_ >= 0:
+                values[name].append(value)
+    return values
+
+
+def summary(values: Iterable[float]) -> tuple[float, float, float]:
+    """Minimum, median, maximum."""
+    found = sorted(values)
+    return found[0], median(found), found[-1]
+
+
+def versions() -> dict[str, str]:
+    """Of what is installed in this environment."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(device: str = "cpu") -> dict[str, Any]:
+    """What it was measured on."""
+    import torch
+
+    model = "unknown"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [
+            line.split(":", 1)[1].strip() for line in lines if "model name" in line
+        ]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "gpu": None if device == "cpu" else torch.cuda.get_device_name(),
+    }
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,171 @@
+"""What is timed, given a contestant: functions that take one turn and say its cost."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.base import Batch, Setting, build_base, packed, padded, rectangle, share
+from benchmarks.contestants import CONTESTANTS, Contestant, ours
+
+
+def clock(setting: Setting) -> Callable[[], float]:
+    """Seconds, once the device has done what it was given."""
+    if setting.device == "cpu":
+        return time.perf_counter
+
+    def synchronised() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return synchronised
+
+
+def _optimizer(contestant: Contestant) -> Any:
+    return (
+        torch.optim.AdamW(contestant.trained, lr=1e-4) if contestant.trained else None
+    )
+
+
+def _train(contestant: Contestant, optimizer: Any, batches: list[Batch]) -> None:
+    for batch in batches:
+        contestant.loss(batch).backward()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def _training(
+    name: str, base: nn.Module, setting: Setting, batches: list[Batch]
+) -> Callable[[], float]:
+    contestant = CONTESTANTS[name](share(base), setting)
+    optimizer, now = _optimizer(contestant), clock(setting)
+
+    def turn() -> float:
+        start = now()
+        _train(contestant, optimizer, batches)
+        return now() - start
+
+    return turn
+
+
+def training_step(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
+    """Seconds of forward, backward and the optimizer's step."""
+    return _training(name, base, setting, [rectangle(setting)])
+
+
+def ragged(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
+    """Seconds an epoch of ragged samples takes, ``ours`` packed and others padded."""
+    batches = packed(setting) if name == "ours" else padded(setting)
+    return _training(name, base, setting, batches)
+
+
+def backward(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
+    """Seconds of backward alone, where axolotl has made the inputs require gradients.
+
+    ``name`` is which layers are edited: all, the upper half, the last.
+    """
+    contestant = ours(share(base), setting.but(edited=name))
+    contestant.model.enable_input_require_grads()  # type: ignore[operator]
+    batch, now = rectangle(setting), clock(setting)
+
+    def turn() -> float:
+        loss = contestant.loss(batch)
+        start = now()
+        loss.backward()
+        seconds = now() - start
+        contestant.model.zero_grad()
+        return seconds
+
+    return turn
+
+
+def _inference_model(name: str, base: nn.Module, setting: Setting) -> nn.Module:
+    model = share(base)
+    return (ours(model, setting).model if name == "ours" else model).eval()
+
+
+def prefill(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
+    """Seconds of one forward over the prompts, a cache filled."""
+    model, now = _inference_model(name, base, setting), clock(setting)
+    ids = rectangle(setting).inputs["input_ids"]
+
+    @torch.no_grad()
+    def turn() -> float:
+        start = now()
+        model(input_ids=ids, use_cache=True)
+        return now() - start
+
+    return turn
+
+
+def decode(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
+    """Seconds of a token generated after the prompts, from 16 of them."""
+    model, now = _inference_model(name, base, setting), clock(setting)
+    ids = rectangle(setting).inputs["input_ids"]
+
+    @torch.no_grad()
+    def turn() -> float:
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        start = now()
+        for _ in range(16):
+            model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        return (now() - start) / 16
+
+    return turn
+
+
+def peak_memory(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
+    """Bytes that three training steps need beyond the base model, at their highest."""
+    cuda = setting.device != "cpu"
+    before = torch.cuda.memory_allocated() if cuda else _resident()
+    contestant = CONTESTANTS[name](base, setting)
+    _train(contestant, _optimizer(contestant), [rectangle(setting)] * 3)
+    peak = torch.cuda.max_memory_allocated() if cuda else _peak_resident()
+    return lambda: float(peak - before)
+
+
+def _peak_resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+TASKS: dict[str, Callable[[str, nn.Module, Setting], Callable[[], float]]] = {
+    "training_step": training_step,
+    "ragged": ragged,
+    "backward": backward,
+    "prefill": prefill,
+    "decode": decode,
+    "peak_memory": peak_memory,
+}
+
+
+class Bench:
+    """One process's contestants, on one base model that they share."""
+
+    def __init__(self) -> None:
+        self._setting: Setting | None = None
+        self._base: nn.Module | None = None
+        self._turns: dict[str, Callable[[], float]] = {}
+
+    def build(self, task: str, name: str, setting: Setting) -> None:
+        if setting != self._setting:
+            self._turns.clear()
+            self._base = None  # gone before the next one comes
+            if setting.threads:
+                torch.set_num_threads(setting.threads)
+            self._base, self._setting = build_base(setting), setting
+        assert self._base is not None
+        self._turns[name] = TASKS[task](name, self._base, setting)
+
+    def turn(self, name: str) -> float:
+        return self._turns[name]()

@@ -1,0 +1,98 @@
+"""A bench in a process of its own, of another environment where one is named.
+
+Requests and answers are lines of JSON, on standard input and output. Run by
+:class:`RemoteBench` as ``python -m benchmarks.worker``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.base import Setting
+
+_ROOT = Path(__file__).parent.parent
+
+
+class RemoteBench:
+    """A bench in a process of its own.
+
+    Args:
+        python: interpreter of the environment.
+
+    Raises:
+        RuntimeError: the worker failed; the message is its last.
+    """
+
+    def __init__(self, python: str = sys.executable) -> None:
+        own = os.path.abspath(python) == os.path.abspath(sys.executable)
+        paths = [str(_ROOT), os.environ.get("PYTHONPATH", "") if own else ""]
+        self._process = subprocess.Popen(
+            [python, "-m", "benchmarks.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        )
+
+    def build(self, task: str, name: str, setting: Setting) -> None:
+        self._ask({"build": [task, name, setting.asdict()]})
+
+    def turn(self, name: str) -> float:
+        return self._ask({"turn": name})
+
+    def versions(self) -> dict[str, str]:
+        return self._ask({"versions": True})
+
+    def close(self) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the worker ended at {request}; see its error above")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["result"]
+
+
+def serve() -> None:
+    """Answer requests until standard input ends."""
+    from benchmarks.harness import versions
+    from benchmarks.tasks import Bench
+
+    # Libraries greet on standard output; the answers have it to themselves.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    bench = Bench()
+    for line in sys.stdin:
+        request = json.loads(line)
+        result: Any = None
+        try:
+            if "build" in request:
+                task, name, setting = request["build"]
+                bench.build(task, name, Setting.read(setting))
+            elif "turn" in request:
+                result = bench.turn(request["turn"])
+            else:
+                result = versions()
+            answer = {"result": result}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,178 @@
+"""The benchmarks run, at toy size; how long anything takes is not looked at."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import harness, plot, table
+from benchmarks.__main__ import main
+from benchmarks.base import Setting, build_base, packed, padded, rectangle, share
+from benchmarks.contestants import CONTESTANTS
+from benchmarks.harness import Result, Series, take_turns
+from benchmarks.parts import PARTS
+from benchmarks.running import run
+from benchmarks.suite import SUITE
+from benchmarks.synchronisation import synchronisation
+from benchmarks.tasks import _train
+from benchmarks.worker import RemoteBench
+
+TOY = SUITE["step-by-size"].sizes["toy"][0]
+TOGETHER = [name for name, benchmark in SUITE.items() if not benchmark.fresh]
+
+
+def check(result):
+    """What is promised of every JSON."""
+    assert result.versions["here"]["torch"] == torch.__version__
+    assert result.hardware["cores"] >= 1 and result.date
+    assert result.series
+    for series in result.series:
+        assert not series.failures
+        assert result.floor in series.values
+        assert all(values for values in series.values.values())
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_each_benchmark_of_a_model_runs(tmp_path, name):
+    result = run(name, SUITE[name], "toy", report=lambda line: None)
+    check(result)
+    repetitions = SUITE[name].repetitions["toy"]
+    for series in result.series:
+        assert {len(values) for values in series.values.values()} == {repetitions}
+        assert Setting.read(series.setting) == SUITE[name].sizes["toy"][0]
+    saved = json.loads(result.write(tmp_path).read_text())
+    assert set(saved) == {
+        "benchmark", "unit", "floor", "series", "versions", "hardware", "date",
+    }  # fmt: skip
+    assert harness.read(tmp_path / f"{name}.json") == result
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "start-up"])
+def test_each_benchmark_of_a_part_runs(name):
+    check(PARTS[name]("toy"))
+
+
+def test_a_contestant_runs_in_a_process_of_its_own():
+    bench = RemoteBench()
+    bench.build("peak_memory", "floor", TOY)
+    assert bench.turn("floor") > 0
+    assert bench.versions()["torch"] == torch.__version__
+    with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
+        bench.turn("nobody")
+    bench.close()
+
+
+def test_what_a_contestant_says_when_it_fails_is_kept():
+    benchmark = replace(SUITE["step-by-size"], contestants=("floor", "nobody"))
+    result = run("step", benchmark, "toy", report=lambda line: None)
+    assert result.series[0].failures == {"nobody": "KeyError: 'nobody'"}
+    assert len(result.series[0].values["floor"]) == 2
+
+
+def test_the_mode_for_gpus_runs_in_its_dtype():
+    result = run(
+        "step",
+        replace(SUITE["step-by-size"], contestants=("floor", "ours", "lora")),
+        "toy",
+        report=lambda line: None,
+        dtype="bfloat16",
+    )
+    check(result)
+
+
+def test_no_step_waits_for_the_device():
+    """Full rows and packed ones; the first batch, which is looked at, has gone by."""
+    check(synchronisation("toy"))
+
+
+def test_contestants_take_turns_and_the_first_to_go_changes():
+    order = []
+    turns = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
+    values = take_turns(turns, 3, warm_up=1)
+    assert "".join(order) == "cab" + "abc" + "bca" + "cab"
+    assert values == {name: [1.0] * 3 for name in "abc"}
+
+
+def test_contestants_start_from_the_same_loss_but_for_their_edits():
+    """The floor computes what the base does, and LoRA starts there."""
+    base = build_base(TOY)
+    losses = {}
+    for name in ("floor", "lora", "ours", "pyreft"):
+        torch.manual_seed(0)
+        contestant = CONTESTANTS[name](share(base), TOY)
+        losses[name] = contestant.loss(rectangle(TOY)).item()
+        assert all(p.requires_grad for p in contestant.trained)
+        assert bool(contestant.trained) == (name != "floor")
+    assert losses["floor"] == losses["lora"]
+    assert losses["ours"] != losses["floor"] != losses["pyreft"]
+
+
+def test_the_floor_goes_back_to_the_first_edited_layer_and_no_further():
+    setting = replace(TOY, edited="last")
+    reached = []
+    base = build_base(setting)
+    contestant = CONTESTANTS["floor"](base, setting)
+    for number, layer in enumerate(base.model.layers):
+        layer.mlp.down_proj.register_full_backward_hook(
+            lambda *args, number=number: reached.append(number)
+        )
+    _train(contestant, None, [rectangle(setting)])
+    assert reached == []
+    contestant = CONTESTANTS["floor"](share(build_base(TOY)), TOY)
+    for number, layer in enumerate(contestant.model.model.layers):
+        layer.mlp.down_proj.register_full_backward_hook(
+            lambda *args, number=number: reached.append(number)
+        )
+    _train(contestant, None, [rectangle(TOY)])
+    assert reached == [1]
+
+
+def test_packed_and_padded_rows_hold_the_same_samples():
+    setting = replace(TOY, samples=9, length=64)
+    useful = [
+        sum(batch.useful_tokens for batch in batches)
+        for batches in (packed(setting), padded(setting))
+    ]
+    assert useful[0] == useful[1]
+    for batches in (packed(setting), padded(setting)):
+        for batch in batches:
+            trained = (batch.inputs["labels"] != -100).sum().item()
+            assert trained == batch.useful_tokens - sum(batch.prompts)
+    assert all(b.inputs["input_ids"].shape[1] <= 64 for b in packed(setting))
+
+
+@pytest.fixture
+def results(tmp_path):
+    series = [
+        Series({"hidden_size": d}, {"floor": [1.0, 2.0], "ours": [1.5, 2.0]})
+        for d in (64, 128)
+    ]
+    series[1].failures["pyreft"] = "MemoryError: no | room"
+    here = {"here": harness.versions()}
+    for name in ("one", "two"):
+        Result(
+            name, "s", "floor", series, here, harness.hardware(), harness.now()
+        ).write(tmp_path)
+    return tmp_path
+
+
+def test_the_table_is_made_of_the_json(results):
+    text = table.write(results).read_text()
+    assert "## one" in text and "## two" in text
+    assert "| 64 | ours | 1.75 | 1 / 1.25 / 1.5 | 2 |" in text
+    assert "| 128 | pyreft | failed | MemoryError: no / room | 0 |" in text
+
+
+def test_the_plots_are_made_of_the_json(results):
+    paths = plot.write(results)
+    assert [path.name for path in paths] == ["one.png", "two.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_the_command_runs_and_tabulates(tmp_path, capsys):
+    main(["prefill", "table", "--size", "toy", "--results", str(tmp_path)])
+    assert "## prefill" in (tmp_path / "results.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["speed"])
+    assert "no benchmark is called speed" in capsys.readouterr().err
