@@ -165,7 +165,9 @@ def packed(setting: Setting) -> list[Batch]:
 
 
 def _packed(setting: Setting, lengths: list[int]) -> Batch:
-    ids, positions, labels = [], [], []
+    ids: list[int] = []
+    positions: list[int] = []
+    labels: list[int] = []
     for length in lengths:
         sample = (torch.arange(length) % (setting.vocabulary - 3) + 3).tolist()
         ids += sample

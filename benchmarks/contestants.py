@@ -68,7 +68,7 @@ def our_config(setting: Setting) -> Any:
     )
     return LoreftConfig(
         task_type="CAUSAL_LM",
-        layers=setting.edited_layers,
+        layers=[*setting.edited_layers],
         positions="+".join(filter(None, sides)),
         rank=setting.rank,
         tied_weights=setting.tied,

@@ -43,7 +43,7 @@ def intervention(size: str) -> Result:
         setting = Setting(hidden_size=d, layers=1, rank=min(8, d))
         torch.set_num_threads(setting.threads)
         hidden = torch.randn(positions, d)
-        arguments = {"embed_dim": d, "low_rank_dimension": setting.rank}
+        arguments: dict[str, Any] = {"embed_dim": d, "low_rank_dimension": setting.rank}
         turns = {
             "pyreft": _gradient(
                 pyreft.LoreftIntervention(**arguments, dtype=torch.float32), hidden
@@ -98,7 +98,7 @@ def build(size: str) -> Result:
             return time.perf_counter() - start
 
         # pyreft's 70B takes half an hour and is not needed to see the difference.
-        turns = {"pyreft": theirs, "ours": ours}
+        turns: dict[str, Callable[[], float]] = {"pyreft": theirs, "ours": ours}
         if size == "quick" or setting.hidden_size > 4096:
             del turns["pyreft"]
         repetitions = 3 if "pyreft" not in turns else 1

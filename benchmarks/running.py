@@ -63,7 +63,7 @@ def run(
     )
 
 
-def _takes_part(contestant: str, pythons: Mapping[str, str]) -> bool:
+def _takes_part(contestant: str, pythons: Mapping[str, Any]) -> bool:
     return contestant not in ELSEWHERE or contestant in pythons
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from io import StringIO
 from types import SimpleNamespace
 
@@ -97,7 +97,10 @@ class _Intervention(nn.Module):
 
         ``source`` and ``subspaces`` are pyvene's and not used, as in pyreft.
         """
-        with torch.autocast(base.device.type, enabled=False):
+        device = base.device.type
+        # Not of the meta device, on which a forward is checked without numbers.
+        casts = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
             new_ND = self._edit(base.float()).to(base.dtype)
         return F.dropout(new_ND, self.dropout_p, self.training)
 
