@@ -1,6 +1,7 @@
 """Tiny random models of every supported architecture, made here; nothing is fetched."""
 
 import os
+import sys
 
 # Before torch: two workers' threads on two cores make tiny steps ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -75,6 +76,16 @@ def build_adapter(
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
+
+
+@pytest.fixture(autouse=True)
+def _axolotl_forgets_plugins() -> Iterator[None]:
+    """axolotl keeps every plugin of every config it read, for the whole process: one
+    test's DiffusionPlugin would train the next test's model."""
+    yield
+    axolotl = sys.modules.get("axolotl.integrations.base")
+    if axolotl is not None:
+        axolotl.PluginManager._instance = None
 
 
 @pytest.fixture
