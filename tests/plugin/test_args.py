@@ -108,6 +108,8 @@ BESIDE_IT = [
     ({"lora_mlp_kernel": True}, "lora_mlp_kernel: true is a setting of LoRA"),
     ({"loraplus_lr_ratio": 16.0}, "loraplus_lr_ratio: 16.0 with adapter: loreft"),
     ({"relora": True, "jagged_restart_steps": 10}, "relora: true .*: ReLoRA merges"),
+    ({"lisa_n_layers": 2, "lisa_step_interval": 5},
+     "lisa_n_layers: 2 with adapter: loreft: LISA unfreezes layers of the base"),
     ({"merge_lora": True}, "merge_lora: true with adapter: loreft: a LoReFT adapter"),
     ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters: .* modules_to_save"),
     ({"fp8": True}, "fp8: true with adapter: loreft: it trains the base's matrices"),

@@ -11,6 +11,7 @@ from axolotl.loaders.tokenizer import load_tokenizer
 from axolotl.loaders.utils import get_linear_embedding_layers
 from axolotl.utils.logging import get_logger
 from axolotl.utils.train import determine_last_checkpoint
+from pydantic import BaseModel
 
 from axolotl_reft.adapter_directory import check_adapter_fits
 from axolotl_reft.components import as_wide_as_the_model
@@ -42,6 +43,9 @@ _REFUSED = {
     "unfrozen_parameters": "base weights that are unfrozen would not be saved with the "
     "adapter; name whole modules under loreft: modules_to_save, which are trained and "
     "saved with it",
+    "lisa_n_layers": "LISA unfreezes layers of the base in turn, which would not be "
+    "saved with the adapter; remove lisa_n_layers and lisa_step_interval, and choose "
+    "what is edited with loreft: layers",
     "fp8": "it trains the base's matrices in 8-bit floats, and LoReFT trains none of "
     "them; remove it, and set load_in_8bit: true for a smaller base",
     "qat": "it trains weights to be quantised, and LoReFT trains none of the base's; "
@@ -200,8 +204,8 @@ def _need_prompts(settings: Mapping[str, Any], positions: str) -> None:
             f"to edit; use instruction data under datasets, {remedy}"
         )
     for name in ("datasets", "test_datasets"):
-        for dataset in settings.get(name) or []:
-            kind = dict(dataset).get("type")
+        for dataset in _datasets(settings, name):
+            kind = dataset.get("type")
             if isinstance(kind, str) and kind.split(".")[0].split(":")[0] in (
                 "completion",
                 "pretrain",
@@ -210,13 +214,23 @@ def _need_prompts(settings: Mapping[str, Any], positions: str) -> None:
                     f"{name}: type: {kind} with positions: {positions}: raw text has "
                     f"no prompt to edit; use instruction data, {remedy}"
                 )
-            _need_trained_answers(name, dict(dataset), positions)
+            _need_trained_answers(name, dataset, positions)
     if "DiffusionPlugin" in _plugins(settings):
         raise ValueError(
             f"plugins: DiffusionPlugin with positions: {positions}: a diffusion "
             "language model has no prompt that comes before its answer; remove it, "
             f"{remedy}"
         )
+
+
+def _datasets(settings: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """Those that are mappings; of all else axolotl's own validation speaks."""
+    given = settings.get(name)
+    if not isinstance(given, list):
+        return []
+    return [
+        dict(dataset) for dataset in given if isinstance(dataset, Mapping | BaseModel)
+    ]
 
 
 def _need_trained_answers(name: str, dataset: dict[str, Any], positions: str) -> None:

@@ -1,0 +1,89 @@
+"""Settings of axolotl's training beside the adapter, each in a short run."""
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from training import train
+from transformers import AutoModelForCausalLM
+from transformers.loss import loss_utils
+from workspace import build_workspace
+
+LORA = {"layers": "all", "rank": 4, "lora": {"r": 4, "target_modules": ["q_proj"]}}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return build_workspace(tmp_path_factory.mktemp("settings"))
+
+
+def adapter_numbers(model):
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@pytest.mark.slow
+def test_lora_beside_loreft_is_trained_resumed_and_loaded_with_it(config, tmp_path):
+    def run(name, **changes):
+        return train(config, 8, loreft=LORA, output_dir=str(tmp_path / name), **changes)
+
+    whole, losses = run("out", save_steps=4)
+    numbers = adapter_numbers(whole)
+    assert any(name.endswith("_B") and n.abs().sum() > 0 for name, n in numbers.items())
+    resumed, later = run(
+        "again", resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4")
+    )
+    # A resumed run remembers the losses before it.
+    assert later == losses and len(losses) == 8
+    for name, number in adapter_numbers(resumed).items():
+        assert torch.equal(number, numbers[name]), name
+    base = AutoModelForCausalLM.from_pretrained(
+        config.parent / "base", attn_implementation="eager"
+    )
+    reloaded = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    ids = torch.arange(4, 20).view(2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(ids).logits, whole.eval()(ids).logits)
+
+
+@pytest.mark.slow
+def test_lora_beside_loreft_on_a_base_in_4_bits(config, tmp_path):
+    model, losses = train(
+        config, loreft=LORA, load_in_4bit=True, output_dir=str(tmp_path)
+    )
+    assert any(isinstance(module, Linear4bit) for module in model.modules())
+    numbers = adapter_numbers(model)
+    assert any(name.endswith("_B") and n.abs().sum() > 0 for name, n in numbers.items())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.slow
+def test_chunks_of_the_loss_change_no_loss(config, tmp_path, monkeypatch):
+    # Compiled, it would compute the same a minute later.
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    # What axolotl patches is put back for the tests that follow.
+    monkeypatch.setattr(loss_utils, "ForCausalLMLoss", loss_utils.ForCausalLMLoss)
+    monkeypatch.setattr(loss_utils, "LOSS_MAPPING", dict(loss_utils.LOSS_MAPPING))
+    _, expected = train(config, 6, output_dir=str(tmp_path / "plain"))
+    _, losses = train(
+        config,
+        6,
+        chunked_cross_entropy=True,
+        chunked_cross_entropy_num_chunks=3,
+        output_dir=str(tmp_path / "chunks"),
+    )
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected))
+
+
+@pytest.mark.slow
+def test_samples_in_the_order_of_a_curriculum(config, tmp_path):
+    _, losses = train(
+        config,
+        loreft={"rank": 4},
+        curriculum_sampling=True,
+        output_dir=str(tmp_path),
+    )
+    assert losses[-1] < 0.7 * losses[0]
