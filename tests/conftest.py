@@ -82,10 +82,17 @@ def build_adapter(
 def _axolotl_forgets_plugins() -> Iterator[None]:
     """axolotl keeps every plugin of every config it read, for the whole process: one
     test's DiffusionPlugin would train the next test's model."""
+    before = _plugins_of_axolotl().copy()
     yield
-    axolotl = sys.modules.get("axolotl.integrations.base")
-    if axolotl is not None:
-        axolotl.PluginManager._instance = None
+    # In place: axolotl's modules hold on to the manager they were imported with.
+    after = _plugins_of_axolotl()
+    after.clear()
+    after.update(before)
+
+
+def _plugins_of_axolotl() -> dict[str, object]:
+    integrations = sys.modules.get("axolotl.integrations.base")
+    return integrations.PluginManager.get_instance().plugins if integrations else {}
 
 
 @pytest.fixture
