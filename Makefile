@@ -29,11 +29,12 @@ $(VENV)/installed: pyproject.toml
 	pip install --quiet --no-deps pyreft==0.1.0
 	touch $@
 
+# Not the files of many tests first: the longest runs are of files of few.
 test: install
 	ruff check .
 	ruff format --check .
 	mypy
-	pytest --numprocesses 2 --dist loadfile
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 demo: install
 	python $(DEMO)/make_base.py

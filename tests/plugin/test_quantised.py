@@ -197,6 +197,16 @@ def test_a_mistake_in_the_settings(changes, message):
             "quantised with gptq, for which transformers needs optimum 1.24.0 or newer",
         ),
         (
+            {"quant_method": "awq", "bits": 4},
+            {},
+            "quantised with awq, .* package gptqmodel, and it is not installed",
+        ),
+        (
+            {"quant_method": "compressed-tensors"},
+            {},
+            "package compressed_tensors, and it is not installed; install it, or set",
+        ),
+        (
             {"quant_method": "fp8"},
             {},
             "quantised with fp8, through which transformers cannot train",
@@ -218,7 +228,8 @@ def test_a_mistake_in_the_settings(changes, message):
         ),
     ],
 )
-def test_a_base_that_is_quantised_otherwise(base, settings, message):
+def test_a_base_that_is_quantised_otherwise(monkeypatch, base, settings, message):
+    monkeypatch.setattr(quantised, "find_spec", lambda package: None)
     model_config = AutoConfig.for_model("llama")
     if base:
         model_config.quantization_config = base

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from axolotl.utils.logging import get_logger
@@ -49,6 +50,8 @@ _NOT_TRAINABLE = (
     "vptq",
 )
 _OPTIMUM_FOR_GPTQ = Version("1.24.0")
+# Without these packages, transformers fails when it has begun to load the base.
+_NEEDED = {"awq": "gptqmodel", "compressed-tensors": "compressed_tensors"}
 
 
 def asked_for(settings: Mapping[str, Any]) -> str | None:
@@ -125,6 +128,13 @@ def check_quantised_base(
             "the base is quantised with gptq, for which transformers needs optimum "
             f"{_OPTIMUM_FOR_GPTQ} or newer, and this axolotl pins {version('optimum')};"
             " set base_model to the full-precision one, and load_in_4bit: true"
+        )
+    needed = _NEEDED.get(str(method))
+    if needed and find_spec(needed) is None:
+        raise ValueError(
+            f"the base is quantised with {method}, which transformers loads with the "
+            f"package {needed}, and it is not installed; install it, or set base_model "
+            "to the full-precision one, and load_in_4bit: true"
         )
     dequantised = settings.get("model_quantization_config_kwargs") or base
     if training and method in _NOT_TRAINABLE and not dequantised.get("dequantize"):
