@@ -47,7 +47,8 @@ def plot(result: Result, path: Path) -> bool:
     axes.set_xscale("log", base=2)
     axes.set_xlabel(_LABELS[varied[0]])
     axes.set_ylabel(f"{result.benchmark}: ratio to {result.floor}")
-    if max(line.get_ydata().max() for line in axes.lines[:-1]) > 10:
+    ratios = [ratio for line in axes.lines[:-1] for ratio in line.get_ydata()]
+    if max(ratios) > 10 or min(ratios) < 0.1:
         axes.set_yscale("log")
     axes.legend()
     figure.tight_layout()
