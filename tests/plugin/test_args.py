@@ -227,3 +227,12 @@ def test_settings_of_lora_that_say_nothing_are_let_be():
     assert validated(
         lora_dropout=0.0, lora_r=None, lora_model_dir="x", lora_on_cpu=True
     )
+
+
+@pytest.mark.parametrize("datasets", ["data.jsonl", {"path": "x"}, 5])
+def test_of_test_datasets_that_are_no_list_axolotl_speaks(datasets):
+    """Its own message, and none of Python's about what we did with them."""
+    with pytest.raises(
+        ValueError, match="test_datasets\n  Input should be a valid lis"
+    ):
+        validated(test_datasets=datasets)

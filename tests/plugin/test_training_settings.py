@@ -64,26 +64,30 @@ def test_lora_beside_loreft_on_a_base_in_4_bits(config, tmp_path):
 def test_chunks_of_the_loss_change_no_loss(config, tmp_path, monkeypatch):
     # What axolotl patches is put back for the tests that follow.
     monkeypatch.setattr(loss_utils, "ForCausalLMLoss", loss_utils.ForCausalLMLoss)
-    monkeypatch.setattr(loss_utils, "LOSS_MAPPING", dict(loss_utils.LOSS_MAPPING))
+    mapping = loss_utils.LOSS_MAPPING
+    monkeypatch.setitem(mapping, "ForCausalLM", mapping["ForCausalLM"])
     _, expected = train(config, 6, output_dir=str(tmp_path / "plain"))
     # Compiled, it would compute the same a minute later.
     with torch._dynamo.config.patch(disable=True):
-        _, losses = train(
+        model, losses = train(
             config,
             6,
             chunked_cross_entropy=True,
             chunked_cross_entropy_num_chunks=3,
             output_dir=str(tmp_path / "chunks"),
         )
+    used = model.get_base_model().loss_function.__name__
+    assert used == "for_causal_lm_chunked_loss"
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected))
 
 
 @pytest.mark.slow
 def test_samples_in_the_order_of_a_curriculum(config, tmp_path):
-    _, losses = train(
-        config,
-        loreft={"rank": 4},
-        curriculum_sampling=True,
-        output_dir=str(tmp_path),
-    )
+    def run(name, **changes):
+        output = str(tmp_path / name)
+        return train(config, loreft={"rank": 4}, output_dir=output, **changes)[1]
+
+    losses = run("curriculum", curriculum_sampling=True)
     assert losses[-1] < 0.7 * losses[0]
+    # Both begin with the bare base; only the first batch can tell them apart.
+    assert losses[0] != run("shuffled")[0]
