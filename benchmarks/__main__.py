@@ -8,15 +8,11 @@ from pathlib import Path
 from benchmarks import plot, table
 from benchmarks.harness import RESULTS
 from benchmarks.parts import PARTS
-from benchmarks.running import run
+from benchmarks.running import ELSEWHERE, run
 from benchmarks.suite import SUITE
 from benchmarks.synchronisation import synchronisation
 
 _ALONE = {**PARTS, "synchronisation": synchronisation}
-
-
-# Contestants that have an environment of their own, and its directory.
-ENVIRONMENTS = {"pyreft-own": "pyreft", "adapters": "adapters"}
 
 
 def environment(directory: str) -> str | None:
@@ -38,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", help="cpu or cuda, in the place of the settings'")
     parser.add_argument("--dtype", help="in the place of the settings'")
-    for name, directory in ENVIRONMENTS.items():
+    for name, directory in ELSEWHERE.items():
         parser.add_argument(
             f"--{directory}-python",
             dest=name,
@@ -54,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     unknown = set(names) - {*SUITE, *_ALONE, "table", "plot"}
     if unknown:
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
-    pythons = {name: vars(options)[name] for name in ENVIRONMENTS}
+    pythons = {name: vars(options)[name] for name in ELSEWHERE}
     pythons = {name: python for name, python in pythons.items() if python}
     changes = {"device": options.device, "dtype": options.dtype}
     changes = {name: value for name, value in changes.items() if value}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Setting:
-    """What is built and what it is given; defaults are those of the issue's table.
+    """What is built and what it is given; the defaults make a small one.
 
     Attributes:
         edited: ``all`` decoder layers, the ``upper`` half of them, or the ``last``.

@@ -36,6 +36,11 @@ class Series:
         pairs = zip(self.values[name], self.values[floor], strict=True)
         return [own / other for own, other in pairs]
 
+    def paired(self, name: str, floor: str) -> bool:
+        """Whether there are ratios of another contestant than the floor."""
+        own, other = self.values.get(name, ()), self.values.get(floor, ())
+        return name != floor and len(own) == len(other) > 0
+
 
 @dataclass
 class Result:

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.base import Setting, llama_config
+from benchmarks.base import Setting, build_base
 from benchmarks.contestants import our_config
 from benchmarks.harness import Result, Series, hardware, now, take_turns, versions
 
-# Of Llama-3's 8B and 70B, as far as an adapter sees them.
+# Of Llama-3's 8B and 70B, as far as an adapter sees them, on bases without memory.
 SHAPES = {
-    "8B": Setting(hidden_size=4096, layers=32, vocabulary=128256),
-    "70B": Setting(hidden_size=8192, layers=80, vocabulary=128256),
+    "8B": Setting(hidden_size=4096, layers=32, vocabulary=128256, device="meta"),
+    "70B": Setting(hidden_size=8192, layers=80, vocabulary=128256, device="meta"),
 }
 
 
@@ -66,13 +66,6 @@ def _gradient(module: torch.nn.Module, hidden: torch.Tensor) -> Callable[[], flo
     return turn
 
 
-def _meta_base(setting: Setting) -> Any:
-    from transformers import LlamaForCausalLM
-
-    with torch.device("meta"):
-        return LlamaForCausalLM(llama_config(setting))
-
-
 def build(size: str) -> Result:
     """Seconds to build the adapter for a base that has no memory, and pyreft's
     interventions for the same."""
@@ -84,7 +77,7 @@ def build(size: str) -> Result:
         sides = 2 * setting.layers
 
         def ours(setting: Setting = setting) -> float:
-            base = _meta_base(setting)
+            base = build_base(setting)
             start = time.perf_counter()
             get_peft_model(base, our_config(setting))
             return time.perf_counter() - start
@@ -113,7 +106,7 @@ def adapter_bytes(size: str) -> Result:
 
     series = []
     for setting in _shapes(size):
-        model = get_peft_model(_meta_base(setting), our_config(setting))
+        model = get_peft_model(build_base(setting), our_config(setting))
         own = [t for n, t in model.state_dict().items() if ".intv_" in n]
         theirs = pyreft.LoreftIntervention(
             embed_dim=setting.hidden_size, low_rank_dimension=setting.rank
@@ -142,7 +135,7 @@ def _bytes(tensors: list[torch.Tensor]) -> int:
 
 def _shapes(size: str) -> list[Setting]:
     if size == "toy":
-        return [Setting(hidden_size=64, layers=2, rank=2, vocabulary=64)]
+        return [Setting(hidden_size=64, layers=2, rank=2, vocabulary=64, device="meta")]
     return list(SHAPES.values())
 
 

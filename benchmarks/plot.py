@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, Result, Series, read_all, summary
+from benchmarks.harness import RESULTS, Result, read_all, summary
 
 _LABELS = {
     "hidden_size": "hidden size d",
@@ -31,7 +31,7 @@ def plot(result: Result, path: Path) -> bool:
         name
         for one in result.series
         for name in one.values
-        if _paired(one, name, result.floor)
+        if one.paired(name, result.floor)
     }
     if not varied or not names:
         return False
@@ -57,15 +57,11 @@ def plot(result: Result, path: Path) -> bool:
     return True
 
 
-def _paired(one: Series, name: str, floor: str) -> bool:
-    return name != floor and len(one.values.get(floor, ())) == len(one.values[name])
-
-
 def _draw(axes: Any, result: Result, varied: str, name: str) -> None:
     points = sorted(
         (one.setting[varied], *summary(one.ratios(name, result.floor)))
         for one in result.series
-        if name in one.values and _paired(one, name, result.floor)
+        if one.paired(name, result.floor)
     )
     x, low, middle, high = (list(column) for column in zip(*points, strict=True))
     (line,) = axes.plot(x, middle, marker="o", label=name)

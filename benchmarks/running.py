@@ -12,7 +12,8 @@ from benchmarks.suite import Benchmark
 from benchmarks.tasks import Bench
 from benchmarks.worker import RemoteBench
 
-# Contestants from environments of their own: whom they build there.
+# Contestants from environments of their own: the environment's directory, and whom
+# they build there.
 ELSEWHERE = {"pyreft-own": "pyreft", "adapters": "adapters"}
 
 

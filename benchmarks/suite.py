@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.base import Setting
@@ -27,9 +28,21 @@ class Benchmark:
     sizes: dict[str, list[Setting]]
     unit: str = "s"
     fresh: bool = False
-    repetitions: dict[str, int] = field(
-        default_factory=lambda: {"toy": 2, "quick": 5, "full": 15, "gpu": 20}
-    )
+    repetitions: dict[str, int] = field(default_factory=lambda: _repetitions())
+
+
+def _repetitions(quick: int = 5, full: int = 15) -> dict[str, int]:
+    return {"toy": 2, "quick": quick, "full": full, "gpu": 20}
+
+
+def _sizes(
+    quick: Sequence[Setting] = (),
+    full: Sequence[Setting] = (),
+    gpu: Sequence[Setting] = (),
+    toy: Setting | None = None,
+) -> dict[str, list[Setting]]:
+    sizes = {"toy": [toy or _TOY], "quick": quick, "full": full, "gpu": gpu}
+    return {size: list(settings) for size, settings in sizes.items()}
 
 
 _TOY = Setting(
@@ -60,140 +73,121 @@ SUITE: dict[str, Benchmark] = {
     "step-by-size": Benchmark(
         "training_step",
         EVERYONE,
-        {
-            "toy": [_TOY],
-            "quick": [Setting(hidden_size=512), Setting(), _LARGE],
-            "full": [
+        _sizes(
+            quick=[Setting(hidden_size=512), Setting(), _LARGE],
+            full=[
                 Setting(hidden_size=512),
                 Setting(),
                 _LARGE,
                 Setting(hidden_size=4096, layers=2, batch=1),
             ],
-            "gpu": _ON_GPU,
-        },
-        repetitions={"toy": 2, "quick": 5, "full": 11, "gpu": 20},
+            gpu=_ON_GPU,
+        ),
+        repetitions=_repetitions(quick=5, full=11),
     ),
     # pyreft's and AdapterHub's d×d bases would not fit beside this one.
     "step-at-8192": Benchmark(
         "training_step",
         ("floor", "ours", "lora"),
-        {
-            "toy": [_TOY],
-            "quick": [],
-            "full": [Setting(hidden_size=8192, layers=1, batch=1, length=128)],
-            "gpu": [],
-        },
-        repetitions={"toy": 2, "quick": 3, "full": 7, "gpu": 20},
+        _sizes(
+            full=[Setting(hidden_size=8192, layers=1, batch=1, length=128)],
+        ),
+        repetitions=_repetitions(quick=3, full=7),
     ),
     "step-by-rank": Benchmark(
         "training_step",
         ("floor", "ours", "lora"),
-        {
-            "toy": [_TOY],
-            "quick": [Setting(rank=rank) for rank in (1, 16)],
-            "full": [_LARGE.but(rank=rank) for rank in (1, 4, 8, 16, 32, 64)],
-            "gpu": [_ON_GPU[0].but(rank=rank) for rank in (1, 16, 64)],
-        },
-        repetitions={"toy": 2, "quick": 5, "full": 9, "gpu": 20},
+        _sizes(
+            quick=[Setting(rank=rank) for rank in (1, 16)],
+            full=[_LARGE.but(rank=rank) for rank in (1, 4, 8, 16, 32, 64)],
+            gpu=[_ON_GPU[0].but(rank=rank) for rank in (1, 16, 64)],
+        ),
+        repetitions=_repetitions(quick=5, full=9),
     ),
     "step-by-layers": Benchmark(
         "training_step",
         ("floor", "ours", "lora"),
-        {
-            "toy": [_TOY],
-            "quick": [],
-            "full": [Setting(layers=layers, batch=2) for layers in (2, 4, 8, 16, 32)],
-            "gpu": [],
-        },
-        repetitions={"toy": 2, "quick": 3, "full": 9, "gpu": 20},
+        _sizes(
+            full=[Setting(layers=layers, batch=2) for layers in (2, 4, 8, 16, 32)],
+        ),
+        repetitions=_repetitions(quick=3, full=9),
     ),
     "step-by-positions": Benchmark(
         "training_step",
         ("floor", "ours"),
-        {
-            "toy": [_TOY],
-            "quick": [],
-            "full": [Setting(first=n, last=n, prompt=192) for n in (1, 7, 32, 96)],
-            "gpu": [],
-        },
-        repetitions={"toy": 2, "quick": 3, "full": 9, "gpu": 20},
+        _sizes(
+            full=[Setting(first=n, last=n, prompt=192) for n in (1, 7, 32, 96)],
+        ),
+        repetitions=_repetitions(quick=3, full=9),
     ),
     "step-by-batch": Benchmark(
         "training_step",
         ("floor", "ours", "lora"),
-        {
-            "toy": [_TOY],
-            "quick": [],
-            "full": [
+        _sizes(
+            full=[
                 Setting(batch=batch, length=length)
                 for batch, length in ((1, 128), (8, 128), (1, 1024), (4, 512))
             ],
-            "gpu": [],
-        },
-        repetitions={"toy": 2, "quick": 3, "full": 9, "gpu": 20},
+        ),
+        repetitions=_repetitions(quick=3, full=9),
     ),
     "packed-against-padded": Benchmark(
         "ragged",
         ("pyreft", "ours"),
-        {
-            "toy": [_TOY.but(samples=4)],
-            "quick": [Setting(samples=16, batch=8, length=512)],
-            "full": [
+        _sizes(
+            toy=_TOY.but(samples=4),
+            quick=[Setting(samples=16, batch=8, length=512)],
+            full=[
                 Setting(samples=64, batch=16, length=512),
                 Setting(hidden_size=2048, layers=4, samples=48, batch=16, length=512),
             ],
-            "gpu": [],
-        },
-        repetitions={"toy": 2, "quick": 3, "full": 5, "gpu": 20},
+        ),
+        repetitions=_repetitions(quick=3, full=5),
     ),
     "backward-by-layers": Benchmark(
         "backward",
         ("all", "upper", "last"),
-        {
-            "toy": [_TOY],
-            "quick": [Setting()],
-            "full": [Setting(), _LARGE.but(layers=8, batch=1)],
-            "gpu": [_ON_GPU[0]],
-        },
+        _sizes(
+            quick=[Setting()],
+            full=[Setting(), _LARGE.but(layers=8, batch=1)],
+            gpu=[_ON_GPU[0]],
+        ),
     ),
     "prefill": Benchmark(
         "prefill",
         ("base", "ours"),
-        {
-            "toy": [_TOY],
-            "quick": [Setting(batch=1)],
-            "full": [
+        _sizes(
+            quick=[Setting(batch=1)],
+            full=[
                 Setting(batch=1),
                 _LARGE.but(batch=1),
                 Setting(hidden_size=4096, layers=4, batch=1),
             ],
-            "gpu": [_ON_GPU[0]],
-        },
+            gpu=[_ON_GPU[0]],
+        ),
     ),
     "decode": Benchmark(
         "decode",
         ("base", "ours"),
-        {
-            "toy": [_TOY],
-            "quick": [Setting(batch=1)],
-            "full": [
+        _sizes(
+            quick=[Setting(batch=1)],
+            full=[
                 Setting(hidden_size=512, batch=1),
                 Setting(batch=1),
                 _LARGE.but(batch=1),
                 Setting(hidden_size=4096, layers=4, batch=1),
             ],
-            "gpu": [_ON_GPU[0]],
-        },
+            gpu=[_ON_GPU[0]],
+        ),
     ),
     "peak-memory": Benchmark(
         "peak_memory",
         EVERYONE,
-        {
-            "toy": [_TOY],
-            "quick": [Setting()],
-            "full": [Setting(), _LARGE, Setting(hidden_size=4096, layers=2, batch=1)],
-            "gpu": _ON_GPU,
-        },
+        _sizes(
+            quick=[Setting()],
+            full=[Setting(), _LARGE, Setting(hidden_size=4096, layers=2, batch=1)],
+            gpu=_ON_GPU,
+        ),
         unit="B",
         fresh=True,
         repetitions={"toy": 1, "quick": 1, "full": 3, "gpu": 1},

@@ -67,7 +67,7 @@ def _cells(series: Series, floor: str) -> list[list[str]]:
     cells = []
     for name, values in series.values.items():
         ratio = "1"
-        if name != floor and len(series.values.get(floor, ())) == len(values):
+        if series.paired(name, floor):
             found = summary(series.ratios(name, floor))
             ratio = " / ".join(f"{value:.3g}" for value in found)
         middle = summary(values)[1]
