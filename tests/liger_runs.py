@@ -1,4 +1,4 @@
-"""``TRITON_INTERPRET=1 python liger_runs.py DIRECTORY COMPONENT…``: training without
+"""``TRITON_INTERPRET=1 python liger_runs.py DIRECTORY``: training without
 and with Liger's kernels, which Triton's interpreter runs where there is no GPU.
 
 Liger changes transformers' classes for good, so this is a process of its own.
@@ -31,27 +31,27 @@ def rsqrt(x):
     return tl.rsqrt(x)
 
 
-def main(directory: Path, components: list[str]) -> None:
+def main(directory: Path) -> None:
     # The interpreter has no functions of CUDA's own library.
     rms_norm.rsqrt = rsqrt
     config = build_workspace(directory)
     results = {}
     for run, changes in {"plain": {}, "liger": LIGER}.items():
-        for component in components:
-            model, losses = train(
-                config,
-                2,
-                micro_batch_size=1,
-                loreft={"positions": "f2+l2", "rank": 4, "component": component},
-                output_dir=str(directory / run / component),
-                **changes,
-            )
-            found = {"losses": losses}
-            found["kinds"] = sorted({type(m).__name__ for m in model.modules()})
-            found["forward"] = type(model.get_base_model()).forward.__module__
-            results[f"{run} {component}"] = found
+        model, losses = train(
+            config,
+            2,
+            micro_batch_size=1,
+            loreft={"positions": "f2+l2", "rank": 4},
+            output_dir=str(directory / run),
+            **changes,
+        )
+        results[run] = {
+            "losses": losses,
+            "kinds": sorted({type(m).__name__ for m in model.modules()}),
+            "forward": type(model.get_base_model()).forward.__module__,
+        }
     (directory / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]))
