@@ -59,8 +59,10 @@ def intervention(size: str) -> Result:
 def _gradient(module: torch.nn.Module, hidden: torch.Tensor) -> Callable[[], float]:
     def turn() -> float:
         rows = hidden.clone().requires_grad_()
+        # Dense, as a layer above gives it; a sum's is one number, expanded.
+        gradient = torch.ones_like(rows)
         start = time.perf_counter()
-        module(rows).sum().backward()
+        module(rows).backward(gradient)
         return time.perf_counter() - start
 
     return turn

@@ -251,7 +251,7 @@ def test_rows_have_the_heads_of_their_adapters(tokens):
     names = ["head1", "default", "__base__", "head0"]
     got = model(ids, adapter_names=names).logits
     expected = expected_rows(model, lambda: model(ids).logits, names)
-    assert (got - expected).abs().max() < 1e-6
+    assert (got - expected).abs().max() < 1e-5
 
 
 def test_heads_that_some_adapters_have_cannot_be_mixed(tokens):

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pyreft
 import pytest
@@ -154,3 +155,121 @@ def test_loreft_sets_the_subspace_to_the_source():
     assert torch.allclose(ours(hidden) @ matrix, source, atol=1e-5)
     keep = torch.eye(SIZE) - matrix @ matrix.T
     assert torch.allclose(ours(hidden) @ keep, hidden @ keep, atol=1e-5)
+
+
+def _step(ours, hidden):
+    """One in eval mode, with gradients left for the next."""
+    ours(hidden).square().sum().backward()
+    torch.optim.SGD(ours.parameters(), lr=0.1).step()
+
+
+def _step_through_data(ours, hidden):
+    """As optimizers do that torch's version counter does not see."""
+    ours(hidden).square().sum().backward()
+    for parameter in ours.parameters():
+        parameter.data.sub_(parameter.grad, alpha=0.1)
+    ours.zero_grad()
+
+
+def _step_after_a_look(ours, hidden):
+    """Looked at once more between backward and the step."""
+    ours(hidden).square().sum().backward()
+    with torch.no_grad():
+        ours(hidden)
+    for parameter in ours.parameters():
+        parameter.data.sub_(parameter.grad, alpha=0.1)
+    ours.zero_grad()
+
+
+def _other_numbers(ours):
+    return {name: tensor * 1.5 for name, tensor in ours.state_dict().items()}
+
+
+def _load_a_base(ours, hidden):
+    other = INTERVENTION_CLASSES["loreft"](embed_dim=SIZE, low_rank_dimension=RANK)
+    ours.load_state_dict(ours.state_dict() | {"rotation_base": other.rotation_base})
+
+
+def _load_a_shard(ours, hidden):
+    """As under FSDP: loaded into a tensor that forwards do not see."""
+    lent = ours.rotation
+    ours._parameters["rotation"] = torch.nn.Parameter(lent.detach().clone())
+    ours.load_state_dict(_other_numbers(ours))
+    lent.data.copy_(ours.rotation)
+    ours._parameters["rotation"] = lent
+
+
+def _replace(ours, hidden):
+    ours.rotation.data = ours.rotation.data * 1.5
+
+
+def _average(ours, hidden):
+    """As a moving average puts its numbers in the place of the trained ones."""
+    ours.train()
+    for parameter in ours.parameters():
+        parameter.data.mul_(1.5)
+    ours.eval()
+
+
+CHANGES = {
+    "step": _step,
+    "step through .data": _step_through_data,
+    "step after a look": _step_after_a_look,
+    "load": lambda ours, hidden: ours.load_state_dict(_other_numbers(ours)),
+    "load by assignment": lambda ours, hidden: ours.load_state_dict(
+        _other_numbers(ours), assign=True
+    ),
+    "load of another base": _load_a_base,
+    "load of a shard": _load_a_shard,
+    "another .data": _replace,
+    "moving average": _average,
+    "move": lambda ours, hidden: ours._apply(lambda tensor: tensor * 1.5),
+    "in place": lambda ours, hidden: torch.nn.init.normal_(ours.rotation),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_kept_rotation_is_never_stale(change):
+    ours = build("loreft").eval()
+    hidden = torch.randn(4, SIZE)
+    with torch.no_grad():
+        before = ours(hidden)
+        kept = ours.rotation_matrix()
+        assert ours.rotation_matrix() is kept
+    CHANGES[change](ours, hidden)
+    fresh = INTERVENTION_CLASSES["loreft"](embed_dim=SIZE, low_rank_dimension=RANK)
+    fresh.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        assert not torch.equal(before, ours(hidden))
+        assert torch.equal(ours(hidden), fresh.train()(hidden))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_with_gradients_the_rotation_is_computed_each_time(training):
+    ours = build("loreft").train(training)
+    assert ours.rotation_matrix() is not ours.rotation_matrix()
+    assert ours.rotation_matrix().requires_grad
+    if training:
+        with torch.no_grad():
+            assert ours.rotation_matrix() is not ours.rotation_matrix()
+
+
+def test_a_copy_or_a_pickle_of_an_intervention_keeps_no_rotation():
+    ours = build("loreft").eval()
+    with torch.inference_mode():
+        kept = ours.rotation_matrix()
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert other._kept is None
+        with torch.no_grad():
+            assert torch.equal(other.rotation_matrix(), kept)
+    with torch.no_grad():
+        assert ours.rotation_matrix() is kept
+    assert torch.equal(ours.rotation_matrix(), kept)
+
+
+def test_numbers_made_in_inference_mode_have_no_versions_and_keep_nothing():
+    with torch.inference_mode():
+        ours = build("loreft").eval()
+        before = ours.rotation_matrix()
+        ours.rotation.mul_(2)
+        assert not torch.equal(ours.rotation_matrix(), before)

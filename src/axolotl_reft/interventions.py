@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from io import StringIO
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,7 @@ class _Intervention(nn.Module):
         self.dropout_p = dropout
         # Not through nn.Module's setattr: activations are modules, and this is a leaf.
         self.__dict__["act_fn"] = ACT2FN[act_fn or "linear"]
+        self._linear = act_fn in (None, "linear")
         self._create_parameters()
 
     def _create_parameters(self) -> None:
@@ -101,8 +103,9 @@ class _Intervention(nn.Module):
         # Not of the meta device, on which a forward is checked without numbers.
         casts = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if casts else nullcontext():
-            new_ND = self._edit(base.float()).to(base.dtype)
-        return F.dropout(new_ND, self.dropout_p, self.training)
+            new_ND = self._edit(base.float().reshape(-1, base.shape[-1]))
+        new = new_ND.view(base.shape).to(base.dtype)
+        return F.dropout(new, self.dropout_p, self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Follow a move to another device, but stay in float32 under a cast."""
@@ -144,6 +147,7 @@ class _Affine(_Intervention):
     weight: nn.Parameter
     bias: nn.Parameter
     act_fn: Callable[[Tensor], Tensor]
+    _linear: bool
 
     def _linear_parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
         """W (R, D) and b (R,), initialised as ``nn.Linear`` does, as in pyreft."""
@@ -160,10 +164,39 @@ class _Affine(_Intervention):
         """f(Wh + b) (N, R)."""
         return self.act_fn(F.linear(h_ND, self.weight.float(), self.bias.float()))
 
+    def _source_less(self, h_ND: Tensor, subspace_RD: Tensor) -> Tensor:
+        """f(Wh + b) − Sh (N, R); where f is linear, one product for the two."""
+        if self._linear:
+            weight_RD = self.weight.float() - subspace_RD
+            return F.linear(h_ND, weight_RD, self.bias.float())
+        return self._source(h_ND) - F.linear(h_ND, subspace_RD)
+
     @property
     def learned_source(self) -> SimpleNamespace:
         """pyreft's name for W and b."""
         return SimpleNamespace(weight=self.weight, bias=self.bias)
+
+
+class _KeptMatrix:
+    """R with what it was computed from, as torch's version counters saw that."""
+
+    def __init__(self, matrix_DR: Tensor, *sources: Tensor) -> None:
+        self.matrix_DR = matrix_DR
+        self._sources = sources
+        self._states = [_state(source) for source in sources]
+
+    def is_of(self, *sources: Tensor) -> bool:
+        """Whether these are the same tensors, and hold what they held."""
+        return all(
+            source is own and _state(source) == state
+            for source, own, state in zip(
+                sources, self._sources, self._states, strict=True
+            )
+        )
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    return tensor._version, tensor.data_ptr()
 
 
 class _Rotated(_Intervention):
@@ -171,6 +204,7 @@ class _Rotated(_Intervention):
 
     rotation: nn.Parameter
     rotation_base: Tensor
+    _kept: _KeptMatrix | None = None
 
     def _create_rotation(self) -> None:
         self.rotation = nn.Parameter(
@@ -179,8 +213,34 @@ class _Rotated(_Intervention):
         self.register_buffer("rotation_base", random_base(self.hidden_size, self.rank))
 
     def rotation_matrix(self) -> Tensor:
-        """R transposed, as pyreft holds it: (D, R), orthonormal columns."""
-        return rotation(self.rotation.float(), self.rotation_base)
+        """R transposed, as pyreft holds it: (D, R), orthonormal columns.
+
+        In eval mode without gradients it is computed once and kept, D·R numbers more,
+        until its vectors change, also through ``.data``: where that could go unseen,
+        after a change of mode or with a gradient there, it is computed anew.
+        """
+        vectors, base = self.rotation, self.rotation_base
+        if (
+            self.training
+            or torch.is_grad_enabled()
+            or vectors.grad is not None
+            or vectors.is_inference()
+            or torch.compiler.is_compiling()
+        ):
+            self._kept = None
+            return rotation(vectors.float(), base)
+        kept = self._kept
+        if kept is None or not kept.is_of(vectors, base):
+            kept = _KeptMatrix(rotation(vectors.float(), base), vectors, base)
+            self._kept = kept
+        return kept.matrix_DR
+
+    def train(self, mode: bool = True) -> _Rotated:
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     @property
     def rotate_layer(self) -> SimpleNamespace:
@@ -228,8 +288,8 @@ class LoreftIntervention(_RotatedAffine, pyreft.LoreftIntervention):
     pyreft_class = pyreft.LoreftIntervention
 
     def _edit(self, h_ND: Tensor) -> Tensor:
-        r_DR = self.rotation_matrix()
-        return h_ND + (self._source(h_ND) - h_ND @ r_DR) @ r_DR.T
+        r_RD = self.rotation_matrix().T
+        return torch.addmm(h_ND, self._source_less(h_ND, r_RD), r_RD)
 
 
 class NoreftIntervention(_Projected, pyreft.NoreftIntervention):
@@ -239,7 +299,7 @@ class NoreftIntervention(_Projected, pyreft.NoreftIntervention):
 
     def _edit(self, h_ND: Tensor) -> Tensor:
         w_RD = self.proj_weight.float()
-        return h_ND + (self._source(h_ND) - F.linear(h_ND, w_RD)) @ w_RD
+        return torch.addmm(h_ND, self._source_less(h_ND, w_RD), w_RD)
 
 
 class DireftIntervention(_Projected, pyreft.NodireftIntervention):
@@ -251,7 +311,7 @@ class DireftIntervention(_Projected, pyreft.NodireftIntervention):
     pyreft_class = pyreft.NodireftIntervention
 
     def _edit(self, h_ND: Tensor) -> Tensor:
-        return h_ND + self._source(h_ND) @ self.proj_weight.float()
+        return torch.addmm(h_ND, self._source(h_ND), self.proj_weight.float())
 
 
 class OrthogonalDireftIntervention(_RotatedAffine, pyreft.DireftIntervention):
@@ -260,7 +320,7 @@ class OrthogonalDireftIntervention(_RotatedAffine, pyreft.DireftIntervention):
     pyreft_class = pyreft.DireftIntervention
 
     def _edit(self, h_ND: Tensor) -> Tensor:
-        return h_ND + self._source(h_ND) @ self.rotation_matrix().T
+        return torch.addmm(h_ND, self._source(h_ND), self.rotation_matrix().T)
 
 
 class ConsreftIntervention(_BiasOnly, pyreft.ConsreftIntervention):
@@ -269,8 +329,8 @@ class ConsreftIntervention(_BiasOnly, pyreft.ConsreftIntervention):
     pyreft_class = pyreft.ConsreftIntervention
 
     def _edit(self, h_ND: Tensor) -> Tensor:
-        r_DR = self.rotation_matrix()
-        return h_ND + (self.bias.float() - h_ND @ r_DR) @ r_DR.T
+        r_RD = self.rotation_matrix().T
+        return torch.addmm(h_ND, self.bias.float() - F.linear(h_ND, r_RD), r_RD)
 
 
 class LobireftIntervention(_BiasOnly, pyreft.LobireftIntervention):
