@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import plot, table
+from benchmarks import plot, scale, table
 from benchmarks.harness import RESULTS
 from benchmarks.parts import PARTS
 from benchmarks.running import ELSEWHERE, run
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
         "what",
         nargs="*",
         default=["all"],
-        help=f"all, table, plot, or of: {', '.join([*SUITE, *_ALONE])}",
+        help=f"all, table, plot, scale, or of: {', '.join([*SUITE, *_ALONE])}",
     )
     parser.add_argument(
         "--size", default="quick", choices=["toy", "quick", "full", "gpu"]
@@ -45,9 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     names = options.what
     if names == ["all"]:
-        alone = ["synchronisation"] if options.size == "gpu" else _ALONE
+        alone = ["synchronisation"] if options.size == "gpu" else PARTS
         names = [*SUITE, *alone, "table", "plot"]
-    unknown = set(names) - {*SUITE, *_ALONE, "table", "plot"}
+    unknown = set(names) - {*SUITE, *_ALONE, "table", "plot", "scale"}
     if unknown:
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
     pythons = {name: vars(options)[name] for name in ELSEWHERE}
@@ -59,6 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(table.write(options.results))
         elif name == "plot":
             print(*plot.write(options.results), sep="\n")
+        elif name == "scale":
+            print(scale.tables(directory=options.results))
         elif name in _ALONE:
             print(_ALONE[name](options.size).write(options.results))
         elif SUITE[name].sizes[options.size]:

@@ -39,7 +39,7 @@ class Series:
     def paired(self, name: str, floor: str) -> bool:
         """Whether there are ratios of another contestant than the floor."""
         own, other = self.values.get(name, ()), self.values.get(floor, ())
-        return name != floor and len(own) == len(other) > 0
+        return name != floor and len(own) == len(other) > 0 and all(other)
 
 
 @dataclass

@@ -41,12 +41,12 @@ def _section(result: Result) -> str:
     columns = _columns(result.series)
     header = [*(_SHOWN[name] for name in columns), "who", f"median, {result.unit}"]
     header += ["ratio", "repetitions"]
-    lines += [_row(header), _row(["---"] * len(header))]
+    lines += [row(header), row(["---"] * len(header))]
     for series in result.series:
         shape = [str(series.setting.get(name, "")) for name in columns]
-        lines += [_row([*shape, *cells]) for cells in _cells(series, result.floor)]
+        lines += [row([*shape, *cells]) for cells in _cells(series, result.floor)]
         lines += [
-            _row([*shape, name, "failed", why.replace("|", "/")[:80], "0"])
+            row([*shape, name, "failed", why.replace("|", "/")[:80], "0"])
             for name, why in series.failures.items()
         ]
     return "\n".join([*lines, ""])
@@ -75,7 +75,7 @@ def _cells(series: Series, floor: str) -> list[list[str]]:
     return cells
 
 
-def _row(cells: list[str]) -> str:
+def row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 

@@ -152,6 +152,7 @@ DDP_CASES = {
     "upper layer": ({"layers": [-1]}, {}),
     "inside a layer": (INSIDE, {}),
     "bias only": ({"intervention": "consreft"}, {}),
+    "LoRA beside it": ({"lora": {"r": 2}}, {}),
     "no rotation": ({"intervention": "noreft", **UNTIED}, {}),
     "accumulated": (UNTIED, {"accumulate": 2}),
     "reentrant checkpoints": (UNTIED, REENTRANT),

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from axolotl_reft import LoreftPlugin
+from axolotl_reft.lora import LayerLora
 
 
 def _accelerator(mixed_precision=None, **settings):
@@ -85,6 +86,7 @@ def by_accelerate(model, **settings):
 EVERYWHERE = {"positions": "all"}
 BF16 = {"dtype": torch.bfloat16}
 MIXED = {"mixed_precision": "bf16"}
+LORA = {"lora": {"r": 2, "target_modules": ["q_proj", "down_proj"]}}
 # How the model is made, and how it is prepared.
 FSDP_CASES = {
     "by accelerate": (UNTIED, by_accelerate, {}),
@@ -92,6 +94,9 @@ FSDP_CASES = {
     "mixed precision": (UNTIED | BF16, by_axolotl, MIXED),
     "mixed precision, every position": (EVERYWHERE | BF16, by_axolotl, MIXED),
     "mixed precision, inside a layer": (INSIDE | BF16, by_axolotl, MIXED),
+    "LoRA beside it": (UNTIED | LORA, by_axolotl, {}),
+    # What LoRA adds comes out of its group in the dtype of mixed precision.
+    "LoRA beside it, mixed precision": (UNTIED | LORA | BF16, by_axolotl, MIXED),
     "loaded by the first process": (
         UNTIED,
         by_axolotl,
@@ -131,13 +136,13 @@ def train_sharded(rank, directory):
 
 
 def _watch(model, lent):
-    """Note as what, and in which dtype, interventions see their parameters."""
+    """Note as what, and in which dtype, the adapter's parameters are seen."""
 
     def note(module, inputs):
         lent.update((type(p).__name__, p.dtype) for p in module.parameters())
 
     for module in model.modules():
-        if hasattr(module, "rotation_matrix"):
+        if hasattr(module, "rotation_matrix") or isinstance(module, LayerLora):
             module.register_forward_pre_hook(note)
 
 

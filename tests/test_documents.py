@@ -5,6 +5,7 @@ first one's keys. A block that begins with ``# refused`` shows what is refused.
 """
 
 import re
+import runpy
 
 import pytest
 import yaml
@@ -97,3 +98,20 @@ def test_every_row_of_the_support_tables_has_a_test(page):
         for file, test in named:
             source = (ROOT / "tests" / file).read_text()
             assert f"def {test}(" in source, f"{file}::{test}"
+
+
+def test_the_page_of_messages_has_those_of_the_source():
+    script = runpy.run_path(str(ROOT / "docs" / "messages.py"))
+    assert script["PAGE"].read_text() == script["page"](), "run python docs/messages.py"
+
+
+def test_every_message_of_a_kind_is_on_that_page():
+    page = (ROOT / "docs" / "messages.md").read_text()
+    for part in (
+        "positions: … is not understood",
+        "relora: … ReLoRA merges the adapter",
+        "context_parallel_size: … each process would see a piece of a sequence",
+        "axolotl vllm-serve with adapter: loreft",
+        "past_key_values: the cache ends within a prompt",
+    ):
+        assert f"- `{part}" in page

@@ -17,6 +17,7 @@ from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel, TrainerCallback
 
 from axolotl_reft.config import LoreftConfig
+from axolotl_reft.lora import LayerLora
 from axolotl_reft.model_card import keep_in_trainers_card
 from axolotl_reft.plugin import observation, quantised
 from axolotl_reft.plugin.args import check_as_written
@@ -123,13 +124,14 @@ class LoreftPlugin(BasePlugin):
         return peft_model, config
 
     def post_model_load(self, cfg: DictDefault, model: Any) -> None:
-        """Under FSDP2, interventions get float32 groups of their own: in that of the
-        whole model they would be rounded to its mixed precision at every step."""
+        """Under FSDP2, the adapter's modules get float32 groups of their own: in that
+        of the whole model they would be rounded to its mixed precision every step."""
         if cfg.adapter != "loreft" or str(cfg.fsdp_version) != "2":
             return
         from axolotl_reft.interventions import INTERVENTION_CLASSES
 
-        ours = [f"{c.__module__}.{c.__name__}" for c in INTERVENTION_CLASSES.values()]
+        classes = [*INTERVENTION_CLASSES.values(), LayerLora]
+        ours = [f"{c.__module__}.{c.__name__}" for c in classes]
         patterns = (get_fp32_norm_patterns(cfg) or []) + ours
         if cfg.fp32_norms:
             cfg.fp32_norm_classes = patterns  # read once more after this
