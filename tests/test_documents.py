@@ -115,3 +115,12 @@ def test_every_message_of_a_kind_is_on_that_page():
         "past_key_values: the cache ends within a prompt",
     ):
         assert f"- `{part}" in page
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_to_files_lead_somewhere(path):
+    """Those of the site's pages, to files that are in it."""
+    inside = ROOT / "docs" if path.is_relative_to(ROOT / "docs") else ROOT
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+        file = (path.parent / target).resolve()
+        assert file.exists() and file.is_relative_to(inside), target
