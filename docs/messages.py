@@ -115,10 +115,9 @@ def _text(node: ast.expr, constants: dict[str, str]) -> str:
     if isinstance(node, ast.Name):
         return constants.get(node.id, "…")
     if isinstance(node, ast.JoinedStr):
-        return "".join(
-            str(part.value) if isinstance(part, ast.Constant) else "…"
-            for part in node.values
-        )
+        return "".join(_text(part, constants) for part in node.values)
+    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.IfExp):
+        return _text(node.value.body, constants)
     if isinstance(node, ast.BinOp):
         return _text(node.left, constants) + _text(node.right, constants)
     return "…"

@@ -136,3 +136,9 @@ def test_axolotl_is_imported_by_the_plugin_alone():
     for path in PACKAGE.glob("*.py"):
         assert "import axolotl\n" not in path.read_text()
         assert "from axolotl." not in path.read_text()
+
+
+def test_a_name_that_is_not_there_is_told_with_the_nearest():
+    with pytest.raises(AttributeError, match="'LoReftPlugin'. Did you mean 'LoreftPl"):
+        axolotl_reft.LoReftPlugin  # noqa: B018
+    assert not hasattr(axolotl_reft, "__wrapped__")

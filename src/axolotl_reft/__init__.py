@@ -11,6 +11,7 @@ from axolotl_reft.chat_template import turn_markers
 from axolotl_reft.config import LoreftConfig
 from axolotl_reft.model import LoreftModel
 from axolotl_reft.registration import register_loreft
+from axolotl_reft.wording import did_you_mean
 
 __all__ = [
     "LoreftConfig",
@@ -34,4 +35,7 @@ register_loreft()
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}."
+        f"{did_you_mean(name, tuple(__all__))}"
+    )

@@ -35,5 +35,6 @@ def did_you_mean(value: object, choices: tuple[str, ...]) -> str:
     """`` Did you mean 'rank'?``, or nothing where nothing is near."""
     if not isinstance(value, str) or len(value) > _LONGEST_NAME:
         return ""
-    near = get_close_matches(value, choices, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    as_written = {choice.lower(): choice for choice in choices}
+    near = get_close_matches(value.lower(), as_written, n=1)
+    return f" Did you mean {as_written[near[0]]!r}?" if near else ""

@@ -88,6 +88,7 @@ IN_THE_BLOCK = [
     ({"rank": 0}, "rank: 0 is not a whole number of at least 1"),
     ({"rank": "four"}, "rank: 'four' is not a whole number"),
     ({"layers": "1:4"}, "layers: '1:4' is not understood"),
+    ({"intervention": "LoReFT"}, "'LoReFT' is unknown. Did you mean 'loreft'?"),
     ({"intervention": "loref"}, "intervention: 'loref' is unknown. Did you mean 'lore"),
     ({"component": "mlp_outpt"}, "'mlp_outpt' is unknown. Did you mean 'mlp_output'"),
     ({"dropout": 2}, "dropout: 2 is not from 0 to below 1"),
@@ -103,6 +104,9 @@ BESIDE_IT = [
     ({"positions": "f1"}, "positions: is not a key at the top of the config"),
     ({"lora_r": 8}, "lora_r: 8 is a setting of LoRA and would do nothing with adapte"),
     ({"lora_dropout": 0.1}, "lora_dropout: 0.1 is a setting of LoRA"),
+    ({"lora_r": 8, "lora_alpha": 16},
+     "lora_r: 8, lora_alpha: 16 are settings of LoRA and would do nothing with "
+     "adapter: loreft; remove them. "),
     ({"lora_target_linear": True}, "lora_target_linear: true is a setting of LoRA"),
     ({"peft_use_dora": True}, "peft_use_dora: true is a setting of LoRA"),
     ({"lora_mlp_kernel": True}, "lora_mlp_kernel: true is a setting of LoRA"),

@@ -133,8 +133,11 @@ def _own_modules_to_save(settings: Mapping[str, Any]) -> Any:
 
 def _refuse_lora_settings(settings: Mapping[str, Any]) -> None:
     own = _own_modules_to_save(settings)
+    left = []
     for key, value in settings.items():
-        if key == "lora_modules_to_save" and value:
+        if not value or key in (*_ADAPTER_KEYS, "peft_autocast_adapter_dtype"):
+            continue
+        if key == "lora_modules_to_save":
             # Where axolotl looks for them; ours are put there in validation.
             if value == own:
                 continue
@@ -142,15 +145,16 @@ def _refuse_lora_settings(settings: Mapping[str, Any]) -> None:
                 f"{key}: {value} is a setting of LoRA; with adapter: loreft write it "
                 f"into the block\nloreft:\n  modules_to_save: {value}"
             )
-        is_lora = str(key).startswith(("lora_", "peft_")) or key == "peft"
-        if not is_lora or key in (*_ADAPTER_KEYS, "peft_autocast_adapter_dtype"):
-            continue
-        if value:
-            raise ValueError(
-                f"{key}: {_plain(value)} is a setting of LoRA and would do nothing "
-                "with adapter: loreft; remove it. LoReFT's rank, layers and dropout "
-                "are set in the loreft: block, and LoRA beside LoReFT under lora: in it"
-            )
+        if str(key).startswith(("lora_", "peft_")) or key == "peft":
+            left.append(f"{key}: {_plain(value)}")
+    if left:
+        one = len(left) == 1
+        raise ValueError(
+            f"{', '.join(left)} {'is a setting' if one else 'are settings'} of LoRA "
+            "and would do nothing with adapter: loreft; remove "
+            f"{'it' if one else 'them'}. LoReFT's rank, layers and dropout are set in "
+            "the loreft: block, and LoRA beside LoReFT under lora: in it"
+        )
 
 
 def check_component(settings: Mapping[str, Any], component: str) -> None:
