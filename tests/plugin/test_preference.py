@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from preferences import (
@@ -412,3 +413,23 @@ def test_evaluation_is_of_the_trained_adapter_against_the_base(
     loss, inputs = loss_of(trainer, batch)
     expected = by_hand("dpo", trainer.model, base, batch, inputs, colon)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["orpo", "simpo"])
+@torch.no_grad()
+def test_evaluation_of_rows_as_axolotl_hands_them_over(directory, saved, method):
+    """They are not tokenized, which the trainers on pairs without a reference need."""
+    trainer = build_trainer(build_preference_workspace(directory, method))
+    del trainer.__dict__["concatenated_inputs"]
+    prepare_trainer(trainer, str(saved), evaluates=True)
+    trainer.eval_dataset = trainer.train_dataset.select(range(4))
+    raw = Dataset.from_list([{"prompt": "a :", "chosen": " m", "rejected": " n"}])
+    for prefix, rows in (
+        ("train", trainer.train_dataset),
+        ("eval", trainer.eval_dataset),
+    ):
+        metrics = trainer.evaluate(raw, metric_key_prefix=prefix)
+        batches = list(trainer.get_eval_dataloader(rows))
+        losses = [loss_of(trainer, batch)[0].item() for batch in batches]
+        mean = sum(losses) / len(losses)
+        assert metrics[f"{prefix}_loss"] == pytest.approx(mean, rel=1e-4)

@@ -135,10 +135,25 @@ def _listen_to_result(trainer: Any, name: str, note: Callable[[Any], None]) -> N
     setattr(trainer, name, listened)
 
 
+def _evaluate_what_is_tokenized(trainer: Any) -> None:
+    """`axolotl evaluate` hands ORPO and SimPO the rows that it gave their constructor,
+    which tokenized them and expects those back."""
+    evaluate = trainer.evaluate
+
+    @wraps(evaluate)
+    def evaluated(rows: Any = None, *, metric_key_prefix: str = "eval") -> Any:
+        is_training_set = metric_key_prefix == "train"
+        rows = trainer.train_dataset if is_training_set else trainer.eval_dataset
+        return evaluate(rows, metric_key_prefix=metric_key_prefix)
+
+    trainer.evaluate = evaluated
+
+
 def prepare_trainer(trainer: Any, saved: str | None, evaluates: bool) -> None:
     """Make a trainer that axolotl built for ``rl:`` right for LoReFT.
 
     - The tracker is told the answers of its batches.
+    - An evaluation is of rows that are tokenized.
     - The reference is the base, or the adapter that training starts from.
     - What is saved is the adapter.
     - TRL's `disable_dropout` holds for the interventions too.
@@ -158,6 +173,8 @@ def prepare_trainer(trainer: Any, saved: str | None, evaluates: bool) -> None:
         trainer.model_wrapped, trainer.ref_model = trainer.model, None
     model = trainer.model
     tell_answers(trainer, model.get_base_model().loreft_tracker)
+    if evaluates and isinstance(trainer, (ORPOTrainer, CPOTrainer)):
+        _evaluate_what_is_tokenized(trainer)
     _settle_reference(model, None if evaluates else saved)
     # axolotl ends by saving the model that it gave the trainer, which for DPO, IPO and
     # KTO is the base with the adapter inside: gigabytes that nothing can read.
