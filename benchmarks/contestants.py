@@ -44,19 +44,21 @@ def floor(base: nn.Module, setting: Setting) -> Contestant:
     return _plain(base)
 
 
-def _plain(model: nn.Module) -> Contestant:
+def _plain(model: nn.Module, counts_prompts: bool = False) -> Contestant:
     def loss(batch: Batch) -> Tensor:
-        return model(**batch.inputs, use_cache=False).loss
+        told = {"loreft_prompts": len(batch.prompts)} if counts_prompts else {}
+        return model(**batch.inputs, **told, use_cache=False).loss
 
     trained = [p for p in model.parameters() if p.requires_grad]
     return Contestant(loss, trained, model)
 
 
 def ours(base: nn.Module, setting: Setting) -> Contestant:
-    """LoReFT as a PEFT method."""
+    """LoReFT as a PEFT method, its batches as the plugin gives them."""
     from peft import get_peft_model
 
-    return _plain(get_peft_model(base, our_config(setting)).train())
+    model = get_peft_model(base, our_config(setting)).train()
+    return _plain(model, counts_prompts=True)
 
 
 def our_config(setting: Setting) -> Any:

@@ -144,6 +144,11 @@ SUITE: dict[str, Benchmark] = {
         ),
         repetitions=_repetitions(quick=3, full=5),
     ),
+    "edit-log": Benchmark(
+        "logged_step",
+        ("ours", "logged"),
+        _sizes(quick=[Setting()], full=[Setting(), _LARGE], gpu=[_ON_GPU[0]]),
+    ),
     "backward-by-layers": Benchmark(
         "backward",
         ("all", "upper", "last"),

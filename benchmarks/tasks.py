@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,6 +64,38 @@ def ragged(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
     """Seconds an epoch of ragged samples takes, ``ours`` packed and others padded."""
     batches = packed(setting) if name == "ours" else padded(setting)
     return _training(name, base, setting, batches)
+
+
+def logged_step(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
+    """Seconds of a training step, plain or with the edits logged in each."""
+    from axolotl_reft.edit_log import EditLog
+
+    contestant, batch = ours(share(base), setting), rectangle(setting)
+    optimizer, now = _optimizer(contestant), clock(setting)
+    trainer = SimpleNamespace(model=contestant.model, log=lambda logs: None)
+    told = EditLog(trainer) if name == "logged" else None
+    # What transformers' Trainer says of a step that is logged.
+    step: Any = (
+        SimpleNamespace(
+            torch_compile=False, logging_first_step=True, logging_strategy="steps"
+        ),
+        SimpleNamespace(global_step=0),
+        None,
+    )
+
+    def turn() -> float:
+        start = now()
+        if told:
+            told.on_step_begin(*step)
+        contestant.loss(batch).backward()
+        if told:
+            told.on_pre_optimizer_step(*step)
+        optimizer.step()
+        optimizer.zero_grad()
+        trainer.log({"loss": 0.0})
+        return now() - start
+
+    return turn
 
 
 def backward(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
@@ -148,6 +181,7 @@ def _resident(which: str) -> int:
 TASKS: dict[str, Callable[[str, nn.Module, Setting], Callable[[], float]]] = {
     "training_step": training_step,
     "ragged": ragged,
+    "logged_step": logged_step,
     "backward": backward,
     "prefill": prefill,
     "decode": decode,

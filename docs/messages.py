@@ -54,7 +54,7 @@ SECTIONS = [
         "Reading an adapter",
         "A directory holds no adapter, one of another base model, or damaged files. "
         "Nothing is filled up with random numbers.",
-        "adapter_directory adapter_numbers config_file format_version",
+        "adapter_directory adapter_numbers adapter_leaf config_file format_version",
     ),
     (
         "pyreft's format",

@@ -55,7 +55,8 @@ def test_each_benchmark_of_a_part_runs(name):
 
 def test_a_contestant_runs_in_a_process_of_its_own():
     bench = RemoteBench()
-    bench.build("peak_memory", "floor", TOY)
+    # More than the tiny step before it has left for it.
+    bench.build("peak_memory", "floor", TOY.but(hidden_size=256, length=400))
     assert bench.turn("floor") > 0
     assert bench.versions()["torch"] == torch.__version__
     with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):

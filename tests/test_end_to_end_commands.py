@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from conftest import build_adapter
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from workspace import ANSWER, build_base, build_config, build_data
+from workspace import ANSWER, build_base, build_config, build_data, build_task
 
 from axolotl_reft.plugin import evaluation
 from axolotl_reft.plugin.commands import reft
@@ -150,37 +150,6 @@ def test_chat_answers_from_the_adapter_and_ends(config, model, monkeypatch, caps
     shown = " ".join(capsys.readouterr().out.split())
     assert answer(model, PROMPT) in shown
     assert next(typed, None) is None
-
-
-def build_task(directory, output_type="multiple_choice"):
-    directory.mkdir(exist_ok=True)
-    rows = [
-        {"text": text, "choices": ["m n", "n", "q r s"], "right": index % 3}
-        for index, text in enumerate(["a b c d :", "e f :", "g h i j k :", "l a :"])
-    ]
-    data = directory / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = {
-        "multiple_choice": {
-            "doc_to_text": "{{text}}",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "{{right}}",
-            "metric_list": [{"metric": "acc"}],
-        },
-        "loglikelihood_rolling": {
-            "doc_to_text": "",
-            "doc_to_target": "{{text}}",
-            "metric_list": [{"metric": "word_perplexity"}],
-        },
-    }[output_type]
-    task = asked | {
-        "task": "letters",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        "output_type": output_type,
-    }
-    (directory / "letters.yaml").write_text(json.dumps(task))
 
 
 def score(source, tasks, *options):

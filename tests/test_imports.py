@@ -13,6 +13,7 @@ PACKAGE = Path(axolotl_reft.__file__).parent
 ORDER = [
     "wording",
     "adapter_numbers",
+    "adapter_leaf",
     "positions",
     "editing",
     "turns",
@@ -27,6 +28,7 @@ ORDER = [
     "conversations",
     "adapter_rows",
     "prompts",
+    "prompt_counts",
     "interventions",
     "lora",
     "adapter_directory",

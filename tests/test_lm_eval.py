@@ -3,11 +3,8 @@
 The expected scores come from plain forwards with labels, one request at a time.
 """
 
-import json
-
 import pytest
 import torch
-import yaml
 from conftest import build_adapter
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
@@ -15,7 +12,7 @@ from lm_eval.tasks import TaskManager
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers import LlamaForCausalLM as Llama
-from workspace import build_tokenizer
+from workspace import build_task, build_tokenizer
 
 from axolotl_reft.lm_eval import LoreftLM
 
@@ -195,30 +192,6 @@ def test_a_model_without_the_adapter_is_refused(saved):
     for model in (base, get_peft_model(base, LoraConfig(target_modules=["q_proj"]))):
         with pytest.raises(ValueError, match="without a LoReFT adapter; load one"):
             LoreftLM(model)
-
-
-def build_task(directory):
-    """Four questions with three choices each, and the task that asks them."""
-    directory.mkdir(exist_ok=True)
-    rows = [
-        {"text": text, "choices": ["m n", "n", "q r s"], "right": index % 3}
-        for index, text in enumerate(["a b c d :", "e f :", "g h i j k :", "l a :"])
-    ]
-    data = directory / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "letters",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{text}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{right}}",
-        "metric_list": [{"metric": "acc"}],
-    }
-    (directory / "letters.yaml").write_text(yaml.safe_dump(task))
-    return rows
 
 
 def test_a_local_task(saved, loaded, tmp_path):

@@ -173,6 +173,24 @@ def test_packed_samples_are_told_apart(tmp_path):
     ]
 
 
+def test_each_turn_of_a_conversation_is_told(tmp_path):
+    ids = TOKENIZER("a b c : m </s> d e f g : n </s>").input_ids
+    labels = [-100] * 5 + ids[5:7] + [-100] * 5 + ids[12:]
+    row = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+    colon, end = ids[4], ids[6]
+    markers = {"generation_prompts": [[colon]], "end_of_turn": [end]}
+    for turns, edited in (("every", 4), ("first", 2)):
+        model = build_adapter(
+            build_model(), positions="f1+l1", turns=turns, turn_markers=markers
+        )
+        _, told = train(model, tmp_path, data=[row] * 4, max_steps=1)
+        text = lines(told)
+        assert text[1].endswith(f"14 tokens, 10 in prompts, {edited} edited")
+        assert text[2:4] == ["  prompt  [<s>] a b c {:}", "  answer  m </s>"]
+        later = "[d] e f g {:}" if turns == "every" else "d e f g :"
+        assert text[4:6] == [f"  prompt  {later}", "  answer  n </s>"]
+
+
 def test_padding_is_not_shown(tmp_path):
     model = build_adapter(build_model(), positions="all")
     row = sample() | {"attention_mask": torch.ones(PROMPT + ANSWER)}

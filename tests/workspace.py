@@ -138,3 +138,38 @@ def build_workspace(directory: Path) -> Path:
     build_data(directory / "train.jsonl", 64, seed=0)
     build_data(directory / "test.jsonl", 16, seed=1)
     return build_config(directory)
+
+
+def build_task(
+    directory: Path, output_type: str = "multiple_choice"
+) -> list[dict[str, object]]:
+    """A task ``letters`` of lm_eval: four questions, three choices each."""
+    directory.mkdir(exist_ok=True)
+    rows = [
+        {"text": text, "choices": ["m n", "n", "q r s"], "right": index % 3}
+        for index, text in enumerate(["a b c d :", "e f :", "g h i j k :", "l a :"])
+    ]
+    data = directory / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {
+        "multiple_choice": {
+            "doc_to_text": "{{text}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{right}}",
+            "metric_list": [{"metric": "acc"}],
+        },
+        "loglikelihood_rolling": {
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "word_perplexity"}],
+        },
+    }[output_type]
+    task = asked | {
+        "task": "letters",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": output_type,
+    }
+    (directory / "letters.yaml").write_text(json.dumps(task))
+    return rows

@@ -90,7 +90,10 @@ def train_with_transformers(base, tokenizer, config, settings):
         model,
         TrainingArguments(**settings),
         train_dataset=list(tokenized(tokenizer)),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        # Counts prompts on the host, so that it need not wait for a GPU at each step.
+        data_collator=axolotl_reft.PromptCounter.of(
+            model, DataCollatorForSeq2Seq(tokenizer)
+        ),
     )
     return trainer
 

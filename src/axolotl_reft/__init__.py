@@ -10,6 +10,7 @@ from typing import Any
 from axolotl_reft.chat_template import turn_markers
 from axolotl_reft.config import LoreftConfig
 from axolotl_reft.model import LoreftModel
+from axolotl_reft.prompt_counts import PromptCounter
 from axolotl_reft.registration import register_loreft
 from axolotl_reft.wording import did_you_mean
 
@@ -17,6 +18,7 @@ __all__ = [
     "LoreftConfig",
     "LoreftModel",
     "LoreftPlugin",
+    "PromptCounter",
     "from_pyreft",
     "to_pyreft",
     "turn_markers",

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from axolotl_reft.edit_size import named_interventions
 from axolotl_reft.positions import Positions, PromptSpans
-from axolotl_reft.prompts import _sample_starts
+from axolotl_reft.prompts import sample_starts
 from axolotl_reft.token_view import (
     PROMPT,
     ShownToken,
@@ -110,7 +110,7 @@ class FirstBatch(TrainerCallback):
         trained_BT = None
         if labels is not None and labels.shape == shape:
             trained_BT = (labels != -100).cpu()
-        starts_BT = _sample_starts(self._inputs, shape)
+        starts_BT = sample_starts(self._inputs, shape)
         sides = edited_sides(positions, prompts, real_BT)
         if prompts is not None:
             inside_BT = prompts.inside_BT.cpu()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from axolotl_reft.adapter_numbers import check_values
+from axolotl_reft.adapter_leaf import AdapterLeaf
 from axolotl_reft.pyreft_install import pyreft_unusable
 from axolotl_reft.rotation import random_base, rotation
 
@@ -35,7 +35,7 @@ except Exception as error:  # pyvene's imports can fail in their own ways
     raise pyreft_unusable(f"importing it failed: {error}") from error
 
 
-class _Intervention(nn.Module):
+class _Intervention(AdapterLeaf):
     """What the six have in common; comes before pyreft's class in the bases.
 
     Args:
@@ -75,6 +75,7 @@ class _Intervention(nn.Module):
         super(self.pyreft_class, self).__init__(keep_last_dim=True)  # type: ignore[call-arg]
         self.hidden_size = embed_dim
         self.rank = low_rank_dimension
+        self.made_for = f"hidden size {embed_dim}, rank {low_rank_dimension}"
         self.dropout_p = dropout
         # Not through nn.Module's setattr: activations are modules, and this is a leaf.
         self.__dict__["act_fn"] = ACT2FN[act_fn or "linear"]
@@ -106,36 +107,6 @@ class _Intervention(nn.Module):
             new_ND = self._edit(base.float().reshape(-1, base.shape[-1]))
         new = new_ND.view(base.shape).to(base.dtype)
         return F.dropout(new, self.dropout_p, self.training)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Follow a move to another device, but stay in float32 under a cast."""
-
-        def without_cast(tensor: Tensor) -> Tensor:
-            out = fn(tensor)
-            return out if out.dtype == tensor.dtype else tensor.to(out.device)
-
-        return super()._apply(without_cast, recurse)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: object
-    ) -> None:
-        for name, tensor in self.state_dict(keep_vars=True).items():
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.shape != tensor.shape:
-                raise ValueError(
-                    f"the adapter's {prefix}{name} has shape {tuple(saved.shape)}, but "
-                    f"this base model (hidden size {self.hidden_size}) with rank "
-                    f"{self.rank} needs {tuple(tensor.shape)}; load it on the base "
-                    "model it was trained on"
-                )
-            if saved is not None:
-                check_values(prefix + name, saved)
-        for name in self._buffers:
-            # FSDP2 loads with assign=True, and wraps what it hands over: a parameter
-            # would take the buffer's place, and be trained.
-            if isinstance(saved := state_dict.get(prefix + name), nn.Parameter):
-                state_dict[prefix + name] = saved.detach()
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, rank={self.rank}"

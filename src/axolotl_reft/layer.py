@@ -103,8 +103,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         self.positions[adapter_name] = positions
         self.turns[adapter_name] = Turns.parse(config.turns, config.turn_markers)
         if not positions.everywhere:
-            self.tracker.watch(self.turns[adapter_name])
-        self._everywhere |= positions.everywhere
+            self.tracker.watch(adapter_name, self.turns[adapter_name])
         self.sites[adapter_name] = site
 
     def _add_lora(self, adapter_name: str, settings: dict[str, Any]) -> None:
@@ -128,6 +127,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     def _hook(self) -> None:
         """One hook on each module of the layer of which something is edited, and none
         on linear modules to which nothing is added any more."""
+        self._everywhere = any(p.everywhere for p in self.positions.values())
         loras: list[Any] = list(self.intv_lora.values())
         for path in list(self._lora_handles):
             if not any(lora.has(path) for lora in loras):
@@ -148,6 +148,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self.tracker.unwatch(adapter_name)
         self._hook()
 
     def forget_adapter(self, adapter_name: str) -> None:
@@ -156,6 +157,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             held = getattr(self, attribute)
             if adapter_name in held:
                 del held[adapter_name]
+        self.tracker.unwatch(adapter_name)
         self._hook()
 
     def detach(self) -> None:

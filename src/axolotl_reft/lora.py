@@ -9,13 +9,13 @@ linear module will do, quantised ones too, since it is called and not replaced.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from axolotl_reft.adapter_numbers import check_values
+from axolotl_reft.adapter_leaf import AdapterLeaf
 from axolotl_reft.config import ALL_LINEAR
 from axolotl_reft.wording import did_you_mean, shown
 
@@ -23,7 +23,7 @@ from axolotl_reft.wording import did_you_mean, shown
 Sizes = tuple[int, int]
 
 
-class LayerLora(nn.Module):
+class LayerLora(AdapterLeaf):
     """y + (α/r)·B·A·dropout(x) for linear modules of one layer (arXiv 2106.09685, 4.1).
 
     A leaf, and float32 under any cast, like the interventions. A (r, in) starts as
@@ -40,6 +40,7 @@ class LayerLora(nn.Module):
         self, sizes: Mapping[str, Sizes], r: int, alpha: float, dropout: float
     ) -> None:
         super().__init__()
+        self.made_for = f"lora r {r}"
         widest = max((size for both in sizes.values() for size in both), default=r)
         if r > widest:
             raise ValueError(
@@ -65,31 +66,6 @@ class LayerLora(nn.Module):
         a, b = (self.get_parameter(name) for name in _names(path))
         x = F.dropout(x.to(a.dtype), self.dropout_p, self.training)
         return F.linear(F.linear(x, a), b) * self.scaling
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Follow a move to another device, but stay in float32 under a cast."""
-
-        def without_cast(tensor: Tensor) -> Tensor:
-            out = fn(tensor)
-            return out if out.dtype == tensor.dtype else tensor.to(out.device)
-
-        return super()._apply(without_cast, recurse)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: object
-    ) -> None:
-        for name, parameter in self.named_parameters():
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.shape != parameter.shape:
-                raise ValueError(
-                    f"the adapter's {prefix}{name} has shape {tuple(saved.shape)}, but "
-                    f"this base model with lora r {self.r} needs "
-                    f"{tuple(parameter.shape)}; load it on the base model it was "
-                    "trained on"
-                )
-            if saved is not None:
-                check_values(prefix + name, saved)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling}, dropout={self.dropout_p}"

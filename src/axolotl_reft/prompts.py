@@ -30,6 +30,9 @@ from axolotl_reft.positions import (
 )
 from axolotl_reft.turns import Turns
 
+# The argument of a model's forward that says how many prompts there are at most.
+PROMPTS = "loreft_prompts"
+
 
 @dataclass
 class _Batch:
@@ -40,12 +43,14 @@ class _Batch:
         make_spans: the prompts of such turns; None for none.
         one_sample_rows: no row holds several packed samples.
         past: columns in the cache before it.
+        most: how many prompts there are at most, where that was told.
     """
 
     shape: tuple[int, int]
     make_spans: Callable[[Turns], PromptSpans | None]
     one_sample_rows: bool
     past: int = 0
+    most: int | None = None
     adapter_rows: AdapterRows | None = None
     spans: dict[Turns, PromptSpans | None] = field(default_factory=dict)
     indices: dict[
@@ -95,6 +100,7 @@ class PromptTracker:
         find_answers: for a trainer that gives the model no labels: the ids (B, T) of a
             forward to a mask of its answer tokens, (B, T) or (1, T); raises for ids it
             does not know. Asked only where something of the forward is edited.
+        turns: whose prompts the model's adapters ask for.
     """
 
     find_answers: Callable[[Tensor], Tensor] | None = None
@@ -105,7 +111,9 @@ class PromptTracker:
         self._adapter_names: Sequence[str] | None = None
         self._batch: _Batch | None = None
         self._conversations = Conversations()
-        self._turns: set[Turns] = set()
+        self._turns: dict[str, Turns] = {}
+        self.turns: set[Turns] = set()
+        self._told_prompts: int | None = None
         self._edited_outputs: dict[int, Tensor] | None = None
         self._checked = False
         can_generate = getattr(model, "can_generate", None)
@@ -146,9 +154,15 @@ class PromptTracker:
 
     # --- what layers ask -----------------------------------------------------------
 
-    def watch(self, turns: Turns) -> None:
+    def watch(self, adapter: str, turns: Turns) -> None:
         """An adapter is there that asks for the prompts of such turns."""
-        self._turns.add(turns)
+        self._turns[adapter] = turns
+        self.turns = set(self._turns.values())
+
+    def unwatch(self, adapter: str) -> None:
+        """It is there no more, or asks for none."""
+        self._turns.pop(adapter, None)
+        self.turns = set(self._turns.values())
 
     @property
     def adapter_rows(self) -> AdapterRows | None:
@@ -214,7 +228,7 @@ class PromptTracker:
         if batch is None or not batch.past:
             return False
         if batch.gone_by is None:
-            batch.gone_by = all(batch.prompts(turns) is None for turns in self._turns)
+            batch.gone_by = all(batch.prompts(turns) is None for turns in self.turns)
         return batch.gone_by
 
     def prompts(self, turns: Turns) -> PromptSpans | None:
@@ -245,12 +259,18 @@ class PromptTracker:
 
     # --- hooks ---------------------------------------------------------------------
 
-    def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _before_model(
+        self, module: nn.Module, args: Any, kwargs: Any
+    ) -> tuple[Any, Any] | None:
         labels = kwargs.get("labels")
         if labels is None and len(args) > 1:
             names = inspect.signature(module.forward).parameters
             labels = dict(zip(names, args, strict=False)).get("labels")
         self._labels = labels
+        self._told_prompts = kwargs.get(PROMPTS)
+        if self._told_prompts is None:
+            return None
+        return args, {key: kwargs[key] for key in kwargs if key != PROMPTS}
 
     def _before_backbone(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         inputs = self._inputs(args, kwargs)
@@ -321,7 +341,7 @@ class PromptTracker:
         generation = Generation(
             width + omitted, ids_BP, answer_BP, True, omitted, mask_BW
         )
-        keep = min((generation.cut(turns, past) for turns in self._turns), default=past)
+        keep = min((generation.cut(turns, past) for turns in self.turns), default=past)
         if keep < past:
             _cut_back(cache, past, keep, bool(omitted))
         return generation
@@ -367,10 +387,10 @@ class PromptTracker:
         past = _cached(cache)
         if past and labels is None and self.find_answers is None:
             return self._read_chunk(cache, past, ids_BT, mask, shape)
-        starts = _sample_starts(inputs, shape)
+        starts = sample_starts(inputs, shape)
 
         def make_spans(turns: Turns) -> PromptSpans | None:
-            real_BT = _real_tokens(mask, shape, device)
+            real_BT = real_tokens(mask, shape, device)
             if labels is not None:
                 answer_BT = labels.to(device) != -100
             elif self.find_answers is not None:
@@ -378,14 +398,12 @@ class PromptTracker:
             else:
                 self._warn_without_labels(training)
                 return turns.prompts(real_BT, ids_BT, starts)
-            if starts is not None:
-                # The padded end of a packed row looks like one more sample.
-                real_BT = real_BT & (total_in_sample(answer_BT, starts) > 0)
-            spans = turns.prompts(real_BT, ids_BT, starts, answer_BT)
+            spans = answered_prompts(turns, ids_BT, real_BT, starts, answer_BT)
             self._warn_without_prompt(spans)
             return spans
 
-        return _Batch(shape, make_spans, one_sample_rows=starts is None)
+        told, self._told_prompts = self._told_prompts, None
+        return _Batch(shape, make_spans, one_sample_rows=starts is None, most=told)
 
     def _read_step(
         self,
@@ -424,7 +442,7 @@ class PromptTracker:
                 return None
             seen = known.followed_by(ids_BT)
             width = (shape[0], past + shape[1])
-            real_BW = _real_tokens(mask, width, ids_BT.device)
+            real_BW = real_tokens(mask, width, ids_BT.device)
             spans = turns.prompts(real_BW, seen.ids_BW, None, seen.answer_BW)
             return spans.columns(past, width[1])
 
@@ -487,17 +505,35 @@ def _indices(
         own_B1 = batch.adapter_rows.mask(adapter, prefix_BT.device)
         prefix_BT, suffix_BT = prefix_BT & own_B1, suffix_BT & own_B1
         rows = batch.adapter_rows.count(adapter)
-    # Counting is free on a CPU; elsewhere the host would wait, so reserve the most
-    # there can be: a packed row may be all prompts.
-    count_freely = prefix_BT.device.type == "cpu" and not torch.compiler.is_compiling()
+    device = prefix_BT.device.type
 
-    def indices(mask_BT: Tensor, per_row: int) -> Tensor:
-        most = min(per_row, tokens) if batch.one_sample_rows else tokens
-        return flat_indices(mask_BT, None if count_freely else rows * most)
+    def indices(mask_BT: Tensor, per_prompt: int) -> Tensor:
+        slots = _slots(batch, turns, rows, per_prompt, device)
+        return flat_indices(mask_BT, slots)
 
     if positions.two_sided and not tied:
         return indices(prefix_BT, positions.first), indices(suffix_BT, positions.last)
     return (indices(prefix_BT | suffix_BT, positions.first + positions.last),)
+
+
+def _slots(
+    batch: _Batch, turns: Turns, rows: int, per_prompt: int, device: str
+) -> int | None:
+    """How many slots to reserve for edits; None to count them.
+
+    Counting is free on a CPU, and makes the host wait for an accelerator, once a
+    forward; a graph cannot wait. It is not needed where the batch's prompts were
+    counted before, or a row has one of them.
+    """
+    compiling = torch.compiler.is_compiling()
+    if device == "cpu" and not compiling:
+        return None
+    everything = rows * batch.shape[1]
+    if batch.most is not None:
+        return min(batch.most * per_prompt, everything)
+    if batch.one_sample_rows and not turns.every:
+        return min(rows * per_prompt, everything)
+    return everything if compiling else None
 
 
 def _cached(cache: Any) -> int:
@@ -505,7 +541,21 @@ def _cached(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _sample_starts(inputs: dict[str, Any], shape: tuple[int, int]) -> Tensor | None:
+def answered_prompts(
+    turns: Turns,
+    ids_BT: Tensor | None,
+    real_BT: Tensor,
+    starts_BT: Tensor | None,
+    answer_BT: Tensor,
+) -> PromptSpans:
+    """The prompts of samples whose answers are known, packed or not."""
+    if starts_BT is not None:
+        # The padded end of a packed row looks like one more sample.
+        real_BT = real_BT & (total_in_sample(answer_BT, starts_BT) > 0)
+    return turns.prompts(real_BT, ids_BT, starts_BT, answer_BT)
+
+
+def sample_starts(inputs: dict[str, Any], shape: tuple[int, int]) -> Tensor | None:
     """True where ``position_ids`` begin anew: the samples of packed rows."""
     position_ids = inputs.get("position_ids")
     if position_ids is None:
@@ -516,7 +566,7 @@ def _sample_starts(inputs: dict[str, Any], shape: tuple[int, int]) -> Tensor | N
     return (position_ids == 0).expand(shape)
 
 
-def _real_tokens(mask: Any, shape: tuple[int, int], device: torch.device) -> Tensor:
+def real_tokens(mask: Any, shape: tuple[int, int], device: torch.device) -> Tensor:
     """True where there is a token: a 2-D mask of 0 and 1, or of segment numbers."""
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device)

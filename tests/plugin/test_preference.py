@@ -415,6 +415,22 @@ def test_evaluation_is_of_the_trained_adapter_against_the_base(
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_a_seed_is_the_start_of_an_adapter_that_trl_makes(directory):
+    """In every process the same, whatever each has drawn before."""
+
+    def start(seed):
+        torch.rand(seed)
+        model = build_trainer(
+            build_preference_workspace(directory, "dpo", seed=seed)
+        ).model
+        return get_peft_model_state_dict(model)
+
+    one, again, other = start(3), start(3), start(4)
+    bases = [key for key in one if key.endswith("rotation_base")]
+    assert bases and all(torch.equal(one[key], again[key]) for key in one)
+    assert not any(torch.equal(one[key], other[key]) for key in bases)
+
+
 @pytest.mark.parametrize("method", ["orpo", "simpo"])
 @torch.no_grad()
 def test_evaluation_of_rows_as_axolotl_hands_them_over(directory, saved, method):

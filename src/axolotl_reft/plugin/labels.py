@@ -1,7 +1,8 @@
-"""Labels for trainers that keep them from the model: label smoothing, EAFT, KD.
+"""What a trainer's batches say of prompts, where the model would not get to know it.
 
-They compute the loss themselves, and take the labels, which tell prompt from answer,
-out of the batch first.
+Label smoothing, EAFT and KD compute the loss themselves, and take the labels, which
+tell prompt from answer, out of the batch first. And how many prompts there are is
+counted before a batch goes to an accelerator.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from functools import wraps
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from axolotl_reft.prompt_counts import PromptCounter
 
 
 def show_labels(trainer: Any) -> None:
@@ -30,6 +34,27 @@ def show_labels(trainer: Any) -> None:
             tracker.find_answers = outer
 
     trainer.compute_loss = with_labels
+
+
+def count_prompts(trainer: Any) -> None:
+    """Let the batches of the training say how many prompts they have.
+
+    In the loader alone: axolotl's callbacks set attributes of the trainer's collator.
+    Not of streamed data, which one process may read for all, laying tensors together.
+    """
+    get_train_dataloader = trainer.get_train_dataloader
+
+    @wraps(get_train_dataloader)
+    def counting() -> Any:
+        collate = trainer.data_collator
+        if not isinstance(trainer.train_dataset, IterableDataset):
+            trainer.data_collator = PromptCounter.of(trainer.model, collate)
+        try:
+            return get_train_dataloader()
+        finally:
+            trainer.data_collator = collate
+
+    trainer.get_train_dataloader = counting
 
 
 def _answers_of(labels: Tensor) -> Any:

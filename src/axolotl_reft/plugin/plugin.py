@@ -23,7 +23,7 @@ from axolotl_reft.plugin import observation, quantised
 from axolotl_reft.plugin.args import check_as_written
 from axolotl_reft.plugin.chat import markers_of_data
 from axolotl_reft.plugin.checks import check_against_base
-from axolotl_reft.plugin.labels import show_labels
+from axolotl_reft.plugin.labels import count_prompts, show_labels
 from axolotl_reft.plugin.running import answers, check_command
 from axolotl_reft.pyreft_install import check_pyreft
 
@@ -98,7 +98,10 @@ class LoreftPlugin(BasePlugin):
         config = LoreftConfig(task_type=task, **cfg.loreft)
         if task == TaskType.CAUSAL_LM and not cfg.lora_model_dir:
             config.turn_markers = markers_of_data(cfg)
+        seed = 42 if cfg.seed is None else cfg.seed
         if config_only:
+            # TRL makes the adapter, next, and knows of no seed.
+            torch.manual_seed(seed)
             if cfg.lora_model_dir:
                 config = LoreftConfig.from_pretrained(cfg.lora_model_dir)
                 config.inference_mode = False
@@ -116,7 +119,7 @@ class LoreftPlugin(BasePlugin):
         else:
             # The same start in every process, whatever each has drawn before.
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(42 if cfg.seed is None else cfg.seed)
+                torch.manual_seed(seed)
                 peft_model = get_peft_model(
                     model, config, autocast_adapter_dtype=upcast
                 )
@@ -151,6 +154,7 @@ class LoreftPlugin(BasePlugin):
                 _print_trainable_parameters(trainer.model)
         elif cfg.adapter == "loreft" and not cfg.reward_model:
             show_labels(trainer)
+            count_prompts(trainer)
         return observation.callbacks(cfg, trainer)
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:

@@ -1,0 +1,158 @@
+"""The number of prompts, counted by a collator and told to the model's forward."""
+
+import pickle
+
+import pytest
+import torch
+from conftest import build_adapter, build_model
+from transformers import BatchEncoding
+
+from axolotl_reft import PromptCounter
+from axolotl_reft.positions import Positions
+from axolotl_reft.prompt_counts import count_prompts
+from axolotl_reft.prompts import PROMPTS, _Batch, _slots
+from axolotl_reft.turns import Turns
+
+EVERY, FIRST = Turns(every=True), Turns(every=False)
+# Prompts and answers, each as long as it says, of the samples of two rows.
+ROWS = [[(9, 3, 4, 2), (5, 6)], [(7, 2, 3, 1, 2, 2), (8, 4)]]
+PACKED_PROMPTS = {EVERY: 2 + 1 + 3 + 1, FIRST: 4}
+
+
+def batch(tokens, packed):
+    """Rows of samples, or every sample in a row of its own, padded on the right."""
+    samples = [sample for row in ROWS for sample in row]
+    rows = ROWS if packed else [[sample] for sample in samples]
+    width = 34
+    ids = tokens(len(rows), width)
+    labels, positions = torch.full_like(ids, -100), torch.zeros_like(ids)
+    mask = torch.zeros_like(ids)
+    for row, some in enumerate(rows):
+        start = 0
+        for sample in some:
+            positions[row, start : start + sum(sample)] = torch.arange(sum(sample))
+            mask[row, start : start + sum(sample)] = 1
+            for number, length in enumerate(sample):
+                if number % 2:
+                    labels[row, start : start + length] = ids[
+                        row, start : start + length
+                    ]
+                start += length
+        positions[row, start:] = torch.arange(width - start)
+    found = {"input_ids": ids, "labels": labels}
+    return found | ({"position_ids": positions} if packed else {"attention_mask": mask})
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("turns", [EVERY, FIRST])
+def test_the_next_power_of_two_is_counted(tokens, packed, turns):
+    expected = {7: 8, 4: 4}[PACKED_PROMPTS[turns]]
+    assert count_prompts(batch(tokens, packed), frozenset([turns])) == expected
+    both = count_prompts(batch(tokens, packed), frozenset([EVERY, FIRST]))
+    assert both == 8
+
+
+def test_nothing_is_told_of_other_batches(tokens):
+    some = batch(tokens, packed=True)
+    turns = frozenset([EVERY])
+    assert count_prompts({"input_ids": some["input_ids"]}, turns) is None
+    assert count_prompts(some | {"labels": torch.tensor([0, 1])}, turns) is None
+    assert count_prompts(some, frozenset()) is None
+
+
+def test_the_collator_adds_the_number_and_can_go_to_another_process(tokens):
+    model = build_adapter(build_model(), turns="first")
+    some = batch(tokens, packed=True)
+    counter = pickle.loads(pickle.dumps(PromptCounter.of(model, BatchEncoding)))
+    got = counter(some)
+    assert got[PROMPTS] == 4
+    assert {key: got[key] for key in some} == some
+
+
+def forward(model, inputs, monkeypatch, reserve):
+    """Loss, logits, gradients, and how many slots were reserved for each side."""
+    shapes = []
+    tracker = model.base_model.model.loreft_tracker
+    ask = tracker.indices
+
+    def listen(*args):
+        found = ask(*args)
+        shapes.append([len(index) for index in found])
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker, "indices", listen)
+        patch.setattr(torch.compiler, "is_compiling", lambda: reserve)
+        output = model(**inputs, use_cache=False)
+        output.loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    return output, gradients, shapes[0]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("turns", ["every", "first"])
+@pytest.mark.parametrize("told", [True, False])
+def test_slots_for_what_was_counted_compute_the_same(
+    tokens, monkeypatch, packed, turns, told
+):
+    """Conversations too, of which a row has more prompts than one."""
+    model = build_adapter(build_model(), turns=turns, tied_weights=False)
+    inputs = batch(tokens, packed)
+    expected, gradients, _ = forward(model, inputs, monkeypatch, reserve=False)
+    if told:
+        inputs = PromptCounter.of(model, dict)(inputs)
+    output, got, slots = forward(model, inputs, monkeypatch, reserve=True)
+    assert torch.equal(output.logits, expected.logits)
+    for one, other in zip(got, gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    rows, width = inputs["input_ids"].shape
+    prompts = {"every": 8, "first": 4}[turns]
+    if told:
+        assert slots == [prompts * 2, prompts * 3]
+    elif turns == "first" and not packed:
+        assert slots == [rows * 2, rows * 3]
+    else:
+        assert slots == [rows * width] * 2
+
+
+def test_too_small_a_number_loses_no_edit_silently(tokens, monkeypatch):
+    model = build_adapter(build_model(), tied_weights=False)
+    inputs = batch(tokens, packed=True) | {PROMPTS: 2}
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        forward(model, inputs, monkeypatch, reserve=True)
+
+
+def test_a_number_is_of_one_forward(tokens):
+    model = build_adapter(build_model())
+    inputs = batch(tokens, packed=False)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert torch.equal(model(**inputs, **{PROMPTS: 8}).logits, expected)
+    assert model.base_model.model.loreft_tracker._told_prompts is None
+
+
+@pytest.mark.parametrize(
+    ("most", "turns", "one_sample_rows", "expected"),
+    [
+        (16, EVERY, False, 16 * 7),
+        (16, FIRST, True, 16 * 7),
+        (1 << 20, EVERY, False, 2 * 100),
+        (None, FIRST, True, 2 * 7),
+        (None, FIRST, False, None),
+        (None, EVERY, True, None),
+    ],
+)
+def test_on_an_accelerator_the_host_waits_only_where_nothing_else_tells(
+    most, turns, one_sample_rows, expected
+):
+    found = _Batch((2, 100), lambda turns: None, one_sample_rows, most=most)
+    assert _slots(found, turns, 2, 7, "cuda") == expected
+    assert _slots(found, turns, 2, 7, "cpu") is None
+
+
+def test_positions_of_the_tests():
+    """Which the expected numbers of slots are made of."""
+    model = build_adapter(build_model())
+    layer = model.base_model.model.model.layers[0]
+    assert layer.positions["default"] == Positions.parse("f2+l3")
