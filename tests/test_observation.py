@@ -186,9 +186,10 @@ def test_each_turn_of_a_conversation_is_told(tmp_path):
         _, told = train(model, tmp_path, data=[row] * 4, max_steps=1)
         text = lines(told)
         assert text[1].endswith(f"14 tokens, 10 in prompts, {edited} edited")
-        assert text[2:4] == ["  prompt  [<s>] a b c {:}", "  answer  m </s>"]
-        later = "[d] e f g {:}" if turns == "every" else "d e f g :"
-        assert text[4:6] == [f"  prompt  {later}", "  answer  n </s>"]
+        # Without the spaces, which belong to the tokens.
+        shown = ["".join(line.split()) for line in text[2:6]]
+        later = "prompt[d]efg{:}" if turns == "every" else "promptdefg:"
+        assert shown == ["prompt[<s>]abc{:}", "answerm</s>", later, "answern</s>"]
 
 
 def test_padding_is_not_shown(tmp_path):

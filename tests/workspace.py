@@ -39,7 +39,8 @@ def build_base(directory: Path, hidden_size: int = 64, layers: int = 3) -> None:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=48,
+        # What bitsandbytes' kernels for CPUs with bfloat16 can take: a multiple of 32.
+        intermediate_size=64,
         num_hidden_layers=layers,
         num_attention_heads=2,
         pad_token_id=0,
