@@ -28,7 +28,7 @@ def told(bits):
 def trained(tmp_path_factory):
     """A workspace in which `train` has run on a base in 4 bits."""
     directory = tmp_path_factory.mktemp("quantised")
-    build_workspace(directory)
+    build_workspace(directory, mlp=64)
     config = build_config(
         directory,
         load_in_4bit=True,

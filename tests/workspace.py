@@ -32,15 +32,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_base(directory: Path, hidden_size: int = 64, layers: int = 3) -> None:
+def build_base(
+    directory: Path, hidden_size: int = 64, layers: int = 3, mlp: int = 48
+) -> None:
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        # What bitsandbytes' kernels for CPUs with bfloat16 can take: a multiple of 32.
-        intermediate_size=64,
+        intermediate_size=mlp,
         num_hidden_layers=layers,
         num_attention_heads=2,
         pad_token_id=0,
@@ -133,9 +134,12 @@ def build_reward_workspace(directory: Path) -> Path:
     )
 
 
-def build_workspace(directory: Path) -> Path:
-    """Everything; returns the config."""
-    build_base(directory / "base")
+def build_workspace(directory: Path, mlp: int = 48) -> Path:
+    """Everything; returns the config.
+
+    On CPUs with bfloat16, bitsandbytes takes an ``mlp`` of a multiple of 32 alone.
+    """
+    build_base(directory / "base", mlp=mlp)
     build_data(directory / "train.jsonl", 64, seed=0)
     build_data(directory / "test.jsonl", 16, seed=1)
     return build_config(directory)

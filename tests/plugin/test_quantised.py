@@ -25,7 +25,7 @@ NF4 = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return build_workspace(tmp_path_factory.mktemp("quantised"))
+    return build_workspace(tmp_path_factory.mktemp("quantised"), mlp=64)
 
 
 def trained_base(model):
