@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif name == "plot":
             print(*plot.write(options.results), sep="\n")
         elif name == "scale":
-            print(scale.tables(directory=options.results))
+            print(scale.tables(options.results))
         elif name in _ALONE:
             print(_ALONE[name](options.size).write(options.results))
         elif SUITE[name].sizes[options.size]:

@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.base import Setting, packed, padded
-from benchmarks.harness import RESULTS, Result, Series, read, summary
+from benchmarks.base import Setting, llama_config, packed, padded
+from benchmarks.harness import RESULTS, Series, read, summary
 from benchmarks.table import row
 
 FLOAT32, BFLOAT16 = 4, 2
@@ -77,17 +77,13 @@ class Step:
         return self.samples * self.length
 
 
-def floor_flops(shape: Shape, step: Step, edited: int | None = None) -> int:
+def floor_flops(shape: Shape, step: Step, edited: int) -> int:
     """Forward, and backward through activations to the lowest of so many upper layers,
     whose output is the leaf: ``floor`` of the benchmarks."""
-    passed = shape.layers if edited is None else edited
     forward = 2 * step.tokens * (shape.layers * shape.layer + shape.head)
     attention = 4 * step.tokens * step.length * shape.d
-    return (
-        forward
-        + shape.layers * attention
-        + backward_flops(shape, step, max(passed - 1, 0))
-    )
+    backward = backward_flops(shape, step, edited - 1)
+    return forward + shape.layers * attention + backward
 
 
 def backward_flops(shape: Shape, step: Step, layers: int) -> int:
@@ -109,10 +105,10 @@ def loreft_flops(shape: Shape, step: Step) -> int:
     return 2 * (shape.layers * edit_flops(shape.d, step.rank, positions) - below)
 
 
-def edit_bytes(shape: Shape, step: Step, width: int = BFLOAT16) -> int:
+def edit_bytes(shape: Shape, step: Step) -> int:
     """Read and written to put edited vectors into copies of the hidden states, once
     forward and once backward in each layer."""
-    return shape.layers * 4 * step.tokens * shape.d * width
+    return shape.layers * 4 * step.tokens * shape.d * BFLOAT16
 
 
 def lora_flops(shape: Shape, step: Step) -> int:
@@ -150,9 +146,9 @@ def training_bytes(shape: Shape, rank: int) -> dict[str, int]:
     }
 
 
-def tables(step: Step | None = None, directory: Path = RESULTS) -> str:
+def tables(directory: Path = RESULTS) -> str:
     """The page's tables, as Markdown."""
-    step = step or Step()
+    step = Step()
     return "\n\n".join(
         [_size_table(step), _step_table(step), _traffic_table(step), _checks(directory)]
     )
@@ -182,7 +178,7 @@ def _step_table(step: Step) -> str:
     header += ["full finetuning adds", "LoReFT copies"]
     rows = []
     for name, shape in LLAMAS.items():
-        floor = floor_flops(shape, step)
+        floor = floor_flops(shape, step, shape.layers)
         weights = 2 * step.tokens * (shape.layers * shape.layer + shape.head)
         added = (loreft_flops(shape, step), lora_flops(shape, step), weights)
         shares = [_share(value / floor) for value in added]
@@ -212,11 +208,10 @@ def _checks(directory: Path) -> str:
     for name, check in _CHECKS.items():
         path = directory / f"{name}.json"
         if path.exists():
-            result = read(path)
             rows += [
                 [what, _setting(series), paper, measured]
-                for series in result.series
-                for what, paper, measured in check(result, series)
+                for series in read(path).series
+                for what, paper, measured in check(series)
             ]
     return _table(["what", "setting", "on paper", "measured"], rows)
 
@@ -228,10 +223,14 @@ def _setting(series: Series) -> str:
 
 def _of(setting: Setting) -> tuple[Shape, Step]:
     """The shape that the benchmarks build, and its step."""
-    d = setting.hidden_size
-    heads = max(d // (128 if d >= 4096 else 64), 1)
+    config = llama_config(setting)
     shape = Shape(
-        d, setting.layers, 7 * d // 2, heads, max(heads // 4, 1), setting.vocabulary
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.vocab_size,
     )
     step = Step(setting.batch, setting.length, setting.first, setting.rank)
     return shape, step
@@ -241,16 +240,16 @@ def _ratio(series: Series, name: str, floor: str) -> str:
     return f"{summary(series.ratios(name, floor))[1]:.3f}"
 
 
-def _check_bytes(result: Result, series: Series) -> list[tuple[str, str, str]]:
+def _check_bytes(series: Series) -> list[tuple[str, str, str]]:
     shape, step = _of(Setting.read(series.setting))
     measured = summary(series.values["ours"])[1]
     paper = loreft_bytes(shape, step.rank)
     return [("adapter in memory, B", str(paper), f"{measured:.0f}")]
 
 
-def _check_step(result: Result, series: Series) -> list[tuple[str, str, str]]:
+def _check_step(series: Series) -> list[tuple[str, str, str]]:
     shape, step = _of(Setting.read(series.setting))
-    floor = floor_flops(shape, step)
+    floor = floor_flops(shape, step, shape.layers)
     added = {"ours": loreft_flops(shape, step), "lora": lora_flops(shape, step)}
     return [
         (
@@ -263,7 +262,7 @@ def _check_step(result: Result, series: Series) -> list[tuple[str, str, str]]:
     ]
 
 
-def _check_backward(result: Result, series: Series) -> list[tuple[str, str, str]]:
+def _check_backward(series: Series) -> list[tuple[str, str, str]]:
     setting = Setting.read(series.setting)
     shape, step = _of(setting)
     below = {"upper": setting.layers // 2, "last": 1}
@@ -278,7 +277,7 @@ def _check_backward(result: Result, series: Series) -> list[tuple[str, str, str]
     ]
 
 
-def _check_packing(result: Result, series: Series) -> list[tuple[str, str, str]]:
+def _check_packing(series: Series) -> list[tuple[str, str, str]]:
     setting = Setting.read(series.setting)
     numbers = [
         sum(batch.inputs["input_ids"].numel() for batch in batches)

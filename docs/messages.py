@@ -85,14 +85,11 @@ def messages(file: Path) -> Iterator[str]:
     tree = ast.parse(file.read_text())
     constants: dict[str, str] = {}
     for node in tree.body:
-        if isinstance(node, ast.Assign | ast.AugAssign):
-            target = node.target if isinstance(node, ast.AugAssign) else node.targets[0]
-            name = getattr(target, "id", "")
+        if isinstance(node, ast.Assign):
+            name = getattr(node.targets[0], "id", "")
             if isinstance(node.value, ast.Dict) and name.startswith(_TABLES):
                 yield from _reasons(node.value, constants)
-            constants[name] = constants.get(name, "") * isinstance(
-                node, ast.AugAssign
-            ) + _text(node.value, constants)
+            constants[name] = _text(node.value, constants)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and node.args:
             text = " ".join(_text(node.args[0], {}).split())

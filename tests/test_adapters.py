@@ -170,7 +170,7 @@ def test_reserved_slots_compute_what_counted_ones_do(tokens, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     got = model(**batch, adapter_names=ROWS).logits
     # More rows of a product are summed up in another order.
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert (got - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 def test_an_adapter_computes_once_for_all_its_rows(tokens):
@@ -252,7 +252,7 @@ def test_rows_have_the_heads_of_their_adapters(tokens):
     names = ["head1", "default", "__base__", "head0"]
     got = model(ids, adapter_names=names).logits
     expected = expected_rows(model, lambda: model(ids).logits, names)
-    assert (got - expected).abs().max() < 1e-5
+    assert (got - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 def test_heads_that_some_adapters_have_cannot_be_mixed(tokens):

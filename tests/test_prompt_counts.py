@@ -8,7 +8,6 @@ from conftest import build_adapter, build_model
 from transformers import BatchEncoding
 
 from axolotl_reft import PromptCounter
-from axolotl_reft.positions import Positions
 from axolotl_reft.prompt_counts import count_prompts
 from axolotl_reft.prompts import PROMPTS, _Batch, _slots
 from axolotl_reft.turns import Turns
@@ -97,7 +96,9 @@ def test_slots_for_what_was_counted_compute_the_same(
     tokens, monkeypatch, packed, turns, told
 ):
     """Conversations too, of which a row has more prompts than one."""
-    model = build_adapter(build_model(), turns=turns, tied_weights=False)
+    model = build_adapter(
+        build_model(), positions="f2+l3", turns=turns, tied_weights=False
+    )
     inputs = batch(tokens, packed)
     expected, gradients, _ = forward(model, inputs, monkeypatch, reserve=False)
     if told:
@@ -126,9 +127,15 @@ def test_too_small_a_number_loses_no_edit_silently(tokens, monkeypatch):
 def test_a_number_is_of_one_forward(tokens):
     model = build_adapter(build_model())
     inputs = batch(tokens, packed=False)
+    given = []
+    backbone = model.base_model.model.model
+    backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: given.extend(kwargs), with_kwargs=True
+    )
     with torch.no_grad():
         expected = model(**inputs).logits
         assert torch.equal(model(**inputs, **{PROMPTS: 8}).logits, expected)
+    assert "input_ids" in given and PROMPTS not in given
     assert model.base_model.model.loreft_tracker._told_prompts is None
 
 
@@ -149,10 +156,3 @@ def test_on_an_accelerator_the_host_waits_only_where_nothing_else_tells(
     found = _Batch((2, 100), lambda turns: None, one_sample_rows, most=most)
     assert _slots(found, turns, 2, 7, "cuda") == expected
     assert _slots(found, turns, 2, 7, "cpu") is None
-
-
-def test_positions_of_the_tests():
-    """Which the expected numbers of slots are made of."""
-    model = build_adapter(build_model())
-    layer = model.base_model.model.model.layers[0]
-    assert layer.positions["default"] == Positions.parse("f2+l3")

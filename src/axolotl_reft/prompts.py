@@ -100,7 +100,6 @@ class PromptTracker:
         find_answers: for a trainer that gives the model no labels: the ids (B, T) of a
             forward to a mask of its answer tokens, (B, T) or (1, T); raises for ids it
             does not know. Asked only where something of the forward is edited.
-        turns: whose prompts the model's adapters ask for.
     """
 
     find_answers: Callable[[Tensor], Tensor] | None = None
@@ -112,7 +111,6 @@ class PromptTracker:
         self._batch: _Batch | None = None
         self._conversations = Conversations()
         self._turns: dict[str, Turns] = {}
-        self.turns: set[Turns] = set()
         self._told_prompts: int | None = None
         self._edited_outputs: dict[int, Tensor] | None = None
         self._checked = False
@@ -157,12 +155,15 @@ class PromptTracker:
     def watch(self, adapter: str, turns: Turns) -> None:
         """An adapter is there that asks for the prompts of such turns."""
         self._turns[adapter] = turns
-        self.turns = set(self._turns.values())
 
     def unwatch(self, adapter: str) -> None:
         """It is there no more, or asks for none."""
         self._turns.pop(adapter, None)
-        self.turns = set(self._turns.values())
+
+    @property
+    def turns(self) -> set[Turns]:
+        """Whose prompts the model's adapters ask for."""
+        return set(self._turns.values())
 
     @property
     def adapter_rows(self) -> AdapterRows | None:
@@ -275,11 +276,13 @@ class PromptTracker:
     def _before_backbone(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         inputs = self._inputs(args, kwargs)
         labels, self._labels = self._labels, None
+        most, self._told_prompts = self._told_prompts, None
         wanted = inputs.get("output_hidden_states")
         if wanted is None:
             wanted = getattr(module.config, "output_hidden_states", False)
         self._edited_outputs = {} if wanted else None
         self._batch = self._read(inputs, labels, module.training)
+        self._batch.most = most
         if self._adapter_names is not None:
             self._batch.adapter_rows = AdapterRows.of_batch(
                 self._adapter_names,
@@ -402,8 +405,7 @@ class PromptTracker:
             self._warn_without_prompt(spans)
             return spans
 
-        told, self._told_prompts = self._told_prompts, None
-        return _Batch(shape, make_spans, one_sample_rows=starts is None, most=told)
+        return _Batch(shape, make_spans, one_sample_rows=starts is None)
 
     def _read_step(
         self,

@@ -9,11 +9,13 @@ from axolotl.integrations.kd.trainer import AxolotlKDTrainer
 from axolotl.monkeypatch.loss.eaft import eaft_loss
 from axolotl.utils.dict import DictDefault
 from conftest import build_adapter, build_model
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from axolotl_reft.plugin.labels import show_labels
 from axolotl_reft.plugin.plugin import LoreftPlugin
+from axolotl_reft.prompts import PROMPTS
 
 
 @pytest.fixture
@@ -78,3 +80,34 @@ def test_labels_of_other_tokens_than_the_models_are_refused(model, batch):
         ValueError, match=r"labels of the batch are \(2, 12\), .*\(2, 1"
     ):
         trainer.compute_loss(model, batch)
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_loader_of_a_training_tells_how_many_prompts_there_are(
+    tmp_path, model, batch, streamed
+):
+    rows = [{key: rows[n] for key, rows in batch.items()} for n in (0, 1)] * 2
+    arguments = TrainingArguments(
+        tmp_path, use_cpu=True, report_to=[], per_device_train_batch_size=4, max_steps=1
+    )
+    data = Stream(rows) if streamed else rows
+    trainer = Trainer(model, arguments, train_dataset=data)
+    collate = trainer.data_collator
+    LoreftPlugin().add_callbacks_post_trainer(
+        DictDefault({"adapter": "loreft"}), trainer
+    )
+    (got,) = trainer.get_train_dataloader()
+    assert got.get(PROMPTS) == (None if streamed else 4)
+    # Its own collator still, of which axolotl's callbacks set attributes.
+    assert trainer.data_collator is collate
+    with torch.no_grad():
+        logits = model(**got).logits
+        assert torch.equal(logits[:2], model(**batch).logits)

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 _SEQUENCE = (
-    "each process would see a piece of a sequence and not know where its prompt "
+    "each process would see a piece of a sequence and not know where its prompt begins"
 )
-_SEQUENCE += "begins"
 _TENSOR = "PEFT supports tensor parallelism for LoRA alone"
 _EXPERTS = "axolotl's expert parallelism cuts up and saves adapters of LoRA alone"
 _STACK = "the layers of a process would not see the batch that prompts are read from"
