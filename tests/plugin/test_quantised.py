@@ -118,7 +118,7 @@ def test_experts_that_are_left_out_are_told_of(monkeypatch, tmp_path):
     )
     told = []
     monkeypatch.setattr(quantised.LOG, "warning", lambda *message: told.append(message))
-    quantised.finish_base(DictDefault(load_in_4bit=True), model)
+    quantised.finish_base(DictDefault(load_in_4bit=True), model, training=True)
     (message, key, share), *_ = told
     assert "weights of the base's layers are not quantised" in message
     assert key == "load_in_4bit" and 50 < share < 100
@@ -199,12 +199,17 @@ def test_a_mistake_in_the_settings(changes, message):
         (
             {"quant_method": "awq", "bits": 4},
             {},
-            "quantised with awq, .* package gptqmodel, and it is not installed",
+            "quantised with awq, .* not installed; pip install 'gptqmodel<7.7', or set",
         ),
         (
             {"quant_method": "compressed-tensors"},
             {},
-            "package compressed_tensors, and it is not installed; install it, or set",
+            "module compressed_tensors, and it is not installed; pip install",
+        ),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            {"fsdp_config": {"reshard_after_forward": True}},
+            "fsdp_config with a base that is quantised with bitsandbytes: FSDP cannot",
         ),
         (
             {"quant_method": "fp8"},

@@ -83,7 +83,7 @@ class LoreftPlugin(BasePlugin):
 
     def post_model_build(self, cfg: DictDefault, model: PreTrainedModel) -> None:
         if cfg.adapter == "loreft":
-            quantised.finish_base(cfg, model)
+            quantised.finish_base(cfg, model, training=not answers())
 
     def load_adapter(
         self,

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from axolotl.utils.logging import get_logger
 from packaging.version import Version
 from peft import prepare_model_for_kbit_training
@@ -50,8 +51,12 @@ _NOT_TRAINABLE = (
     "vptq",
 )
 _OPTIMUM_FOR_GPTQ = Version("1.24.0")
-# Without these packages, transformers fails when it has begun to load the base.
-_NEEDED = {"awq": "gptqmodel", "compressed-tensors": "compressed_tensors"}
+# A module without which transformers fails when it has begun to load the base, and what
+# to install for it. gptqmodel 7.7 needs a newer torch than axolotl 0.19 takes.
+_NEEDED = {
+    "awq": ("gptqmodel", "gptqmodel<7.7"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+}
 
 
 def asked_for(settings: Mapping[str, Any]) -> str | None:
@@ -86,13 +91,12 @@ def check_quantisation(settings: Mapping[str, Any]) -> None:
             "keep one of them"
         )
     _check_bnb_settings(extra or {})
-    for sharded in ("fsdp", "fsdp_config"):
-        if settings.get(sharded):
-            raise ValueError(
-                f"{key}: true with {sharded}: axolotl arranges quantised bases under "
-                "FSDP for adapter: qlora alone; remove one of the two. Without FSDP, "
-                "each process holds the whole base, in 8 or 4 bits"
-            )
+    if sharded := _sharded(settings):
+        raise ValueError(
+            f"{key}: true with {sharded}: axolotl arranges quantised bases under "
+            "FSDP for adapter: qlora alone; remove one of the two. Without FSDP, "
+            "each process holds the whole base, in 8 or 4 bits"
+        )
     given = _given_config(settings)
     if given is not None and not _is_ours(given, quantization_config(settings)):
         raise ValueError(
@@ -129,20 +133,32 @@ def check_quantised_base(
             f"{_OPTIMUM_FOR_GPTQ} or newer, and this axolotl pins {version('optimum')};"
             " set base_model to the full-precision one, and load_in_4bit: true"
         )
-    needed = _NEEDED.get(str(method))
-    if needed and find_spec(needed) is None:
+    module, package = _NEEDED.get(str(method), (None, None))
+    if module and find_spec(module) is None:
         raise ValueError(
             f"the base is quantised with {method}, which transformers loads with the "
-            f"package {needed}, and it is not installed; install it, or set base_model "
-            "to the full-precision one, and load_in_4bit: true"
+            f"module {module}, and it is not installed; pip install '{package}', or "
+            "set base_model to the full-precision one, and load_in_4bit: true"
         )
     dequantised = settings.get("model_quantization_config_kwargs") or base
-    if training and method in _NOT_TRAINABLE and not dequantised.get("dequantize"):
+    if not training or dequantised.get("dequantize"):
+        return
+    if sharded := _sharded(settings):
+        raise ValueError(
+            f"{sharded} with a base that is quantised with {method}: FSDP cannot shard "
+            "its packed numbers; remove one of the two. Without FSDP, each process "
+            "holds the whole base"
+        )
+    if method in _NOT_TRAINABLE:
         raise ValueError(
             f"the base is quantised with {method}, through which transformers cannot "
             "train; set base_model to the full-precision one, and load_in_8bit or "
             "load_in_4bit: true"
         )
+
+
+def _sharded(settings: Mapping[str, Any]) -> str | None:
+    return next((key for key in ("fsdp", "fsdp_config") if settings.get(key)), None)
 
 
 def _check_bnb_settings(extra: Mapping[str, Any]) -> None:
@@ -224,7 +240,7 @@ def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def finish_base(cfg: Any, model: PreTrainedModel) -> None:
+def finish_base(cfg: Any, model: PreTrainedModel, training: bool) -> None:
     """See that the base was quantised as asked, and prepare it as PEFT does.
 
     Frozen, and what is not quantised in float32, of which axolotl then casts norms and
@@ -232,13 +248,22 @@ def finish_base(cfg: Any, model: PreTrainedModel) -> None:
     gradients of the inputs: backward need not reach below the lowest edited layer.
 
     Raises:
-        ValueError: no layer of it is quantised.
+        ValueError: no layer of it is quantised, or gradients do not pass one.
     """
     if key := asked_for(cfg):
         _check_layers(key, model)
     method = getattr(model, "quantization_method", None)
     if method == "bitsandbytes" and not is_deepspeed_zero3_enabled():
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if method == "awq" and training:
+        _check_backward(model)
+    if method == "compressed-tensors":
+        LOG.warning(
+            "the base is stored in compressed-tensors, which unpacks it at the first "
+            "forward: it takes the memory of the full-precision one, in %s. For less, "
+            "set base_model to that one, and load_in_4bit: true",
+            model.dtype,
+        )
 
 
 def _check_layers(key: str, model: PreTrainedModel) -> None:
@@ -264,6 +289,29 @@ def _check_layers(key: str, model: PreTrainedModel) -> None:
             key,
             100 * left / whole,
         )
+
+
+def _check_backward(model: PreTrainedModel) -> None:
+    """See that each of gptqmodel's layers hands gradients down.
+
+    Some of its kernels compute without a graph. The one for CPUs does so for ever when
+    its first forward is one of evaluation, so the first one is a training step's, here.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "qweight"):
+            inputs = torch.zeros(
+                (1, module.in_features),
+                dtype=model.dtype,
+                device=module.qweight.device,
+                requires_grad=True,
+            )
+            if not module.train()(inputs).requires_grad:
+                raise ValueError(
+                    f"{name} of the base is gptqmodel's {type(module).__name__}, "
+                    "which computes no gradients of its inputs: the layers below would "
+                    "learn from a part of the loss. Set base_model to the "
+                    "full-precision one, and load_in_4bit: true"
+                )
 
 
 def _is_packed(module: Any) -> bool:
