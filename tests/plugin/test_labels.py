@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from axolotl.integrations.kd.kernels.liger import LigerFusedLinearKLTopKLogprobLoss
 from axolotl.integrations.kd.trainer import AxolotlKDTrainer
 from axolotl.monkeypatch.loss.eaft import eaft_loss
 from axolotl.utils.dict import DictDefault
@@ -58,16 +59,37 @@ def test_a_loss_without_the_models_labels_has_the_same_prompts(
     assert not torch.equal(model(ids).logits, outputs.logits[:, :5])
 
 
-def test_distillation_sees_the_hidden_states_of_the_same_prompts(model, batch):
+def test_distillation_has_the_loss_and_the_gradients_of_the_same_prompts(model, batch):
     trainer = AxolotlKDTrainer.__new__(AxolotlKDTrainer)
     trainer.model = model
-    seen = []
-    trainer._kd_loss_fn = lambda weight, hidden, *_, true_labels: seen.append(hidden)
+    trainer._kd_loss_fn = LigerFusedLinearKLTopKLogprobLoss(
+        weight_hard_loss=0.3, weight_soft_loss=0.7, beta=0.0, compiled=False
+    )
     show_labels(trainer)
-    target = {f"target_{key}": None for key in ("token_ids", "logprobs", "mask")}
-    trainer.compute_loss(model, batch | target, num_items_in_batch=0)
-    expected = model(**batch, output_hidden_states=True).hidden_states[-1]
-    assert torch.equal(seen[0], expected)
+    torch.manual_seed(0)
+    teachers = torch.randn(2, 12, 4).log_softmax(-1)
+    choices = torch.randint(4, 64, (2, 12, 4))
+    taught = batch["labels"].roll(-1, 1) != -100  # by each token, of the next
+    taught[:, -1] = False
+    target = {
+        "target_token_ids": choices,
+        "target_logprobs": teachers,
+        "target_mask": taught[..., None].expand(-1, -1, 4),
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    got = trainer.compute_loss(model, batch | target, num_items_in_batch=0)
+
+    logits = model(**batch).logits
+    students = logits.gather(2, choices).log_softmax(-1)
+    divergence = (teachers.exp() * (teachers - students)).sum(-1)[taught].sum()
+    hard = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+    )
+    expected = 0.7 * divergence + 0.3 * hard
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, trained), torch.autograd.grad(expected, trained)
+    )
 
 
 def test_labels_of_other_tokens_than_the_models_are_refused(model, batch):

@@ -213,7 +213,5 @@ def test_a_kernel_that_hands_no_gradients_down_is_refused():
     quantised.finish_base(DictDefault(), model, training=True)
     model.model.layers[2].mlp.up_proj = Kernel(cut=True)
     quantised.finish_base(DictDefault(), model, training=False)
-    with pytest.raises(
-        ValueError, match="layers.2.mlp.up_proj of the base is gptq"
-    ):
+    with pytest.raises(ValueError, match="layers.2.mlp.up_proj of the base is gptq"):
         quantised.finish_base(DictDefault(), model, training=True)
