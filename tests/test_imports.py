@@ -21,6 +21,7 @@ ORDER = [
     "rotation",
     "peft_type",
     "pyreft_install",
+    "pyreft_names",
     "components",
     "format_version",
     "config_file",

@@ -166,10 +166,12 @@ def find_site(component: str, layer: nn.Module, config: Any) -> tuple[Site, int]
     for path in paths:
         if path in modules:
             return Site(path, side), _width(path, modules[path], side, config)
+    number = re.search(r"\.(\d+)\.", component)
     raise ValueError(
         f"component: {component!r} is not in {type(layer).__name__}, which has "
         f"{', '.join(name for name, _ in layer.named_children())}; name one of its "
         "modules by path, for example mlp.output"
+        + (f". A layer's number stands in brackets: [{number[1]}]" if number else "")
     )
 
 

@@ -16,6 +16,7 @@ from axolotl_reft.config_file import read_config_file
 from axolotl_reft.format_version import FORMAT_VERSION, check_format, package_version
 from axolotl_reft.peft_type import LOREFT
 from axolotl_reft.positions import Positions
+from axolotl_reft.pyreft_names import pyreft_intervention, pyreft_key
 from axolotl_reft.turns import Turns
 from axolotl_reft.wording import did_you_mean, shown
 
@@ -161,6 +162,11 @@ class LoreftConfig(PeftConfig):
     def __new__(cls, *args: Any, **kwargs: Any) -> LoreftConfig:
         # Ahead of the fields: what PEFT does with those it does not know is to drop
         # them, with a warning.
+        known = tuple(field.name for field in fields(cls) if field.init)
+        for key in kwargs:
+            if key not in known:
+                hint = pyreft_key(key) or did_you_mean(key, known)
+                raise TypeError(f"LoreftConfig has no setting {key!r}.{hint}")
         version = kwargs.get("format_version", FORMAT_VERSION)
         check_format(version, kwargs.get("axolotl_reft_version"))
         return super().__new__(cls)
@@ -191,7 +197,7 @@ class LoreftConfig(PeftConfig):
             raise ValueError(
                 f"tied_weights: {shown(self.tied_weights)} is neither true nor false"
             )
-        _check_choice("intervention", self.intervention, INTERVENTIONS)
+        _check_intervention(self.intervention)
         _check_component(self.component, self.layers)
         _check_dropout(self.dropout, self.intervention)
         _check_act_fn(self.act_fn, self.intervention)
@@ -227,21 +233,42 @@ def _check_rank(rank: object) -> None:
         if type(one) is not int or not 1 <= one <= _LARGEST:
             raise ValueError(
                 f"rank: {shown(one)} is not a whole number of at least 1 and at most "
-                "the hidden size; the paper uses 4 to 8"
+                "the hidden size; the paper uses 4 to 8. Ranks by layer are a mapping, "
+                "for example {0-15: 4, all: 8}"
             )
     if not ranks:
         raise ValueError("rank: the mapping of layers to ranks is empty; write rank: 8")
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+def _check_intervention(intervention: object) -> None:
+    if isinstance(intervention, type) and not pyreft_intervention(intervention):
         raise ValueError(
-            f"{name}: {shown(value)} is unknown.{did_you_mean(value, choices)} "
-            f"Choose one of: {', '.join(choices)}"
+            f"intervention: {shown(intervention)} is a class, and the adapter's "
+            "directory holds a name. Choose one of: "
+            f"{', '.join(INTERVENTIONS)}; others cannot be used"
+        )
+    if intervention not in INTERVENTIONS:
+        hint = pyreft_intervention(intervention) or did_you_mean(
+            intervention, INTERVENTIONS
+        )
+        raise ValueError(
+            f"intervention: {shown(intervention)} is unknown.{hint} Choose one of: "
+            f"{', '.join(INTERVENTIONS)}"
         )
 
 
 def _check_component(component: object, layers: object) -> None:
+    if isinstance(component, (list, tuple)):
+        raise ValueError(
+            f"component: {shown(component)} is a list, and an adapter edits one "
+            "component. For several, train an adapter for each, and make them active "
+            "together: model.base_model.set_adapter([...])"
+        )
+    if str(component).startswith("head_"):
+        raise ValueError(
+            f"component: {shown(component)}: pyreft's components of single heads are "
+            "not supported; attention_value_output holds all heads"
+        )
     if not is_component(component):
         raise ValueError(
             f"component: {shown(component)} is unknown."
@@ -272,8 +299,11 @@ def _check_dropout(dropout: object, intervention: str) -> None:
 def _check_act_fn(act_fn: object, intervention: str) -> None:
     if act_fn is None:
         return
-    known = tuple(ACT2FN)
-    _check_choice("act_fn", act_fn, known)
+    if act_fn not in ACT2FN:
+        raise ValueError(
+            f"act_fn: {shown(act_fn)} is unknown.{did_you_mean(act_fn, tuple(ACT2FN))} "
+            f"Choose one of: {', '.join(ACT2FN)}; or null, which is linear"
+        )
     if intervention in _WITHOUT_ACT_FN:
         raise ValueError(
             f"act_fn: {shown(act_fn)} would have no effect, {intervention} has no Wh "
@@ -371,7 +401,14 @@ def edited_layers(config: LoreftConfig, count: int) -> list[int]:
         ValueError: as :func:`resolve_layers`.
     """
     own = component_layer(config.component)
-    return resolve_layers(config.layers if own is None else own, count)
+    if own is None:
+        return resolve_layers(config.layers, count)
+    if own >= count:
+        raise ValueError(
+            f"component: {config.component!r} names layer {own}, and the base model "
+            f"has {count} layers; use 0 to {count - 1}"
+        )
+    return [own]
 
 
 def layer_ranks(config: LoreftConfig, count: int) -> dict[int, int]:
@@ -425,11 +462,12 @@ def parse_layers(
         for part in _parts(item):
             match = _LAYER_ITEM.fullmatch(part.strip(" "))
             if match is None:
-                raise _bad_layers(setting, layers, f"{shown(item)} is not a layer")
+                reason = "" if item is layers else f", {shown(item)} is not a layer"
+                raise _bad_layers(setting, layers, reason)
             start = int(match[1])
             ranges.append((start, int(match[2]) if match[2] else start))
     if not ranges:
-        raise _bad_layers(setting, layers, "no layer is named")
+        raise _bad_layers(setting, layers, ", no layer is named")
     return ranges
 
 
@@ -443,11 +481,11 @@ def _parts(item: object) -> list[str]:
 def _bad_layers(setting: str, layers: object, reason: str) -> ValueError:
     if setting != "layers":
         return ValueError(
-            f"{setting}: {shown(layers)} is not understood as layers, {reason}. Write "
+            f"{setting}: {shown(layers)} is not understood as layers{reason}. Write "
             "for example {0-15: 4, all: 8}"
         )
     return ValueError(
-        f"layers: {shown(layers)} is not understood, {reason}. Write layers: all, a "
+        f"layers: {shown(layers)} is not understood{reason}. Write layers: all, a "
         "list such as [3, 9, 18, 24], a range such as 8-15, or negative numbers from "
         "the top such as [-1]"
     )
@@ -481,6 +519,7 @@ def resolve_layers(layers: object, count: int) -> list[int]:
     if len(set(numbers)) < len(numbers):
         twice = min(n for n, times in Counter(numbers).items() if times > 1)
         raise ValueError(
-            f"layers: {shown(layers)} names layer {twice} twice; name it once"
+            f"layers: {shown(layers)} names layer {twice} twice; name it once. One "
+            "intervention each for prefix and suffix is tied_weights: false"
         )
     return sorted(numbers)

@@ -12,6 +12,8 @@ from axolotl_reft.config import LoreftConfig
 from axolotl_reft.plugin.checks import check_component, check_settings
 from axolotl_reft.plugin.parallel import check_parallel
 from axolotl_reft.plugin.quantised import check_quantisation, with_quantization
+from axolotl_reft.pyreft_names import KEYS as PYREFT_KEYS
+from axolotl_reft.pyreft_names import pyreft_key
 from axolotl_reft.wording import did_you_mean, shown
 
 _FIELDS = {field.name: field for field in fields(LoreftConfig)}
@@ -106,19 +108,23 @@ def _checked_block(data: Any) -> dict[str, Any]:
     for key in data:
         if key not in known:
             raise ValueError(
-                f"loreft: unknown key {shown(key)}.{did_you_mean(key, known)} Known "
-                f"keys: {', '.join(known)}"
+                f"loreft: unknown key {shown(key)}."
+                f"{pyreft_key(key) or did_you_mean(key, known)} Known keys: "
+                f"{', '.join(known)}"
             )
     # A key without a value means its default, as elsewhere in axolotl's YAML.
     settings = {key: value for key, value in data.items() if value is not None}
-    LoreftConfig(**settings)
-    return settings
+    config = LoreftConfig(**settings)
+    # A mapping's keys as text: axolotl sorts them when it shows the settings.
+    return settings | ({"rank": config.rank} if "rank" in settings else {})
 
 
 def _check_keys_at_the_top(settings: dict[str, Any]) -> None:
     """axolotl drops unknown keys at the top without a word; these are ours."""
     for key in settings:
-        ours = settings.get("adapter") == "loreft" and key in LoreftBlock.model_fields
+        ours = settings.get("adapter") == "loreft" and (
+            key in LoreftBlock.model_fields or key in PYREFT_KEYS
+        )
         if not isinstance(key, str):
             continue  # axolotl says so
         near = (
@@ -130,8 +136,8 @@ def _check_keys_at_the_top(settings: dict[str, Any]) -> None:
                 "  - {positions: f7+l7, rank: 4}\n  - {positions: f7+l7, rank: 8}"
             )
             raise ValueError(
-                f"{key}: is not a key at the top of the config; the adapter's "
-                "settings go into a block, for example\nloreft:\n"
+                f"{key}: is not a key at the top of the config.{pyreft_key(key)} The "
+                "adapter's settings go into a block, for example\nloreft:\n"
                 "  positions: f7+l7\n  rank: 8" + (sweep if "." in str(key) else "")
             )
 
