@@ -2,7 +2,7 @@ from importlib.metadata import version
 
 import pytest
 
-from axolotl_reft import LoreftConfig
+from axolotl_reft import LoreftConfig, LoreftModel
 from axolotl_reft.config import layer_ranks, resolve_layers
 
 
@@ -77,6 +77,7 @@ def test_ranks_that_do_not_suit_the_layers(layers, rank, message):
         ({"rank": {"x": 4}}, "rank: 'x' is not understood as layers"),
         ({"layers": "some"}, "layers: 'some' is not understood.*Write layers: all"),
         ({"layers": []}, r"layers: \[\] is not understood, no layer is named"),
+        ({"layers": "3;9"}, "layers: '3;9' is not understood. Write layers: all"),
         ({"layers": ""}, "layers: '' is not understood"),
         ({"layers": "8-"}, "layers: '8-' is not understood"),
         ({"layers": [True]}, "layers: .* True is not a layer"),
@@ -84,20 +85,26 @@ def test_ranks_that_do_not_suit_the_layers(layers, rank, message):
         ({"layers": None}, "layers: None is not understood"),
         ({"positions": "f7-l7"}, "positions: 'f7-l7' is not understood. Write f<n>"),
         ({"rank": 0}, "rank: 0 is not a whole number of at least 1"),
-        ({"rank": -4}, "rank: -4 is not a whole number"),
+        ({"rank": [4, 8]}, r"rank: \[4, 8\] is not a .* layer are a mapping, for exam"),
         ({"rank": 4.0}, "rank: 4.0 is not a whole number"),
         ({"rank": "8"}, "rank: '8' is not a whole number"),
         ({"rank": True}, "rank: True is not a whole number"),
         ({"tied_weights": "yes"}, "tied_weights: 'yes' is neither true nor false"),
         ({"intervention": "lorefd"}, "intervention: 'lorefd' is unknown. Did you mean "
          "'loreft'.* Choose one of: loreft, noreft"),
+        ({"intervention": "nodireft"}, "It is pyreft's name: here it is direft. Choo"),
+        ({"intervention": "DireftIntervention"}, "here it is orthogonal_direft. Choo"),
+        ({"intervention": LoreftModel}, "is unknown. Choose .*; classes of your own"),
         ({"component": "mlp"}, "component: 'mlp' is unknown.* one of: block_in"),
+        ({"component": ["mlp_input"]}, r"component: \['mlp_input'\] is a list, and an"),
+        ({"component": "head_query_output"}, "components of single heads are not supp"),
         ({"component": "h[3].mlp.output", "layers": [1]}, "names its layer"),
         ({"dropout": 1.0}, "dropout: 1.0 is not from 0 to below 1"),
         ({"dropout": -0.1}, "dropout: -0.1 is not from 0"),
         ({"dropout": "0.1"}, "dropout: '0.1' is not a number"),
         ({"dropout": 0.1, "intervention": "consreft"}, "consreft has no dropout"),
         ({"act_fn": "gelo"}, "act_fn: 'gelo' is unknown. Did you mean 'gelu'"),
+        ({"act_fn": "None"}, "act_fn: 'None' is unknown.*; or null, which is linear"),
         ({"act_fn": "relu", "intervention": "lobireft"}, "lobireft has no Wh"),
         ({"act_fn": "prelu"}, "act_fn: 'prelu' has parameters of its own"),
     ],
@@ -105,6 +112,13 @@ def test_ranks_that_do_not_suit_the_layers(layers, rank, message):
 def test_bad_values_are_refused_with_the_remedy(settings, message):
     with pytest.raises(ValueError, match=message):
         LoreftConfig(**settings)
+
+
+def test_a_setting_of_pyrefts_or_loras_is_answered_with_ours():
+    with pytest.raises(TypeError, match="no setting 'share_weights'.* is tied_weights"):
+        LoreftConfig(share_weights=True)
+    with pytest.raises(TypeError, match="no setting 'ranks'. Did you mean 'rank'"):
+        LoreftConfig(ranks=4)
 
 
 def test_every_setting_is_described():

@@ -21,7 +21,7 @@ ORDER = [
     "rotation",
     "peft_type",
     "pyreft_install",
-    "pyreft_names",
+    "foreign_names",
     "components",
     "format_version",
     "config_file",

@@ -327,6 +327,7 @@ def test_a_module_that_is_not_there_is_refused():
         (8, "lora: 8 is not a mapping"),
         ({"rank": 4}, "lora: unknown key 'rank'.* Known keys: r, alpha, dropout"),
         ({"alpa": 4}, "lora: unknown key 'alpa'. Did you mean 'alpha'"),
+        ({"lora_r": 4}, "lora: unknown key 'lora_r'. Did you mean 'r'"),
         ({"r": 0}, "lora: r: 0 is not a whole number of at least 1"),
         ({"r": 2.0}, "lora: r: 2.0 is not a whole number"),
         ({"r": True}, "lora: r: True is not a whole number"),

@@ -228,10 +228,22 @@ def test_only_the_adapter_gets_gradients(ids):
             assert parameter.grad.abs().sum() > 0, name
 
 
+def test_positions_of_a_callers_own_are_refused(tokens):
+    model = build_adapter(build_model())
+    for name in ("intervention_locations", "unit_locations"):
+        with pytest.raises(ValueError, match=f"{name}: positions are found in every b"):
+            model(tokens(1, 9), **{name: [[[0, 1]]]})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"layers": [3]}, "layers: 3 in .* is out of range, the base model has 3"),
+        (
+            {"component": "model.layers[3].output"},
+            "names layer 3, and the base model",
+        ),
+        ({"component": "model.layers.2.mlp.output"}, r"stands in brackets: \[2\]"),
         ({"rank": 33}, "rank: 33 is larger than the hidden size 32"),
     ],
 )

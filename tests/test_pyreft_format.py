@@ -11,8 +11,9 @@ import torch
 from click.testing import CliRunner
 from conftest import build_adapter, build_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
-from axolotl_reft import from_pyreft
+from axolotl_reft import from_pyreft, to_pyreft
 from axolotl_reft.config import INTERVENTIONS
 from axolotl_reft.interventions import INTERVENTION_CLASSES
 from axolotl_reft.plugin.commands import reft
@@ -107,6 +108,8 @@ COMPONENTS_SAVED = [
     "mlp_activation",
     "mlp.down_proj.output",
     "model.layers[1].mlp.output",
+    "self_attn.q_proj.output",
+    "model.layers[2].output",
 ]
 
 
@@ -143,8 +146,12 @@ def load_by_hand(directory):
 @pytest.mark.parametrize("component", COMPONENTS_SAVED)
 def test_other_components_there_and_back(tmp_path, base, ids, component):
     model = save(tmp_path / "a", component=component)
-    export_adapter(str(tmp_path / "a"), str(tmp_path / "out"))
-    if "." in component:
+    done = run("export", tmp_path / "a", tmp_path / "out")
+    by_path = component == "mlp.down_proj.output"
+    assert ("cannot load a component that is given by its path" in done.output) is (
+        by_path
+    )
+    if by_path:
         # pyreft 0.1.0 does not find the width of a path, so it is given objects.
         theirs = load_by_hand(tmp_path / "out")
     else:
@@ -162,9 +169,61 @@ def test_other_components_there_and_back(tmp_path, base, ids, component):
     assert torch.allclose(logits(back, ids), logits(model, ids), atol=1e-5)
 
 
+def test_what_a_live_model_saves_is_what_is_exported(tmp_path, base, ids):
+    save(tmp_path / "a", tied_weights=False)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "a"
+    )
+    export_adapter(str(tmp_path / "a"), str(tmp_path / "exported"))
+    live = to_pyreft(model)
+    live.save(str(tmp_path / "saved"))
+    # As pyreft's trainer does; its folder may be there already.
+    live.save_intervention(save_directory=tmp_path / "kept", include_model=True)
+    live.save_intervention(save_directory=tmp_path / "kept", include_model=True)
+    files = {file.name for file in (tmp_path / "exported").iterdir()}
+    for folder in ("saved", "kept"):
+        assert {file.name for file in (tmp_path / folder).iterdir()} == files
+        for name in files:
+            file, expected = tmp_path / folder / name, tmp_path / "exported" / name
+            if file.suffix == ".bin":
+                got, wanted = torch.load(file), torch.load(expected)
+                assert got.keys() == wanted.keys()
+                assert all(torch.equal(got[key], wanted[key]) for key in got)
+    assert pyreft.ReftModel.load(str(tmp_path / "saved"), build_model())
+    with pytest.raises(ValueError, match="save: only a directory can be saved to"):
+        live.save(str(tmp_path / "hub"), save_to_hf_hub=True)
+
+
+def test_an_export_knows_its_base(tmp_path, base, ids):
+    model = save(tmp_path / "a")
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base
+    model.save_pretrained(tmp_path / "a")
+    export_adapter(str(tmp_path / "a"), str(tmp_path / "out"))
+    done = run("import", tmp_path / "out", tmp_path / "b")
+    assert done.exit_code == 0, done.output
+    back = PeftModel.from_pretrained(build_model(), tmp_path / "b")
+    assert torch.allclose(logits(back, ids), logits(model, ids), atol=1e-5)
+    (tmp_path / "out" / "adapter_config.json").unlink()
+    done = run("import", tmp_path / "out", tmp_path / "c", "--positions", "f2+l3")
+    assert done.exit_code == 1
+    assert "Error: base model: pyreft does not save which one" in done.output
+
+
+def test_a_bias_of_pyrefts_that_is_not_here_is_named():
+    state = {
+        "learned_source.weight": torch.zeros(2, 32),
+        "learned_source.bias": torch.zeros(2),
+        "proj_layer.weight": torch.zeros(2, 32),
+        "proj_layer.bias": torch.zeros(2),
+    }
+    with pytest.raises(ValueError, match="it was trained with add_bias=True"):
+        read_pyreft_state("noreft", state)
+
+
 @pytest.mark.parametrize(
     ("component", "asks"),
-    [("mlp.output", False), ("self_attn.q_proj.output", True), ("mlp_input", False)],
+    [("mlp.output", False), ("mlp.down_proj.output", True), ("mlp_input", False)],
 )
 def test_a_trainers_checkpoint_of_another_component(
     tmp_path, base, ids, component, asks

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import build_adapter, build_model
 
-from axolotl_reft import to_pyreft
+from axolotl_reft import LoreftConfig, to_pyreft
 from axolotl_reft.config import INTERVENTIONS
 from axolotl_reft.layer import LoreftDecoderLayer
 from axolotl_reft.positions import Positions
@@ -243,6 +243,16 @@ def test_the_live_model_of_pyreft_shares_everything(tokens, tied):
         adapter(ids, labels=labels).logits[0, 5:], adapter(ids).logits[0, 5:]
     )
     assert not any(".intv_" in name for name, _ in model.model.named_modules())
+
+
+def test_several_active_adapters_have_no_live_model():
+    model = build_adapter(build_model())
+    model.add_adapter("other", LoreftConfig(rank=2))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="adapters default, other are active together"):
+        to_pyreft(model)
+    model.set_adapter("other")
+    assert len(to_pyreft(model).interventions) == 3
 
 
 def test_other_adapters_have_no_live_model():

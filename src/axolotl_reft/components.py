@@ -131,7 +131,7 @@ def from_pyreft_name(name: object) -> tuple[int | None, str] | None:
 
 
 def to_pyreft_name(component: str, layers: str, layer: int) -> str:
-    """pyreft's component: a name, or the whole path below the model.
+    """pyreft's component: a name where it has one, or the path below the model.
 
     Args:
         component: ours.
@@ -142,6 +142,9 @@ def to_pyreft_name(component: str, layers: str, layer: int) -> str:
     if parsed is None:
         return component
     site = parsed[1]
+    for name, paths in _NAMES.items():
+        if site.path in paths and site.side == _side(name):
+            return name
     return ".".join(filter(None, (f"{layers}[{layer}]", site.path, site.side)))
 
 

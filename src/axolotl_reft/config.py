@@ -13,10 +13,10 @@ from transformers.activations import ACT2FN
 
 from axolotl_reft.components import COMPONENTS, component_layer, is_component
 from axolotl_reft.config_file import read_config_file
+from axolotl_reft.foreign_names import hint, intervention_hint
 from axolotl_reft.format_version import FORMAT_VERSION, check_format, package_version
 from axolotl_reft.peft_type import LOREFT
 from axolotl_reft.positions import Positions
-from axolotl_reft.pyreft_names import pyreft_intervention, pyreft_key
 from axolotl_reft.turns import Turns
 from axolotl_reft.wording import did_you_mean, shown
 
@@ -163,10 +163,8 @@ class LoreftConfig(PeftConfig):
         # Ahead of the fields: what PEFT does with those it does not know is to drop
         # them, with a warning.
         known = tuple(field.name for field in fields(cls) if field.init)
-        for key in kwargs:
-            if key not in known:
-                hint = pyreft_key(key) or did_you_mean(key, known)
-                raise TypeError(f"LoreftConfig has no setting {key!r}.{hint}")
+        for key in kwargs.keys() - set(known):
+            raise TypeError(f"LoreftConfig has no setting {key!r}.{hint(key, known)}")
         version = kwargs.get("format_version", FORMAT_VERSION)
         check_format(version, kwargs.get("axolotl_reft_version"))
         return super().__new__(cls)
@@ -241,19 +239,11 @@ def _check_rank(rank: object) -> None:
 
 
 def _check_intervention(intervention: object) -> None:
-    if isinstance(intervention, type) and not pyreft_intervention(intervention):
-        raise ValueError(
-            f"intervention: {shown(intervention)} is a class, and the adapter's "
-            "directory holds a name. Choose one of: "
-            f"{', '.join(INTERVENTIONS)}; others cannot be used"
-        )
     if intervention not in INTERVENTIONS:
-        hint = pyreft_intervention(intervention) or did_you_mean(
-            intervention, INTERVENTIONS
-        )
         raise ValueError(
-            f"intervention: {shown(intervention)} is unknown.{hint} Choose one of: "
-            f"{', '.join(INTERVENTIONS)}"
+            f"intervention: {shown(intervention)} is unknown."
+            f"{intervention_hint(intervention, INTERVENTIONS)} Choose one of: "
+            f"{', '.join(INTERVENTIONS)}; classes of your own cannot be used"
         )
 
 
@@ -343,8 +333,8 @@ def checked_lora(lora: object) -> dict[str, Any]:
     for key in lora:
         if key not in LORA:
             raise ValueError(
-                f"lora: unknown key {shown(key)}.{did_you_mean(key, tuple(LORA))} "
-                f"Known keys: {', '.join(LORA)}"
+                f"lora: unknown key {shown(key)}."
+                f"{did_you_mean(_bare(key), tuple(LORA))} Known keys: {', '.join(LORA)}"
             )
     settings = LORA | {key: value for key, value in lora.items() if value is not None}
     r, alpha = settings["r"], settings["alpha"]
@@ -364,6 +354,11 @@ def checked_lora(lora: object) -> dict[str, Any]:
         raise ValueError(f"lora: dropout: {shown(dropout)} is not from 0 to below 1")
     targets = _checked_targets(settings["target_modules"])
     return {"r": r, "alpha": alpha, "dropout": dropout, "target_modules": targets}
+
+
+def _bare(key: object) -> object:
+    """A key without the beginning that axolotl's own have."""
+    return key.removeprefix("lora_") if isinstance(key, str) else key
 
 
 def _check_alpha(alpha: object) -> None:

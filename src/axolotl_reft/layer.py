@@ -322,7 +322,8 @@ def cannot_merge() -> ValueError:
         "a LoReFT adapter cannot be merged into the base model: it edits hidden states "
         "at some positions of a prompt, which no change of the weights can do. Ship "
         "the adapter (a few megabytes) beside the base and load it with "
-        "PeftModel.from_pretrained; unload() gives back the base model"
+        "PeftModel.from_pretrained, after import axolotl_reft; unload() gives back the "
+        "base model"
     )
 
 

@@ -49,6 +49,12 @@ class LoreftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for name in ("intervention_locations", "unit_locations"):
+            if name in kwargs:
+                raise ValueError(
+                    f"{name}: positions are found in every batch, and others cannot be "
+                    "passed; leave it out, and choose with LoreftConfig(positions=...)"
+                )
         # By __call__ where PEFT uses .forward, so that the tracker's hook sees labels.
         return self.model(*args, **kwargs)
 

@@ -14,9 +14,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,6 @@ _THEIRS = re.compile(
 _PREFIX, _SUFFIX = "intkey_", ".bin"
 _TRAINER_FOLDER = "intervenable_model"
 _CLASSES = {str(pyreft_class(name)): name for name in INTERVENTION_CLASSES}
-# Objects of ours that ran inside a ReftModel are saved under our class names.
-_CLASSES |= {str(cls): name for name, cls in INTERVENTION_CLASSES.items()}
 
 Numbers = dict[tuple[int, int], dict[str, Tensor]]
 
@@ -71,11 +70,18 @@ def to_pyreft(peft_model: PeftModel) -> pyreft.ReftModel:
     Its interventions are the adapter's own objects, and its base model's weights those
     of the adapter's base: training or changing either changes both. Its modules are
     copies, because pyvene removes every hook of a model that it runs. As always with
-    pyreft, the positions are the caller's to pass, as ``unit_locations``.
+    pyreft, the positions are the caller's to pass, as ``unit_locations``. What its
+    ``save`` writes is what :func:`export_adapter` does.
 
     Raises:
-        ValueError: the active adapter is not LoReFT.
+        ValueError: the active adapter is not LoReFT, or there are several.
     """
+    active = peft_model.base_model.active_adapters
+    if len(active) > 1:
+        raise ValueError(
+            f"the adapters {', '.join(active)} are active together, and one can be "
+            "handed to pyreft; choose it with model.set_adapter"
+        )
     name = peft_model.active_adapter
     config = peft_model.peft_config[name]
     if not isinstance(config, LoreftConfig):
@@ -85,6 +91,7 @@ def to_pyreft(peft_model: PeftModel) -> pyreft.ReftModel:
     shared = {id(tensor): tensor for tensor in tensors}
     base = copy.deepcopy(peft_model, shared).unload()
     path, _ = find_decoder_layers(base)
+    interventions = _live_interventions(peft_model, name)
     representations = [
         {
             "layer": layer,
@@ -92,32 +99,51 @@ def to_pyreft(peft_model: PeftModel) -> pyreft.ReftModel:
             "low_rank_dimension": intervention.rank,
             "intervention": intervention,
         }
-        for layer, intervention in _live_interventions(peft_model, name)
+        for (_, layer), intervention in interventions.items()
     ]
-    model = pyreft.get_reft_model(
-        base, pyreft.ReftConfig(representations=representations), set_device=False
-    )
+    model = _LiveReftModel(pyreft.ReftConfig(representations=representations), base)
+    model.write = partial(_write, config, path, interventions)
+    model.disable_model_gradients()
     model.set_device(peft_model.device)
     model.train(peft_model.training)
     return model
 
 
+class _LiveReftModel(pyreft.ReftModel):
+    """pyreft's model over our interventions, saved as pyreft saves its own."""
+
+    write: Callable[[Path], None]
+
+    def save(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        if args or kwargs:
+            raise ValueError(
+                "save: only a directory can be saved to here; write it, and upload it "
+                "with huggingface_hub's upload_folder"
+            )
+        with _new_directory(save_directory) as folder:
+            self.write(folder)
+
+    def save_intervention(self, save_directory: str, **kwargs: Any) -> None:
+        """As pyreft's trainer does at every checkpoint."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.write(Path(save_directory))
+
+
 def _live_interventions(
     peft_model: PeftModel, adapter: str
-) -> list[tuple[int, nn.Module]]:
-    """Layers and interventions in pyreft's order: all of one side, then the other."""
+) -> dict[tuple[int, int], nn.Module]:
+    """By side and layer, in pyreft's order: all of one side, then the other."""
     layers = [
         (int(path.rpartition(".")[2]), module)
         for path, module in peft_model.named_modules()
         if isinstance(module, LoreftDecoderLayer) and adapter in module.intv_0
     ]
-    sides = [(0, "intv_0"), (1, "intv_1")]
-    return [
-        (number, getattr(layer, container)[adapter])
-        for _, container in sides
+    return {
+        (side, number): getattr(layer, container)[adapter]
+        for side, container in enumerate(("intv_0", "intv_1"))
         for number, layer in layers
         if adapter in getattr(layer, container)
-    ]
+    }
 
 
 def from_pyreft(
@@ -166,8 +192,11 @@ def _refuse_lora(config: LoreftConfig, adapter: str) -> None:
 # --- directories ---------------------------------------------------------------------
 
 
-def export_adapter(directory: str, out: str) -> None:
+def export_adapter(directory: str, out: str) -> str | None:
     """Write a saved LoReFT adapter as a directory of pyreft's.
+
+    Returns:
+        The component, if it has no name, which pyreft 0.1.0 cannot load.
 
     Raises:
         ValueError: there is no such adapter, pyreft has no place for something in it,
@@ -176,42 +205,61 @@ def export_adapter(directory: str, out: str) -> None:
     config = read_adapter_config(directory, "DIR")
     _refuse_lora(config, "DIR: the adapter")
     layers, numbers = _read_adapter(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
+    interventions: dict[tuple[int, int], nn.Module] = {}
+    for (layer, side), state in numbers.items():
+        rank, size = _shape(state)
+        ours = INTERVENTION_CLASSES[config.intervention](
+            embed_dim=size, low_rank_dimension=rank
+        )
+        ours.load_state_dict(state)
+        interventions[side, layer] = ours
+    with _new_directory(out) as folder:
+        _write(config, layers, interventions, folder)
+    component = to_pyreft_name(config.component, layers, 0)
+    return component if "." in component else None
+
+
+def _write(
+    config: LoreftConfig,
+    layers: str,
+    interventions: Mapping[tuple[int, int], Any],
+    folder: Path,
+) -> None:
+    """Write interventions as pyreft does, and our configuration beside them.
+
+    Args:
+        layers: path of the model's list of layers.
+        interventions: ours, by side and layer.
+    """
     kind = str(pyreft_class(config.intervention))
     keys, sizes, representations = [], [], []
-    with _new_directory(out) as folder:
-        for side, layer in sorted((side, layer) for layer, side in numbers):
-            state = numbers[layer, side]
-            rank, size = _shape(state)
-            ours = INTERVENTION_CLASSES[config.intervention](
-                embed_dim=size, low_rank_dimension=rank
-            )
-            ours.load_state_dict(state)
-            theirs = make_pyreft_object(
-                config.intervention, ours, config.act_fn, config.dropout
-            )
-            component = to_pyreft_name(config.component, layers, layer)
-            keys.append(_key(component, layer, side))
-            sizes.append(size)
-            # pyvene's RepresentationConfig: layer, component, unit, units, rank, nulls
-            representations.append([layer, component, "pos", 1, rank, *[None] * 9])
-            torch.save(theirs.state_dict(), folder / f"{_PREFIX}{keys[-1]}{_SUFFIX}")
-        settings = {
-            "intervention_constant_sources": [True] * len(keys),
-            "intervention_dimensions": sizes,
-            "intervention_types": [kind] * len(keys),
-            "mode": "parallel",
-            "representations": representations,
-            "sorted_keys": keys,
-        }
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        config.save_pretrained(folder)
+    for (side, layer), ours in sorted(interventions.items()):
+        theirs = make_pyreft_object(
+            config.intervention, ours, config.act_fn, config.dropout
+        )
+        component = to_pyreft_name(config.component, layers, layer)
+        keys.append(_key(component, layer, side))
+        sizes.append(ours.hidden_size)
+        # pyvene's RepresentationConfig: layer, component, unit, units, rank, nulls
+        representations.append([layer, component, "pos", 1, ours.rank, *[None] * 9])
+        torch.save(theirs.state_dict(), folder / f"{_PREFIX}{keys[-1]}{_SUFFIX}")
+    settings = {
+        "intervention_constant_sources": [True] * len(keys),
+        "intervention_dimensions": sizes,
+        "intervention_types": [kind] * len(keys),
+        "mode": "parallel",
+        "representations": representations,
+        "sorted_keys": keys,
+    }
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    config.save_pretrained(folder)
 
 
 def import_adapter(
     directory: str,
     out: str,
     *,
-    base_model: str,
+    base_model: str | None = None,
     positions: str | None = None,
     intervention: str | None = None,
     component: str | None = None,
@@ -221,13 +269,21 @@ def import_adapter(
     """Write a directory of pyreft's as a PEFT adapter.
 
     Args:
-        base_model: path or hub id of the base; only its config is read.
+        base_model: path or hub id of the base; only its config is read. Needed unless
+            the directory is one that :func:`export_adapter` wrote.
 
     The other arguments are :func:`from_pyreft`'s.
 
     Raises:
         ValueError: as there, or ``out`` is in use. Nothing is written then.
     """
+    if base_model is None:
+        if not (Path(directory) / CONFIG_NAME).is_file():
+            raise ValueError(
+                "base model: pyreft does not save which one an adapter is for; pass "
+                "--base-model"
+            )
+        base_model = read_adapter_config(directory, "DIR").base_model_name_or_path
     try:
         base_config = AutoConfig.from_pretrained(base_model)
     except (OSError, ValueError) as error:

@@ -91,6 +91,11 @@ def read_pyreft_state(
         numbers[our_name] = left.pop(name)
     if "rotation" in _state_names(intervention):
         numbers["R"] = _pop_rotation(left)
+    if "proj_layer.bias" in left:
+        raise ValueError(
+            "'proj_layer.bias': it was trained with add_bias=True, which has no "
+            "counterpart here; train it without"
+        )
     if left:
         raise ValueError(f"{sorted(left)[0]!r} does not belong to {intervention}")
     _check_shapes(numbers)

@@ -72,6 +72,12 @@ def test_ranks_may_differ_by_layer():
     assert LoreftConfig(**block).rank == {"0-7": 4, "8": 2, "all": 1}
 
 
+def test_layers_of_ranks_may_be_numbers_beside_text():
+    """axolotl sorts the keys when it prints the settings."""
+    rank = validated(loreft={"rank": {3: 8, "1-2": 2, "all": 4}}).loreft.rank
+    assert rank.to_dict() == {"3": 8, "1-2": 2, "all": 4}
+
+
 def test_every_key_is_described():
     assert all(field.description for field in LoreftBlock.model_fields.values())
 
@@ -81,6 +87,19 @@ IN_THE_BLOCK = [
     ({"layer": 8}, "loreft: unknown key 'layer'. Did you mean 'layers'."),
     ({"tie_weights": True}, "Did you mean 'tied_weights'."),
     ({"zzz": 8}, "loreft: unknown key 'zzz'. Known keys: layers, positions, rank"),
+    (
+        {"low_rank_dimension": 4},
+        "key 'low_rank_dimension'. low_rank_dimension: here it is rank. Known",
+    ),
+    (
+        {"num_interventions": 4},
+        "num_interventions: which tokens are edited is found in",
+    ),
+    (
+        {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]},
+        "unknown keys 'r', 'lora_alpha', 'target_modules'. r: here it is rank. lora_"
+        "alpha: remove it, .* target_modules: here layers and component say",
+    ),
     ({"positions": "f7-l7"}, "positions: 'f7-l7' is not understood. Write f<n>"),
     ({"positions": "f0"}, "positions: 'f0' is not understood"),
     ({"positions": "l-1"}, "positions: 'l-1' is not understood"),
@@ -101,7 +120,9 @@ BESIDE_IT = [
     ({"adapter": "lora", "lora_r": 8}, "the block is set, but adapter is 'lora'"),
     ({"loreft_rank": 8}, "loreft_rank: is not a key at the top of the config"),
     ({"reft": {"rank": 8}}, "reft: is not a key at the top of the config"),
-    ({"positions": "f1"}, "positions: is not a key at the top of the config"),
+    ({"positions": "f1"}, "positions: is not a key at the top of the config. The ada"),
+    ({"share_weights": True}, "share_weights: is not a key at the top of the config. "
+     "share_weights: here it is tied_weights. The adapter's settings go into"),
     ({"lora_r": 8}, "lora_r: 8 is a setting of LoRA and would do nothing with adapte"),
     ({"lora_dropout": 0.1}, "lora_dropout: 0.1 is a setting of LoRA"),
     ({"lora_r": 8, "lora_alpha": 16},

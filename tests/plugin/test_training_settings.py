@@ -1,5 +1,7 @@
 """Settings of axolotl's training beside the adapter, each in a short run."""
 
+import warnings
+
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -82,6 +84,22 @@ def test_chunks_of_the_loss_change_no_loss(config, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_reentrant_checkpointing_does_not_say_that_gradients_are_none(config, tmp_path):
+    """Of frozen layers below the first edit, of which there are none to have."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        train(
+            config,
+            2,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": True},
+            loreft={"layers": [-1]},
+            output_dir=str(tmp_path),
+        )
+    assert not [one for one in told if "requires_grad=True" in str(one.message)]
+
+
 def test_samples_in_the_order_of_a_curriculum(config, tmp_path):
     def run(name, **changes):
         output = str(tmp_path / name)

@@ -9,12 +9,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from axolotl_reft.config import LoreftConfig
+from axolotl_reft.foreign_names import KEYS as FOREIGN_KEYS
+from axolotl_reft.foreign_names import hint
 from axolotl_reft.plugin.checks import check_component, check_settings
 from axolotl_reft.plugin.parallel import check_parallel
 from axolotl_reft.plugin.quantised import check_quantisation, with_quantization
-from axolotl_reft.pyreft_names import KEYS as PYREFT_KEYS
-from axolotl_reft.pyreft_names import pyreft_key
-from axolotl_reft.wording import did_you_mean, shown
+from axolotl_reft.wording import shown
 
 _FIELDS = {field.name: field for field in fields(LoreftConfig)}
 
@@ -105,13 +105,13 @@ def _checked_block(data: Any) -> dict[str, Any]:
             "loreft:\n  positions: f7+l7\n  rank: 8"
         )
     known = tuple(LoreftBlock.model_fields)
-    for key in data:
-        if key not in known:
-            raise ValueError(
-                f"loreft: unknown key {shown(key)}."
-                f"{pyreft_key(key) or did_you_mean(key, known)} Known keys: "
-                f"{', '.join(known)}"
-            )
+    if unknown := [key for key in data if key not in known]:
+        named = ", ".join(shown(key) for key in unknown)
+        hints = "".join(hint(key, known) for key in unknown)
+        raise ValueError(
+            f"loreft: unknown key{'s' * (len(unknown) > 1)} {named}.{hints} Known "
+            f"keys: {', '.join(known)}"
+        )
     # A key without a value means its default, as elsewhere in axolotl's YAML.
     settings = {key: value for key, value in data.items() if value is not None}
     config = LoreftConfig(**settings)
@@ -123,7 +123,7 @@ def _check_keys_at_the_top(settings: dict[str, Any]) -> None:
     """axolotl drops unknown keys at the top without a word; these are ours."""
     for key in settings:
         ours = settings.get("adapter") == "loreft" and (
-            key in LoreftBlock.model_fields or key in PYREFT_KEYS
+            key in LoreftBlock.model_fields or key in FOREIGN_KEYS
         )
         if not isinstance(key, str):
             continue  # axolotl says so
@@ -136,7 +136,7 @@ def _check_keys_at_the_top(settings: dict[str, Any]) -> None:
                 "  - {positions: f7+l7, rank: 4}\n  - {positions: f7+l7, rank: 8}"
             )
             raise ValueError(
-                f"{key}: is not a key at the top of the config.{pyreft_key(key)} The "
+                f"{key}: is not a key at the top of the config.{hint(key, ())} The "
                 "adapter's settings go into a block, for example\nloreft:\n"
                 "  positions: f7+l7\n  rank: 8" + (sweep if "." in str(key) else "")
             )

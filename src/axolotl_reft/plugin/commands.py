@@ -42,8 +42,16 @@ def export_command(directory: str, out: str) -> None:
     """
     from axolotl_reft.pyreft_format import export_adapter
 
-    export_adapter(directory, out)
-    click.echo(f"wrote {out}; load it with pyreft.ReftModel.load({out!r}, base_model)")
+    by_path = export_adapter(directory, out)
+    if by_path:
+        click.echo(
+            f"wrote {out}. pyreft 0.1.0 cannot load a component that is given by its "
+            f"path ({by_path}), its own adapters included; axolotl reft import can"
+        )
+    else:
+        click.echo(
+            f"wrote {out}; load it with pyreft.ReftModel.load({out!r}, base_model)"
+        )
 
 
 @reft.command("import")
@@ -51,8 +59,8 @@ def export_command(directory: str, out: str) -> None:
 @click.argument("out", metavar="OUT")
 @click.option(
     "--base-model",
-    required=True,
-    help="Path or hub id of the base model; only its config is read.",
+    help="Path or hub id of the base model, of which only the config is read; default: "
+    "the one that an export names.",
 )
 @click.option("--positions", help="What it was trained with, for example f7+l7.")
 @click.option(

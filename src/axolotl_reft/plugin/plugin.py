@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.fp32_norms import get_fp32_norm_patterns
 from axolotl.utils.logging import get_logger
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
-from peft.utils import CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel, TrainerCallback
 
 from axolotl_reft.config import LoreftConfig
@@ -80,6 +81,8 @@ class LoreftPlugin(BasePlugin):
             LOG.info("using the LoReFT adapter in %s", cfg.lora_model_dir)
         check_against_base(cfg, load_model_config(cfg), training=not answering)
         quantised.complete(cfg)
+        # Of reentrant checkpointing, about the frozen layers below the first edit.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
 
     def post_model_build(self, cfg: DictDefault, model: PreTrainedModel) -> None:
         if cfg.adapter == "loreft":
@@ -174,18 +177,20 @@ def trained_adapter(output_dir: str) -> str:
     Raises:
         ValueError: there is none; the message names what there is instead.
     """
-    if (Path(output_dir) / CONFIG_NAME).is_file():
+    # Of the weights: axolotl writes the configuration when a training begins.
+    if (Path(output_dir) / SAFETENSORS_WEIGHTS_NAME).is_file():
         return str(output_dir)
-    checkpoints = sorted(
-        (path.parent for path in Path(output_dir).glob(f"checkpoint-*/{CONFIG_NAME}")),
-        key=lambda path: path.stat().st_mtime,
-    )
-    remedy = (
-        f"use a checkpoint with --lora-model-dir {checkpoints[-1]}"
-        if checkpoints
-        else "train first with axolotl train, or name an adapter with --lora-model-dir"
-    )
+    weights = Path(output_dir).glob(f"checkpoint-*/{SAFETENSORS_WEIGHTS_NAME}")
+    checkpoints = sorted((w.parent for w in weights), key=lambda p: p.stat().st_mtime)
+    remedy = "train first with axolotl train, or name an adapter with --lora-model-dir"
+    if checkpoints:
+        remedy = (
+            "the training did not finish: go on with axolotl train "
+            "--auto-resume-from-checkpoints, or use a checkpoint with --lora-model-dir "
+            f"{checkpoints[-1]}"
+        )
     raise ValueError(
         f"output_dir: there is no trained LoReFT adapter in {str(output_dir)!r} "
-        f"(looked for {CONFIG_NAME}), and a fresh one would answer at random; {remedy}"
+        f"(looked for {SAFETENSORS_WEIGHTS_NAME}), and a fresh one would answer at "
+        f"random; {remedy}"
     )
