@@ -36,7 +36,7 @@ SECTIONS = [
         "Quantised bases",
         "The base would not be quantised as the config asks, or could not be trained "
         "through.",
-        "plugin/quantised",
+        "plugin/quantised input_gradients",
     ),
     (
         "Commands",

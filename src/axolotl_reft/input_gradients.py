@@ -1,9 +1,14 @@
-"""Keeps backward out of the frozen layers below the first edited one.
+"""Where backward goes: not into the frozen layers below the first edited one, and
+through all of those above.
 
 Transformers, PEFT and axolotl make the embeddings' output require a gradient wherever
 an adapter meets gradient checkpointing (axolotl: wherever there is an adapter). With
 it, backward runs through every layer. Reentrant checkpointing needs it for trained
 weights inside of layers; LoReFT's are outside, or see to it themselves (``layer.py``).
+
+bitsandbytes (0.50) packs 4-bit weights at the first evaluation on a CPU that has
+instructions for bfloat16, for a kernel without a backward, and takes that kernel in
+training ever after: gradients that pass such a layer are lost.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from functools import partial
 from transformers import PreTrainedModel
 
 _METHOD = "enable_input_require_grads"
+_PACKS = "support_avx512bf16_for_cpu"
 
 
 def spare_frozen_layers(model: PreTrainedModel, prefix: str) -> None:
@@ -30,6 +36,25 @@ def spare_frozen_layers(model: PreTrainedModel, prefix: str) -> None:
 def treat_as_usual(model: PreTrainedModel) -> None:
     """Undo :func:`spare_frozen_layers`."""
     model.__dict__.pop(_METHOD, None)
+
+
+def keep_from_packing(model: PreTrainedModel) -> None:
+    """Let bitsandbytes compute a base that is trained through without that kernel.
+
+    Raises:
+        ValueError: it has packed weights already.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, _PACKS):
+            continue
+        setattr(module, _PACKS, False)
+        state = getattr(module.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name} of the base was packed by bitsandbytes when it was evaluated, "
+                "for a kernel that computes no gradients; load the base anew, and make "
+                "the adapter before anything is computed"
+            )
 
 
 def _enable(model: PreTrainedModel, prefix: str) -> None:

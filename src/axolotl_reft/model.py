@@ -16,7 +16,11 @@ from axolotl_reft.adapter_numbers import check_complete
 from axolotl_reft.adapter_rows import BASE
 from axolotl_reft.components import check_list_of_layers
 from axolotl_reft.config import LoreftConfig, layer_ranks
-from axolotl_reft.input_gradients import spare_frozen_layers, treat_as_usual
+from axolotl_reft.input_gradients import (
+    keep_from_packing,
+    spare_frozen_layers,
+    treat_as_usual,
+)
 from axolotl_reft.layer import LoreftDecoderLayer, cannot_merge
 from axolotl_reft.prompts import PromptTracker
 from axolotl_reft.trained_modules import (
@@ -154,6 +158,8 @@ class LoreftModel(BaseTuner):
 
     def _prepare_model(self, peft_config: LoreftConfig, model: Any) -> None:
         fit_vocabulary(peft_config, model)
+        if not peft_config.inference_mode:
+            keep_from_packing(model)
         if _tracker_of(model) is None:
             # A plain attribute, of the model and not of this tuner: see prompts.py.
             model.__dict__[_TRACKER] = PromptTracker(model, model.base_model)

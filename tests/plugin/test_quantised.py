@@ -5,7 +5,7 @@ import torch
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from conftest import build_model
+from conftest import build_adapter, build_model
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from test_args import validated
 from training import train
@@ -64,7 +64,8 @@ def test_a_4_bit_base_is_one_and_is_trained_on_and_comes_back(config, tmp_path):
         quantization_config=BitsAndBytesConfig(**NF4),
         attn_implementation="eager",
     )
-    reloaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    # Trainable, so that bitsandbytes computes by the same kernel.
+    reloaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()
     ids = torch.arange(4, 20).view(2, 8)
     with torch.no_grad():
         expected = model.eval()(ids).logits
@@ -258,6 +259,40 @@ def test_a_base_stored_in_4_bits_needs_no_setting(config, tmp_path):
     assert fell(losses)
 
 
+def test_an_evaluation_before_training_cuts_no_gradients(tmp_path, tokens):
+    """As bitsandbytes' kernel does, which it takes on CPUs with bfloat16."""
+    build_model(hidden_size=64, intermediate_size=64, head_dim=16).save_pretrained(
+        tmp_path
+    )
+    ids = tokens(2, 9)
+    labels = ids.masked_fill(torch.arange(9) < 5, -100)
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=BitsAndBytesConfig(**NF4)
+        )
+
+    found = []
+    for evaluated in (False, True):
+        model = build_adapter(load())
+        layers = linears(trained_base(model))
+        assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(ids)
+        model.train()(input_ids=ids, labels=labels).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+    base = load()
+    packed = base.model.layers[0].mlp.up_proj
+    packed.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match="layers.0.mlp.up_proj of the base was packed"):
+        build_adapter(base)
+    # For answering that kernel is as good as another.
+    get_peft_model(base, LoreftConfig(inference_mode=True))
+
+
 def test_in_plain_python(tmp_path, tokens):
     """A base with BitsAndBytesConfig, without axolotl."""
     build_model(hidden_size=64, intermediate_size=64, head_dim=16).save_pretrained(
@@ -285,7 +320,9 @@ def test_in_plain_python(tmp_path, tokens):
         losses.append(loss.item())
     assert fell(losses)
     model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
+    # Trainable, so that bitsandbytes computes by the same kernel.
+    adapter = tmp_path / "adapter"
+    again = PeftModel.from_pretrained(load(), adapter, is_trainable=True).eval()
     with torch.no_grad():
         # Embeddings and norms are the base's own here, in float32 already.
         torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
