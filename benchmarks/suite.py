@@ -185,6 +185,20 @@ SUITE: dict[str, Benchmark] = {
             gpu=[_ON_GPU[0]],
         ),
     ),
+    "generate": Benchmark(
+        "generate",
+        ("base", "ours"),
+        _sizes(
+            quick=[Setting(batch=1)],
+            full=[
+                Setting(hidden_size=512, batch=1),
+                Setting(batch=1),
+                _LARGE.but(batch=1),
+                Setting(hidden_size=4096, layers=4, batch=1),
+            ],
+            gpu=[_ON_GPU[0]],
+        ),
+    ),
     "peak-memory": Benchmark(
         "peak_memory",
         EVERYONE,

@@ -153,6 +153,22 @@ def decode(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
     return turn
 
 
+def generate(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
+    """Seconds of a token of ``generate``, prefill included, over 32 of them: what is
+    called at inference, where :func:`decode` also measures PEFT's own forward."""
+    model: Any = _inference_model(name, base, setting)
+    now = clock(setting)
+    ids = rectangle(setting).inputs["input_ids"]
+    asked = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False}
+
+    def turn() -> float:
+        start = now()
+        model.generate(input_ids=ids, pad_token_id=0, **asked)
+        return (now() - start) / 32
+
+    return turn
+
+
 def peak_memory(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
     """Bytes that three training steps need beyond the base model, at their highest."""
     cuda = setting.device != "cpu"
@@ -185,6 +201,7 @@ TASKS: dict[str, Callable[[str, nn.Module, Setting], Callable[[], float]]] = {
     "backward": backward,
     "prefill": prefill,
     "decode": decode,
+    "generate": generate,
     "peak_memory": peak_memory,
 }
 
