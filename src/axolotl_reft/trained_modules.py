@@ -15,7 +15,7 @@ from axolotl_reft.config import LoreftConfig
 from axolotl_reft.wording import did_you_mean
 
 # PEFT adds a classifier's heads by these names, whichever the model has.
-_HEADS = ("classifier", "score")
+HEADS = ("classifier", "score")
 
 
 def check_modules_to_save(config: LoreftConfig, model: nn.Module, layers: str) -> None:
@@ -31,7 +31,7 @@ def check_modules_to_save(config: LoreftConfig, model: nn.Module, layers: str) -
     for name in config.modules_to_save or ():
         # As PEFT matches.
         matched = [path for path in paths if path.endswith(name)]
-        if not matched and name not in _HEADS:
+        if not matched and name not in HEADS:
             leaves = {path.rsplit(".", 1)[-1] for path in paths if path}
             raise ValueError(
                 f"modules_to_save: {name!r} is not a module of "
@@ -93,7 +93,7 @@ def same_modules(
     """
 
     def distinct(names: list[str] | None) -> set[str]:
-        kept = set(names or ()) - set(_HEADS)
+        kept = set(names or ()) - set(HEADS)
         return kept - set(tied[1:]) | set(tied[:1] if kept & set(tied) else ())
 
     return distinct(one) == distinct(other)
