@@ -1,21 +1,27 @@
 """Modules trained whole and saved with the adapter: PEFT's ``modules_to_save``.
 
-PEFT copies a module, trains the copy and saves it. Three things it leaves open are
-settled here: which modules a name means, embeddings that the head shares, and a base
-whose vocabulary had grown when the adapter was trained.
+PEFT copies a module, trains the copy and saves it. Four things it leaves open are
+settled here: which modules a name means, embeddings that the head shares, a base whose
+vocabulary had grown when the adapter was trained, and how often a matrix is saved.
 """
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
-from torch import nn
+from peft import peft_model
+from torch import Tensor, nn
 
 from axolotl_reft.config import LoreftConfig
+from axolotl_reft.peft_type import LOREFT
 from axolotl_reft.wording import did_you_mean
 
 # PEFT adds a classifier's heads by these names, whichever the model has.
 HEADS = ("classifier", "score")
+# Where PEFT's wrapper keeps the trained copy and the base's own module.
+WRAPPED_PARTS = ("modules_to_save", "original_module")
+_WRAPPED = "_loreft_once"
 
 
 def check_modules_to_save(config: LoreftConfig, model: nn.Module, layers: str) -> None:
@@ -73,6 +79,34 @@ def fit_vocabulary(config: LoreftConfig, model: Any) -> None:
         config.vocab_size = rows
     elif config.vocab_size != rows:
         model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+
+
+def save_modules_once() -> None:
+    """Have PEFT save a trained module once; again is harmless.
+
+    Where the vocabulary has grown, it saves everything below the embeddings: the
+    trained copy as the module itself, which is what it reads, the copy once more, and
+    the base's own.
+    """
+    collect = peft_model.get_peft_model_state_dict
+    if hasattr(collect, _WRAPPED):
+        return
+
+    @wraps(collect)
+    def collect_once(
+        model: Any, state_dict: Any = None, adapter_name: str = "default", **kwargs: Any
+    ) -> dict[str, Tensor]:
+        found = collect(model, state_dict, adapter_name, **kwargs)
+        if model.peft_config[adapter_name].peft_type != LOREFT:
+            return found
+        return {
+            key: tensor
+            for key, tensor in found.items()
+            if not any(f".{part}." in key for part in WRAPPED_PARTS)
+        }
+
+    setattr(collect_once, _WRAPPED, True)
+    peft_model.get_peft_model_state_dict = collect_once
 
 
 def _embedding_names(model: Any) -> list[str]:
