@@ -43,7 +43,7 @@ SECTIONS = [
         "An axolotl command cannot serve an adapter that edits hidden states, or its "
         "options are not complete. Nothing was written.",
         "plugin/running plugin/commands plugin/evaluation lm_eval inspect_command "
-        "inspection inspection_plot probe",
+        "inspection inspection_page probe",
     ),
     (
         "Installation",

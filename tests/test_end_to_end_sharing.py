@@ -45,6 +45,10 @@ def test_a_pushed_adapter_has_axolotls_card_and_our_section(tmp_path):
     assert done.returncode == 0, output[-5000:]
     card = (uploaded / "README.md").read_text()
     assert "## LoReFT adapter" in card and 'from_pretrained("me/adapter")' in card
+    assert "This is an adapter, trained on the " in card
+    assert "from scratch" not in card
+    # axolotl saves the tokenizer with the adapter.
+    assert 'AutoTokenizer.from_pretrained("me/adapter")' in card
     assert "axolotl version: " in card and "library_name: peft" in card
     settings = json.loads((uploaded / "adapter_config.json").read_text())
     assert settings["format_version"] == 1 and settings["axolotl_reft_version"]

@@ -46,10 +46,12 @@ ORDER = [
     "token_view",
     "edit_log",
     "first_batch",
+    "training_record",
     "inspection",
     "probe",
     "inspection_text",
     "inspection_plot",
+    "inspection_page",
     "inspect_command",
     "plugin",
 ]

@@ -7,14 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import build_adapter
+from conftest import build_adapter, build_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from workspace import build_base, build_tokenizer
 
 from axolotl_reft import probe as probing
 from axolotl_reft.inspection import inspect_adapter, subspace_overlap
-from axolotl_reft.inspection_text import as_ranges
+from axolotl_reft.inspection_plot import figure
+from axolotl_reft.inspection_text import as_ranges, columns, summary
 from axolotl_reft.plugin.commands import reft
 from axolotl_reft.probe import load_model, open_base, probe, prompt_ids, read_prompts
 from axolotl_reft.token_view import plain_line, token_text
@@ -148,18 +150,99 @@ def test_the_table_names_everything_and_marks_the_tokens(places):
     assert done.exit_code == 0, done.output
     for text in (
         "LOREFT, loreft",
-        "3: 0-2",
+        "0-2 (3 layers)",
         "f2+l3, one intervention each",
         "3,096",
-        "R error prefix",
+        "R: its rows are orthonormal in every layer, as they should be (max",
         "overlap prefix/suffix",
         "overlap with other, suffix",
         "edit suffix",
+        "0 changes nothing, 1 is as large as the hidden state itself",
         "prompt 1: 10 tokens, 5 edited",
         "[ <s>| a] b c d e f{ g| h| :}",
     ):
         assert text in done.output
-    assert "\x1b" not in done.output
+    assert "\x1b" not in done.output and "R error" not in done.output
+
+
+def test_an_r_that_is_not_orthonormal_is_in_the_table_and_the_picture(places):
+    facts = inspect_adapter(places.tied)
+    assert facts.orthonormal < 1e-6 and figure(facts, []) is None
+    facts.layers[1].orthogonality_error["both"] = 0.05
+    assert facts.orthonormal is None
+    assert [name for name, _ in columns(facts)][-1] == "R error both"
+    (panel,) = figure(facts, []).axes
+    assert panel.get_title().startswith("Distance of R from orthonormal rows")
+
+
+def test_an_adapter_of_one_layer(places):
+    directory = places.save("one", 1, layers=[2], tied_weights=False)
+    output = invoke(directory).output
+    assert "2 (1 layer)" in output and "1 layers" not in output
+    facts = inspect_adapter(directory)
+    drawing = figure(facts, [])
+    assert "1 layer," in drawing.get_suptitle()
+    assert list(drawing.axes[0].get_xticks()) == [2]
+    assert drawing.axes[0].get_xlim() == (1, 3)
+
+
+def test_sizes_of_files(places):
+    assert re.search(r"size +18\.5 kB", invoke(places.untied).output)
+    facts = inspect_adapter(places.untied)
+    facts.bytes = 2_500_000
+    assert ("size", "2.50 MB") in summary(facts)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("several_times", [False, True])
+def test_what_was_trained_whole_is_named_and_counted(tmp_path, tied, several_times):
+    base = build_model(tie_word_embeddings=tied)
+    names = ["embed_tokens", "lm_head"]
+    model = build_adapter(base, rank=4, modules_to_save=list(names))
+    model.save_pretrained(tmp_path)
+    if several_times:  # as they were saved once
+        file = tmp_path / "adapter_model.safetensors"
+        numbers = load_file(file)
+        for key in [key for key in numbers if "intv_" not in key]:
+            stem = key.removesuffix("weight")
+            numbers[f"{stem}modules_to_save.weight"] = numbers[key].clone()
+            numbers[f"{stem}original_module.weight"] = numbers[key] + 1
+        save_file(numbers, file, {"format": "pt"})
+    facts = inspect_adapter(str(tmp_path))
+    count = base.get_input_embeddings().weight.numel() * (1 if tied else 2)
+    assert set(facts.trained_whole) == set(names) and not facts.also_saved
+    assert facts.all_parameters == facts.parameters + count
+    output = invoke(tmp_path).output
+    assert f"embed_tokens, lm_head (trained whole): {count:,} parameters" in output
+    assert f"{facts.parameters:,} of LoReFT, {facts.all_parameters:,} in all" in output
+    assert ".weight" not in output
+
+
+def test_what_was_saved_untrained_is_told_apart(tmp_path):
+    model = build_adapter(build_model(), modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    facts = inspect_adapter(str(tmp_path))
+    assert facts.also_saved == ["model.embed_tokens"]
+    assert "model.embed_tokens (not trained)" in invoke(tmp_path).output
+
+
+@pytest.mark.parametrize("options", [["--chat"], []])
+def test_the_tokenizer_beside_the_adapter_comes_first(places, options):
+    directory = places.save("own", 1)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "d : {{ messages[0]['content'] }}"
+    # "a" and "b" have each other's number.
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = state["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    tokenizer._tokenizer = tokenizer.backend_tokenizer.from_str(json.dumps(state))
+    tokenizer.save_pretrained(directory)
+    assert (places.root / "own/chat_template.jinja").is_file()
+    done = invoke(directory, "--prompt", "a a a a", *options)
+    assert done.exit_code == 0, done.output
+    assert ("[ d| :]" if options else "[ <s>| a]") in done.output
+    base_model, own = open_base(inspect_adapter(directory), None)
+    assert prompt_ids(own, "a", chat=False) == [1, words["a"]] == [1, 5]
 
 
 def test_json_holds_the_same(places):
@@ -220,6 +303,7 @@ def test_pictures(places, tmp_path, suffix, prompts):
     if suffix == "png":
         with Image.open(file) as image:
             assert image.width == 1200 and image.height > 400
+        assert done.stdout.splitlines()[-1] == f"wrote {file}"
         return
     text = file.read_text()
     assert "<svg" in text
@@ -227,6 +311,17 @@ def test_pictures(places, tmp_path, suffix, prompts):
         # Nothing is fetched: addresses are names of XML vocabularies alone.
         assert not re.search(r"(src|href)=\"(?!#|data:)", text)
         assert ('<span class="suffix" title="token 9, suffix' in text) == prompts
+
+
+def test_a_picture_beside_json_leaves_it_json(places, tmp_path):
+    file = tmp_path / "picture.svg"
+    done = invoke(places.untied, "--json", "--plot", file)
+    assert json.loads(done.stdout) and f"wrote {file}" in done.stderr
+
+
+def test_a_page_needs_nothing_to_draw(places, tmp_path):
+    assert invoke(places.tied, "--plot", tmp_path / "page.html").exit_code == 0
+    assert "<svg" not in (tmp_path / "page.html").read_text()
 
 
 def test_long_stretches_are_shortened(places):
@@ -261,6 +356,8 @@ MISTAKES = [
     ),
     (["{untied}", "--plot", "a.jpg"], "--plot: 'a.jpg' does not end with one of .png"),
     (["{untied}", "--plot", "no/a.png"], "--plot: there is no folder 'no'; create it"),
+    (["{tied}", "--plot", "a.png"], "--plot: without a prompt there is nothing to dra"),
+    (["{mute}", "--prompt", "a"], "DIR: the tokenizer in .* cannot be read: .*; save"),
     (["{untied}", "--prompts-file", "no"], "--prompts-file: 'no' cannot be read"),
     (["{untied}", "--chat"], "--chat: there is no prompt to put into the template"),
     (
@@ -288,7 +385,9 @@ def more(places):
         places.save(name, 1)
         file = root / name / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    names = ("untied", "small", "narrow", "nameless", "tokens")
+    places.save("mute", 1)
+    (root / "mute/tokenizer_config.json").write_text("{")
+    names = ("mute", "tied", "untied", "small", "narrow", "nameless", "tokens")
     found = {name: str(root / name) for name in names}
     return found | {"top": top, "bottom": bottom}
 

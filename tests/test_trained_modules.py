@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import build_adapter, build_model
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from axolotl_reft import LoreftConfig
 from axolotl_reft.trained_modules import same_modules
@@ -39,6 +40,41 @@ def test_embeddings_of_a_grown_vocabulary_come_back_on_a_plain_base(
         expected = model(ids).logits
         assert expected.shape[-1] == 70
         assert torch.equal(again(ids).logits, expected)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("names", [EMBEDDINGS, ["lm_head"], ["embed_tokens"]])
+def test_a_trained_matrix_is_saved_once(names, old, tmp_path, tokens, monkeypatch):
+    build_model().save_pretrained(tmp_path / "base")
+    grown = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", attn_implementation="eager"
+    )
+    grown.resize_token_embeddings(70, mean_resizing=False)
+    model = build_adapter(grown, modules_to_save=list(names))
+    if old:  # what PEFT itself writes
+        plain = peft_model.get_peft_model_state_dict.__wrapped__
+        monkeypatch.setattr(peft_model, "get_peft_model_state_dict", plain)
+    model.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    others = sorted(key for key in keys if "intv_" not in key)
+    if old:
+        assert len(others) == 2 + 2 * len(names)
+    else:
+        stem = "base_model.model."
+        assert others == [f"{stem}lm_head.weight", f"{stem}model.embed_tokens.weight"]
+    again = PeftModel.from_pretrained(build_model(), tmp_path).eval()
+    ids = tokens(2, 9)
+    ids[:, 4] = 69
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_another_methods_adapters_are_saved_as_pefts(tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    lora = get_peft_model(build_model(), config)
+    lora.save_pretrained(tmp_path, save_embedding_layers=True)
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert "base_model.model.lm_head.original_module.weight" in keys
 
 
 def test_tied_embeddings_are_one_while_they_are_trained(tokens):

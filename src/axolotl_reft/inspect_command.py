@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 
 import torch
 
 from axolotl_reft.inspection import inspect_adapter
-from axolotl_reft.inspection_plot import check_picture, write_picture
+from axolotl_reft.inspection_page import check_picture, write_picture
 from axolotl_reft.inspection_text import print_facts
 from axolotl_reft.probe import (
     add_sizes,
@@ -70,6 +71,9 @@ def run(
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         print_facts(facts, probed)
+    if plot:
+        # Standard output is JSON's alone.
+        print(f"wrote {plot}", file=sys.stderr if as_json else sys.stdout)
 
 
 def _check_device(device: str) -> None:

@@ -5,42 +5,24 @@ Shapes: D hidden size, R rank.
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from axolotl_reft.adapter_directory import read_adapter_config, read_numbers
 from axolotl_reft.config import LoreftConfig
 from axolotl_reft.interventions import INTERVENTION_CLASSES
 from axolotl_reft.positions import Positions
+from axolotl_reft.pyreft_objects import ORTHONORMALITY_TOLERANCE
+from axolotl_reft.trained_modules import WRAPPED_PARTS
+from axolotl_reft.training_record import training_record
 
 # Those with a free W₂ in the place of R.
 WITHOUT_ROTATION = ("noreft", "direft")
 # Kept in float64 to be rebuilt, not learned.
 _NOT_TRAINED = "rotation_base"
-# What of an axolotl config says how an adapter was trained.
-_TRAINING_KEYS = (
-    "datasets",
-    "learning_rate",
-    "lr_scheduler",
-    "num_epochs",
-    "max_steps",
-    "micro_batch_size",
-    "gradient_accumulation_steps",
-    "sequence_len",
-    "sample_packing",
-    "optimizer",
-    "weight_decay",
-    "warmup_ratio",
-    "warmup_steps",
-    "seed",
-)
 
 
 @dataclass
@@ -75,6 +57,10 @@ class AdapterFacts:
         size: of what is edited, D.
         bytes: of all tensors in the file.
         chance: the overlap to expect of two random subspaces, R/D.
+        trained_whole: numbers of each module of modules_to_save; 0 for one that shares
+            the numbers of another.
+        also_saved: modules that were not trained, such as the head of a base whose
+            vocabulary had grown.
         training: steps, epochs and losses, and settings of axolotl's config, as far as
             they lie beside the adapter.
         other: the adapter that ``overlap_with`` compares with.
@@ -88,13 +74,32 @@ class AdapterFacts:
     bytes: int
     chance: float
     layers: list[LayerFacts]
-    modules_to_save: list[str]
+    trained_whole: dict[str, int]
+    also_saved: list[str]
     training: dict[str, Any]
     other: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
+
+    @property
+    def all_parameters(self) -> int:
+        """What was trained: LoReFT's numbers, LoRA's, and those of whole modules."""
+        return self.parameters + self.lora_parameters + sum(self.trained_whole.values())
+
+    @property
+    def has_rotation(self) -> bool:
+        """Whether there is an R, and not a free W₂ in its place."""
+        return self.settings["intervention"] not in WITHOUT_ROTATION
+
+    @property
+    def orthonormal(self) -> float | None:
+        """The largest error of an R that is orthonormal in every layer; None where it
+        is not, or nothing makes it so."""
+        largest = max(e for x in self.layers for e in x.orthogonality_error.values())
+        fine = self.has_rotation and largest <= ORTHONORMALITY_TOLERANCE
+        return largest if fine else None
 
 
 def inspect_adapter(directory: str, other: str | None = None) -> AdapterFacts:
@@ -113,6 +118,7 @@ def inspect_adapter(directory: str, other: str | None = None) -> AdapterFacts:
     bases = _write_bases(config, numbers.interventions)
     sides = _side_names(config, max(side for _, side in bases))
     size, rank = next(iter(bases.values())).shape
+    whole, also = _other_modules(config, numbers.others)
     facts = AdapterFacts(
         directory=directory,
         settings=_settings(config),
@@ -130,10 +136,9 @@ def inspect_adapter(directory: str, other: str | None = None) -> AdapterFacts:
         ),
         chance=rank / size,
         layers=[],
-        modules_to_save=sorted(
-            {key.removeprefix("base_model.model.") for key in numbers.others}
-        ),
-        training=_training(directory),
+        trained_whole=whole,
+        also_saved=also,
+        training=training_record(directory),
         other=other,
     )
     others = _other_bases(other, size, {layer for layer, _ in bases}) if other else {}
@@ -244,66 +249,39 @@ def _count(state: dict[str, Tensor]) -> int:
     return sum(t.numel() for name, t in state.items() if name != _NOT_TRAINED)
 
 
+def _other_modules(
+    config: LoreftConfig, others: dict[str, Tensor]
+) -> tuple[dict[str, int], list[str]]:
+    """Modules trained whole, with their numbers, and what else was saved.
+
+    PEFT wrote a trained embedding up to three times, under its own name and two of the
+    wrapper's; and it writes tied ones twice.
+    """
+    whole: dict[str, int] = {}
+    counted: list[Tensor] = []
+    rest: dict[str, Tensor] = {}
+    for key, tensor in others.items():
+        if any(f".{part}." in key for part in WRAPPED_PARTS):
+            continue
+        matches = (n for n in config.modules_to_save or () if f"{n}." in key)
+        name = next(matches, None)
+        if name is None:
+            rest[key.removeprefix("base_model.model.").rpartition(".")[0]] = tensor
+        else:
+            whole[name] = whole.get(name, 0) + tensor.numel()
+            counted.append(tensor)
+    for name in list(rest):
+        if any(_same(rest[name], tensor) for tensor in counted):
+            whole[name] = 0
+            del rest[name]
+    return dict(sorted(whole.items())), sorted(rest)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
 def _settings(config: LoreftConfig) -> dict[str, Any]:
     settings = config.to_dict()
     settings["peft_type"] = config.peft_type.value
     return {key: value for key, value in settings.items() if value is not None}
-
-
-def _training(directory: str) -> dict[str, Any]:
-    """How it was trained, by the trainer's state and axolotl's model card."""
-    here = Path(directory)
-    if not here.is_dir():
-        return {}
-    facts: dict[str, Any] = {}
-    states = [here / "trainer_state.json", *_by_step(here)]
-    state_file = next((file for file in states if file.is_file()), None)
-    if state_file:
-        facts |= _from_state(state_file)
-    for card in (here / "README.md", here.parent / "README.md"):
-        settings = _from_card(card)
-        if settings:
-            facts["settings"] = settings
-            break
-    return facts
-
-
-def _by_step(directory: Path) -> list[Path]:
-    """The checkpoints' states, the last one first."""
-    found = directory.glob("checkpoint-*/trainer_state.json")
-    return sorted(found, key=lambda file: _number(file.parent.name), reverse=True)
-
-
-def _number(name: str) -> int:
-    digits = name.rpartition("-")[2]
-    return int(digits) if digits.isdigit() else -1
-
-
-def _from_state(file: Path) -> dict[str, Any]:
-    try:
-        state = json.loads(file.read_text())
-        history = state["log_history"]
-    except (ValueError, KeyError, TypeError):
-        return {}
-    facts = {"steps": state.get("global_step"), "epochs": state.get("epoch")}
-    for key in ("loss", "eval_loss"):
-        values = [entry[key] for entry in history if key in entry]
-        if values:
-            facts[f"first_{key}"], facts[f"last_{key}"] = values[0], values[-1]
-    return facts
-
-
-def _from_card(card: Path) -> dict[str, Any]:
-    """The settings in the axolotl config that axolotl writes into a model card."""
-    if not card.is_file():
-        return {}
-    match = re.search(
-        r"axolotl version: .*?```yaml\n(.*?)\n```", card.read_text(), re.DOTALL
-    )
-    try:
-        config = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
-        return {}
-    if not isinstance(config, dict):
-        return {}
-    return {key: config[key] for key in _TRAINING_KEYS if key in config}

@@ -1,4 +1,4 @@
-"""An inspected adapter as a picture: PNG, SVG or PDF, or a page of its own (HTML).
+"""An inspected adapter as a picture.
 
 matplotlib is imported when a picture is asked for. Lines differ in shade, dash and
 marker, and the map of sizes gets lighter with them, so that all can be read in grey.
@@ -6,23 +6,15 @@ marker, and the map of sizes gets lighter with them, so that all can be read in 
 
 from __future__ import annotations
 
-from html import escape
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from axolotl_reft.inspection import WITHOUT_ROTATION, AdapterFacts
-from axolotl_reft.inspection_text import (
-    columns,
-    notes,
-    summary,
-    training_lines,
-)
+from axolotl_reft.inspection import AdapterFacts
+from axolotl_reft.inspection_text import count_layers
 from axolotl_reft.probe import ProbedPrompt
 
-SUFFIXES = (".png", ".svg", ".pdf", ".html")
 _LINES: dict[str, dict[str, Any]] = {
     "prefix": {"color": "#003f7f", "linestyle": "-", "marker": "o"},
     "suffix": {"color": "#e08214", "linestyle": "--", "marker": "s"},
@@ -33,64 +25,56 @@ _LINES: dict[str, dict[str, Any]] = {
 _MOST_TOKENS = 40
 
 
-def check_picture(path: str) -> None:
-    """See that a picture can be written there.
+def figure(facts: AdapterFacts, prompts: list[ProbedPrompt]) -> Any:
+    """A panel for each quantity by layer, and one with the first prompt's edits.
 
-    Raises:
-        ValueError: the name does not end with a known suffix, or its folder is missing.
+    Returns:
+        matplotlib's figure; None where there is nothing to draw.
     """
-    target = Path(path)
-    if target.suffix.lower() not in SUFFIXES:
-        raise ValueError(
-            f"--plot: {path!r} does not end with one of {', '.join(SUFFIXES)}; name "
-            "for example inspect.png or inspect.html"
-        )
-    if not target.absolute().parent.is_dir():
-        raise ValueError(
-            f"--plot: there is no folder {str(target.parent)!r}; create it first"
-        )
-
-
-def write_picture(path: str, facts: AdapterFacts, prompts: list[ProbedPrompt]) -> None:
-    """Draw the facts, and the first prompt's edits, into a file by its suffix."""
-    if Path(path).suffix.lower() == ".html":
-        Path(path).write_text(_page(facts, prompts), encoding="utf-8")
-    else:
-        _figure(facts, prompts).savefig(path, dpi=150)
-
-
-def _figure(facts: AdapterFacts, prompts: list[ProbedPrompt]) -> Any:
-    from matplotlib.figure import Figure
-
-    panels = [_draw_errors]
+    panels: list[Any] = []
+    if facts.orthonormal is None:
+        panels.append(_draw_errors)
     if any(layer.overlap is not None or layer.overlap_with for layer in facts.layers):
         panels.insert(0, _draw_overlaps)
     if any(layer.edit_size for layer in facts.layers):
         panels.insert(0, _draw_sizes)
+    if not panels:
+        return None
+    from matplotlib.figure import Figure
+
     heights = [2.4] * len(panels)
     if prompts:
         heights.append(1.2 + min(max(0.16 * len(facts.layers), 1.4), 5.5))
-    figure = Figure(figsize=(8, sum(heights) + 0.7), layout="constrained")
-    axes = figure.subplots(
+    drawing = Figure(figsize=(8, sum(heights) + 0.7), layout="constrained")
+    axes = drawing.subplots(
         len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights}
     )[:, 0]
     settings = facts.settings
-    figure.suptitle(
+    drawing.suptitle(
         f"{Path(facts.directory).name}: {settings['intervention']}, positions "
-        f"{settings['positions']}, {len(facts.layers)} layers, "
-        f"{facts.parameters:,} parameters",
+        f"{settings['positions']}, {count_layers(facts)}, "
+        f"{facts.all_parameters:,} parameters",
         fontsize=11,
     )
     for axis, draw in zip(axes, panels, strict=False):
         draw(axis, facts)
         axis.set_xlabel("layer")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.margins(x=0.02)
+        _number_layers(axis, facts)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
     if prompts:
-        _draw_map(figure, axes[-1], facts, prompts[0])
-    return figure
+        _draw_map(drawing, axes[-1], facts, prompts[0])
+    return drawing
+
+
+def _number_layers(axis: Any, facts: AdapterFacts) -> None:
+    if len(facts.layers) == 1:
+        layer = facts.layers[0].layer
+        axis.set_xlim(layer - 1, layer + 1)
+        axis.set_xticks([layer])
+    else:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.margins(x=0.02)
 
 
 def _lines(axis: Any, facts: AdapterFacts, field: str, name: str) -> None:
@@ -115,14 +99,12 @@ def _legend(axis: Any) -> None:
         axis.legend(fontsize=8, loc="upper right", ncols=2, framealpha=0.9)
 
 
-def _is_free(facts: AdapterFacts) -> bool:
-    return facts.settings["intervention"] in WITHOUT_ROTATION
-
-
 def _draw_sizes(axis: Any, facts: AdapterFacts) -> None:
     _lines(axis, facts, "edit_size", "")
     axis.set_title(
-        "Size of the edit, mean over the prompts' edited tokens", fontsize=10
+        "Size of the edit, mean over the prompts' edited tokens (1: as large as the "
+        "hidden state)",
+        fontsize=10,
     )
     axis.set_ylabel("‖Φ(h)−h‖ / ‖h‖")
     # Room for the legend above the lines.
@@ -151,8 +133,8 @@ def _draw_overlaps(axis: Any, facts: AdapterFacts) -> None:
 
 def _draw_errors(axis: Any, facts: AdapterFacts) -> None:
     _lines(axis, facts, "orthogonality_error", "")
-    name = "W₂" if _is_free(facts) else "R"
-    what = "free, need not be 0" if _is_free(facts) else "float32 rounds at 1e-7"
+    name = "R" if facts.has_rotation else "W₂"
+    what = "should be 0" if facts.has_rotation else "free, need not be 0"
     axis.set_title(f"Distance of {name} from orthonormal rows ({what})", fontsize=10)
     axis.set_ylabel(f"max |{name} {name}ᵀ − I|")
     axis.set_yscale("log")
@@ -164,7 +146,7 @@ def _decades(facts: AdapterFacts) -> tuple[float, float]:
     """Around the errors; where they should be 0, from rounding up to 1."""
     errors = [e for layer in facts.layers for e in layer.orthogonality_error.values()]
     least, most = max(min(errors), 1e-10), max(errors)
-    if _is_free(facts):
+    if not facts.has_rotation:
         return least / 3, most * 10
     return min(1e-9, least / 2), max(1.0, most * 2)
 
@@ -217,80 +199,3 @@ def _draw_map(
 def _label(text: str, place: int) -> str:
     text = (text.strip() or "␣").replace("$", r"\$")
     return f"{text if len(text) <= 14 else text[:13] + '…'} {place}"
-
-
-_CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem; color: #1a1a1a; background: #fff; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .15rem .7rem; text-align: right; white-space: nowrap; }
-thead th { border-bottom: 2px solid #444; vertical-align: bottom; }
-tbody tr:nth-child(even) { background: #f4f4f4; }
-.facts td { text-align: left; white-space: normal; }
-.facts td:first-child { font-weight: 600;
-  white-space: nowrap; } .facts tr { background: none !important; }
-.scroll { overflow-x: auto; } svg { max-width: 100%; height: auto; }
-.tokens { font-family: ui-monospace, monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; border: 1px solid #ccc; padding: .6rem; line-height: 1.9; }
-.prefix, .suffix, .all { border-radius: .2rem; padding: .1rem .15rem; margin: 0 1px; }
-.prefix, .all { background: #cfe2f7; border-bottom: 3px solid #003f7f; }
-.suffix { background: #fde0bd; border-bottom: 3px dashed #b35c00; }
-"""
-
-
-def _page(facts: AdapterFacts, prompts: list[ProbedPrompt]) -> str:
-    title = f"LoReFT adapter {escape(Path(facts.directory).name)}"
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title}</title><style>{_CSS}</style></head><body>",
-        f"<h1>{title}</h1>",
-        _facts_table(summary(facts)),
-    ]
-    if facts.training:
-        parts += ["<h2>Training</h2>", _facts_table(training_lines(facts.training))]
-    if prompts:
-        parts.append("<h2>Which tokens are edited</h2>")
-        parts.append(
-            '<p>Edited: <span class="prefix">prefix</span> '
-            '<span class="suffix">suffix</span>; point at a token for the size of its '
-            "edit.</p>"
-            if not facts.settings["positions"] == "all"
-            else "<p>Every token is edited; point at one for the size of its edit.</p>"
-        )
-        parts += [_tokens(prompt) for prompt in prompts[:8]]
-    svg = StringIO()
-    _figure(facts, prompts).savefig(svg, format="svg")
-    drawing = svg.getvalue()
-    parts += ["<h2>By layer</h2>", drawing[drawing.index("<svg") :]]
-    built = columns(facts)
-    head = "".join(f"<th>{escape(name)}</th>" for name, _ in built)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in zip(*(cells for _, cells in built), strict=True)
-    )
-    parts.append(
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
-    parts += [f"<p>{escape(line)}</p>" for line in notes(facts)]
-    return "\n".join([*parts, "</body></html>", ""])
-
-
-def _facts_table(lines: list[tuple[str, str]]) -> str:
-    rows = (f"<tr><td>{escape(a)}</td><td>{escape(b)}</td></tr>" for a, b in lines)
-    return f'<table class="facts">{"".join(rows)}</table>'
-
-
-def _tokens(prompt: ProbedPrompt) -> str:
-    spans = []
-    for place, token in enumerate(prompt.tokens):
-        text = escape(token.text)
-        if token.edited:
-            size = float(torch.nanmean(prompt.sizes_LT[:, place]))
-            told = f"token {place}, {token.edited}, mean size over layers {size:.3f}"
-            text = f'<span class="{token.edited}" title="{told}">{text}</span>'
-        spans.append(text)
-    return f'<div class="tokens">{"".join(spans)}</div>'

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from axolotl_reft.inspection import WITHOUT_ROTATION, AdapterFacts, LayerFacts
+from axolotl_reft.inspection import AdapterFacts, LayerFacts
 from axolotl_reft.probe import ProbedPrompt
 from axolotl_reft.token_view import bracketed, runs
 
@@ -53,12 +53,12 @@ def summary(facts: AdapterFacts) -> list[tuple[str, str]]:
         ("adapter", facts.directory),
         ("method", f"{settings['peft_type']}, {settings['intervention']}"),
         ("base model", str(settings.get("base_model_name_or_path", "not named"))),
-        ("layers", f"{len(edited)}: {as_ranges(edited)}"),
+        ("layers", f"{as_ranges(edited)} ({count_layers(facts)})"),
         ("component", f"{settings['component']}, {facts.size} wide"),
         ("positions", _positions(settings)),
         ("rank", ", ".join(map(str, ranks))),
-        ("parameters", f"{facts.parameters:,}"),
-        ("size", f"{facts.bytes / 1e6:,.2f} MB"),
+        ("parameters", _parameters(facts)),
+        ("size", _size(facts.bytes)),
     ]
     if facts.lora_parameters:
         lines.append(("LoRA beside it", f"{facts.lora_parameters:,} parameters"))
@@ -66,12 +66,33 @@ def summary(facts: AdapterFacts) -> list[tuple[str, str]]:
         lines.append(("dropout", str(settings["dropout"])))
     if settings.get("act_fn"):
         lines.append(("activation", settings["act_fn"]))
-    if facts.modules_to_save:
-        lines.append(("also saved", ", ".join(facts.modules_to_save)))
+    if facts.trained_whole:
+        names, numbers = ", ".join(facts.trained_whole), facts.trained_whole.values()
+        lines.append(
+            ("also saved", f"{names} (trained whole): {sum(numbers):,} parameters")
+        )
+    if facts.also_saved:
+        lines.append(("also saved", f"{', '.join(facts.also_saved)} (not trained)"))
     version = settings.get("axolotl_reft_version")
     if version:
         lines.append(("saved by", f"axolotl-reft {version}"))
     return lines
+
+
+def count_layers(facts: AdapterFacts) -> str:
+    """``3 layers``, or ``1 layer``."""
+    count = len(facts.layers)
+    return f"{count} layer{'s' if count > 1 else ''}"
+
+
+def _parameters(facts: AdapterFacts) -> str:
+    if facts.all_parameters == facts.parameters:
+        return f"{facts.parameters:,}"
+    return f"{facts.parameters:,} of LoReFT, {facts.all_parameters:,} in all"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
 
 
 def _positions(settings: dict[str, Any]) -> str:
@@ -118,8 +139,14 @@ def as_ranges(numbers: list[int]) -> str:
 
 def notes(facts: AdapterFacts) -> list[str]:
     """What the columns mean, for those that are there."""
-    lines = ["R error: max |R Rᵀ − I|, 0 for orthonormal rows"]
-    if facts.settings["intervention"] in WITHOUT_ROTATION:
+    if facts.orthonormal is not None:
+        lines = [
+            "R: its rows are orthonormal in every layer, as they should be "
+            f"(max |R Rᵀ − I| is {facts.orthonormal:.1e})"
+        ]
+    elif facts.has_rotation:
+        lines = ["R error: max |R Rᵀ − I|, 0 for orthonormal rows, as R's should be"]
+    else:
         lines = [
             "W₂ error: max |W₂ W₂ᵀ − I|; nothing makes these rows orthonormal, "
             "so it need not be small"
@@ -130,7 +157,10 @@ def notes(facts: AdapterFacts) -> list[str]:
             f"{facts.chance:.2g} by chance"
         )
     if facts.layers[0].edit_size:
-        lines.append("edit: mean of ‖Φ(h)−h‖/‖h‖ over the edited tokens of the prompts")
+        lines.append(
+            "edit: mean of ‖Φ(h)−h‖/‖h‖ over the edited tokens of the prompts; 0 "
+            "changes nothing, 1 is as large as the hidden state itself"
+        )
     return lines
 
 
@@ -154,13 +184,14 @@ def columns(facts: AdapterFacts) -> list[tuple[str, list[str]]]:
             for side in sides
         ]
 
-    free = facts.settings["intervention"] in WITHOUT_ROTATION
     table = [
         ("layer", values(lambda x: str(x.layer))),
         ("rank", values(lambda x: str(x.rank))),
         ("parameters", values(lambda x: f"{x.parameters:,}")),
     ]
-    table += by_side("W₂ error" if free else "R error", "orthogonality_error", ".1e")
+    if facts.orthonormal is None:
+        name = "R error" if facts.has_rotation else "W₂ error"
+        table += by_side(name, "orthogonality_error", ".1e")
     if any(layer.overlap is not None for layer in facts.layers):
         table.append(
             (

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from axolotl_reft.adapter_directory import check_adapter_fits, read_numbers
 from axolotl_reft.edit_size import edit_sizes, named_interventions, nan_mean
@@ -95,7 +96,8 @@ def _prompt(line: str, path: str) -> str:
 
 
 def open_base(facts: AdapterFacts, base_model: str | None) -> tuple[str, Any]:
-    """The base model's name and tokenizer; everything is checked before it loads.
+    """The base model's name, and the adapter's tokenizer where one is saved beside it,
+    or the base's; everything is checked before the model loads.
 
     Args:
         facts: of the adapter.
@@ -116,9 +118,11 @@ def open_base(facts: AdapterFacts, base_model: str | None) -> tuple[str, Any]:
             f"DIR: the adapter is for {task}, and edits are measured for CAUSAL_LM and "
             "SEQ_CLS; leave out the prompts to see what its files say"
         )
+    tokenizer = _own_tokenizer(facts.directory)
     try:
         config = AutoConfig.from_pretrained(base_model)
-        tokenizer = AutoTokenizer.from_pretrained(base_model)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(base_model)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--base-model: {base_model!r} cannot be read: "
@@ -128,6 +132,20 @@ def open_base(facts: AdapterFacts, base_model: str | None) -> tuple[str, Any]:
     text = config.get_text_config()
     check_adapter_fits(facts.directory, "DIR", text.hidden_size, text.num_hidden_layers)
     return base_model, tokenizer
+
+
+def _own_tokenizer(directory: str) -> Any:
+    """The one saved beside an adapter, with the chat template of its training."""
+    try:
+        if get_tokenizer_config(directory):
+            return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"DIR: the tokenizer in {directory!r} cannot be read: "
+            f"{str(error).splitlines()[0]}; save it again, or remove its files to "
+            "take the base model's"
+        ) from error
+    return None
 
 
 def load_model(facts: AdapterFacts, base_model: str, device: str = "cpu") -> PeftModel:

@@ -9,6 +9,7 @@ from axolotl_reft.config import LoreftConfig
 from axolotl_reft.model import LoreftModel
 from axolotl_reft.model_card import extend_pefts_cards
 from axolotl_reft.peft_type import LOREFT
+from axolotl_reft.trained_modules import save_modules_once
 
 
 def register_loreft() -> None:
@@ -21,3 +22,4 @@ def register_loreft() -> None:
             prefix=LoreftModel.prefix,
         )
     extend_pefts_cards()
+    save_modules_once()

@@ -1,21 +1,27 @@
 """Modules trained whole and saved with the adapter: PEFT's ``modules_to_save``.
 
-PEFT copies a module, trains the copy and saves it. Three things it leaves open are
-settled here: which modules a name means, embeddings that the head shares, and a base
-whose vocabulary had grown when the adapter was trained.
+PEFT copies a module, trains the copy and saves it. Four things it leaves open are
+settled here: which modules a name means, embeddings that the head shares, a base whose
+vocabulary had grown when the adapter was trained, and how often a matrix is saved.
 """
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
-from torch import nn
+from peft import peft_model
+from torch import Tensor, nn
 
 from axolotl_reft.config import LoreftConfig
+from axolotl_reft.peft_type import LOREFT
 from axolotl_reft.wording import did_you_mean
 
 # PEFT adds a classifier's heads by these names, whichever the model has.
-_HEADS = ("classifier", "score")
+HEADS = ("classifier", "score")
+# Where PEFT's wrapper keeps the trained copy and the base's own module.
+WRAPPED_PARTS = ("modules_to_save", "original_module")
+_WRAPPED = "_loreft_once"
 
 
 def check_modules_to_save(config: LoreftConfig, model: nn.Module, layers: str) -> None:
@@ -31,7 +37,7 @@ def check_modules_to_save(config: LoreftConfig, model: nn.Module, layers: str) -
     for name in config.modules_to_save or ():
         # As PEFT matches.
         matched = [path for path in paths if path.endswith(name)]
-        if not matched and name not in _HEADS:
+        if not matched and name not in HEADS:
             leaves = {path.rsplit(".", 1)[-1] for path in paths if path}
             raise ValueError(
                 f"modules_to_save: {name!r} is not a module of "
@@ -75,6 +81,34 @@ def fit_vocabulary(config: LoreftConfig, model: Any) -> None:
         model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
 
 
+def save_modules_once() -> None:
+    """Have PEFT save a trained module once; again is harmless.
+
+    Where the vocabulary has grown, it saves everything below the embeddings: the
+    trained copy as the module itself, which is what it reads, the copy once more, and
+    the base's own.
+    """
+    collect = peft_model.get_peft_model_state_dict
+    if hasattr(collect, _WRAPPED):
+        return
+
+    @wraps(collect)
+    def collect_once(
+        model: Any, state_dict: Any = None, adapter_name: str = "default", **kwargs: Any
+    ) -> dict[str, Tensor]:
+        found = collect(model, state_dict, adapter_name, **kwargs)
+        if model.peft_config[adapter_name].peft_type != LOREFT:
+            return found
+        return {
+            key: tensor
+            for key, tensor in found.items()
+            if not any(f".{part}." in key for part in WRAPPED_PARTS)
+        }
+
+    setattr(collect_once, _WRAPPED, True)
+    peft_model.get_peft_model_state_dict = collect_once
+
+
 def _embedding_names(model: Any) -> list[str]:
     """What the model calls its input embeddings and its head, for example
     ``embed_tokens`` and ``lm_head``."""
@@ -93,7 +127,7 @@ def same_modules(
     """
 
     def distinct(names: list[str] | None) -> set[str]:
-        kept = set(names or ()) - set(_HEADS)
+        kept = set(names or ()) - set(HEADS)
         return kept - set(tied[1:]) | set(tied[:1] if kept & set(tied) else ())
 
     return distinct(one) == distinct(other)
