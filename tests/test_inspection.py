@@ -166,12 +166,14 @@ def test_the_table_names_everything_and_marks_the_tokens(places):
 
 
 def test_an_r_that_is_not_orthonormal_is_in_the_table_and_the_picture(places):
-    facts = inspect_adapter(places.tied)
-    assert facts.orthonormal < 1e-6 and figure(facts, []) is None
-    facts.layers[1].orthogonality_error["both"] = 0.05
+    facts = inspect_adapter(places.untied)
+    titles = [panel.get_title() for panel in figure(facts, []).axes]
+    assert facts.orthonormal < 1e-6 and len(titles) == 1
+    assert titles[0].startswith("Overlap of the subspaces")
+    facts.layers[1].orthogonality_error["prefix"] = 0.05
     assert facts.orthonormal is None
-    assert [name for name, _ in columns(facts)][-1] == "R error both"
-    (panel,) = figure(facts, []).axes
+    assert [name for name, _ in columns(facts)][-2] == "R error prefix"
+    _, panel = figure(facts, []).axes
     assert panel.get_title().startswith("Distance of R from orthonormal rows")
 
 
@@ -319,9 +321,13 @@ def test_a_picture_beside_json_leaves_it_json(places, tmp_path):
     assert json.loads(done.stdout) and f"wrote {file}" in done.stderr
 
 
-def test_a_page_needs_nothing_to_draw(places, tmp_path):
-    assert invoke(places.tied, "--plot", tmp_path / "page.html").exit_code == 0
-    assert "<svg" not in (tmp_path / "page.html").read_text()
+@pytest.mark.parametrize("suffix", ["svg", "html"])
+def test_where_there_is_nothing_else_the_rotation_is_drawn(places, tmp_path, suffix):
+    file = tmp_path / f"picture.{suffix}"
+    assert invoke(places.tied, "--plot", file).exit_code == 0
+    assert "Distance of R from orthonormal" in file.read_text()
+    assert invoke(places.tied, "--prompt", PROMPT, "--plot", file).exit_code == 0
+    assert "Distance of R from orthonormal" not in file.read_text()
 
 
 def test_long_stretches_are_shortened(places):
@@ -356,7 +362,6 @@ MISTAKES = [
     ),
     (["{untied}", "--plot", "a.jpg"], "--plot: 'a.jpg' does not end with one of .png"),
     (["{untied}", "--plot", "no/a.png"], "--plot: there is no folder 'no'; create it"),
-    (["{tied}", "--plot", "a.png"], "--plot: without a prompt there is nothing to dra"),
     (["{mute}", "--prompt", "a"], "DIR: the tokenizer in .* cannot be read: .*; save"),
     (["{untied}", "--prompts-file", "no"], "--prompts-file: 'no' cannot be read"),
     (["{untied}", "--chat"], "--chat: there is no prompt to put into the template"),

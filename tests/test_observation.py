@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from axolotl.utils.dict import DictDefault
-from conftest import LAYERS, build_adapter, build_model
-from transformers import Trainer, TrainingArguments
+from conftest import HIDDEN, LAYERS, build_adapter, build_model
+from transformers import Trainer, TrainerState, TrainingArguments
 from workspace import build_tokenizer
 
 from axolotl_reft import edit_log
@@ -49,6 +49,7 @@ def logged(trainer):
 
 def test_groups_are_layers_or_thirds():
     assert layer_groups([0, 5]) == {"layer_0": [0], "layer_5": [5]}
+    assert list(layer_groups([0, 1, 2, 3])) == [f"layer_{n}" for n in range(4)]
     groups = layer_groups(list(range(80)))
     assert list(groups) == ["layers_0-26", "layers_27-52", "layers_53-79"]
     assert sum(groups.values(), []) == list(range(80))
@@ -130,8 +131,40 @@ def test_without_whole_gradients_there_are_no_norms(tmp_path):
 def test_an_evaluation_is_not_counted(tmp_path):
     model = build_adapter(build_model())
     trainer, _ = train(model, tmp_path, max_steps=1)
+    log = EditLog(trainer)
+    log.on_step_begin(trainer.args, TrainerState(logging_steps=1), None)
+    one = {key: value[None] for key, value in sample().items()}
+    with torch.no_grad():
+        model.train()(**one)  # a checkpoint's first run, or a rollout
+    model.eval()(**one)
+    assert not any(log._sizes.values())
+    model.train()(**one)
+    assert all(len(sizes) == 1 for sizes in log._sizes.values())
     trainer.log({"eval_loss": 1.0})
     assert not any("loreft" in key for key in trainer.state.log_history[-1])
+    trainer.log({"loss": 1.0})
+    assert any("loreft" in key for key in trainer.state.log_history[-1])
+    log.on_train_end(trainer.args, trainer.state, None)
+    assert not log._sizes and not log._handles
+
+
+def test_unused_slots_and_compiled_steps_have_no_size(tmp_path):
+    model = build_adapter(build_model())
+    trainer, _ = train(model, tmp_path, max_steps=1)
+    log = EditLog(trainer)
+    log.on_step_begin(trainer.args, TrainerState(logging_steps=1), None)
+    intervention = next(named_interventions(model, "default"))[-1].train()
+    h = torch.randn(3, HIDDEN)
+    (expected,) = edit_sizes(h[:1], intervention(h[:1]))
+    log._sizes.clear()
+    log.on_step_begin(trainer.args, TrainerState(logging_steps=1), None)
+    h[1:] = 0
+    intervention(h)
+    got = log._collect(None)["loreft/edit_size/layer_0"]
+    assert got == pytest.approx(float(expected), rel=1e-5)
+    trainer.args.torch_compile = True
+    log.on_step_begin(trainer.args, TrainerState(logging_steps=1), None)
+    assert not log._handles and not log._sizes
 
 
 def lines(told):

@@ -118,7 +118,6 @@ class EditLog(TrainerCallback):
         factor = total / clipped if total and clipped else 1.0
         values = {f"edit_size/{name}": float(mean) for name, mean in means.items()}
         values |= {f"grad_norm/{name}": norm * factor for name, norm in norms.items()}
-        self._forget()
         return {f"loreft/{name}": value for name, value in values.items()}
 
 

@@ -22,7 +22,8 @@ def edit_sizes(before_ND: Tensor, after_ND: Tensor) -> Tensor:
     """
     before_ND = before_ND.detach().float()
     change_ND = after_ND.detach().float() - before_ND
-    return change_ND.norm(dim=-1) / before_ND.norm(dim=-1)
+    length_N = before_ND.norm(dim=-1)
+    return change_ND.norm(dim=-1) / length_N.where(length_N > 0, torch.nan)
 
 
 def named_interventions(

@@ -35,21 +35,11 @@ def check_picture(path: str) -> None:
 
 
 def write_picture(path: str, facts: AdapterFacts, prompts: list[ProbedPrompt]) -> None:
-    """Draw the facts, and the first prompt's edits, into a file by its suffix.
-
-    Raises:
-        ValueError: there is nothing to draw.
-    """
+    """Draw the facts, and the first prompt's edits, into a file by its suffix."""
     if Path(path).suffix.lower() == ".html":
         Path(path).write_text(_page(facts, prompts), encoding="utf-8")
-        return
-    drawing = figure(facts, prompts)
-    if drawing is None:
-        raise ValueError(
-            "--plot: without a prompt there is nothing to draw of this adapter; pass "
-            "--prompt for the sizes of its edits, or --with to compare it"
-        )
-    drawing.savefig(path, dpi=150)
+    else:
+        figure(facts, prompts).savefig(path, dpi=150)
 
 
 _CSS = """
@@ -95,11 +85,9 @@ def _page(facts: AdapterFacts, prompts: list[ProbedPrompt]) -> str:
         )
         parts += [_tokens(prompt) for prompt in prompts[:8]]
     parts.append("<h2>By layer</h2>")
-    drawing = figure(facts, prompts)
-    if drawing is not None:
-        svg = StringIO()
-        drawing.savefig(svg, format="svg")
-        parts.append(svg.getvalue()[svg.getvalue().index("<svg") :])
+    svg = StringIO()
+    figure(facts, prompts).savefig(svg, format="svg")
+    parts.append(svg.getvalue()[svg.getvalue().index("<svg") :])
     built = columns(facts)
     head = "".join(f"<th>{escape(name)}</th>" for name, _ in built)
     rows = "".join(

@@ -26,22 +26,18 @@ _MOST_TOKENS = 40
 
 
 def figure(facts: AdapterFacts, prompts: list[ProbedPrompt]) -> Any:
-    """A panel for each quantity by layer, and one with the first prompt's edits.
-
-    Returns:
-        matplotlib's figure; None where there is nothing to draw.
-    """
-    panels: list[Any] = []
-    if facts.orthonormal is None:
-        panels.append(_draw_errors)
-    if any(layer.overlap is not None or layer.overlap_with for layer in facts.layers):
-        panels.insert(0, _draw_overlaps)
-    if any(layer.edit_size for layer in facts.layers):
-        panels.insert(0, _draw_sizes)
-    if not panels:
-        return None
+    """matplotlib's figure: a panel for each quantity by layer, and one with the first
+    prompt's edits."""
     from matplotlib.figure import Figure
 
+    panels: list[Any] = []
+    if any(layer.overlap is not None or layer.overlap_with for layer in facts.layers):
+        panels.append(_draw_overlaps)
+    if any(layer.edit_size for layer in facts.layers):
+        panels.insert(0, _draw_sizes)
+    # Of an R that is orthonormal, where there is nothing else to see.
+    if facts.orthonormal is None or not panels:
+        panels.append(_draw_errors)
     heights = [2.4] * len(panels)
     if prompts:
         heights.append(1.2 + min(max(0.16 * len(facts.layers), 1.4), 5.5))
