@@ -172,7 +172,7 @@ def test_an_r_that_is_not_orthonormal_is_in_the_table_and_the_picture(places):
     assert titles[0].startswith("Overlap of the subspaces")
     facts.layers[1].orthogonality_error["prefix"] = 0.05
     assert facts.orthonormal is None
-    assert [name for name, _ in columns(facts)][-2] == "R error prefix"
+    assert [name for name, _ in columns(facts)][-1] == "R error suffix"
     _, panel = figure(facts, []).axes
     assert panel.get_title().startswith("Distance of R from orthonormal rows")
 
