@@ -140,7 +140,7 @@ def test_a_classifier_is_probed_with_its_head(places):
     directory = places.root / "classifier"
     build_adapter(base, task_type="SEQ_CLS", positions="f3").save_pretrained(directory)
     output = invoke(directory, "--prompt", PROMPT).output
-    assert "also saved" in output and "[ <s>| a| b] c d e" in output
+    assert "also saved" in output and "« <s>· a· b» c d e" in output
 
 
 def test_the_table_names_everything_and_marks_the_tokens(places):
@@ -156,7 +156,8 @@ def test_the_table_names_everything_and_marks_the_tokens(places):
         "overlap with other, suffix",
         "edit suffix",
         "prompt 1: 10 tokens, 5 edited",
-        "[ <s>| a] b c d e f{ g| h| :}",
+        "« <s>· a» b c d e f‹ g· h· :›",
+        "edited: «prefix» ‹suffix›, with · between two tokens",
     ):
         assert text in done.output
     assert "\x1b" not in done.output
@@ -233,8 +234,8 @@ def test_long_stretches_are_shortened(places):
     model, tokenizer = load(inspect_adapter(places.untied))
     ids = prompt_ids(tokenizer, "a b c d e f g h " * 20, chat=False)
     line = plain_line(probe(model, tokenizer, ids).tokens)
-    assert line.startswith("[ <s>| a] b c d e f g … 144 tokens … ")
-    assert line.endswith("h a b c d e{ f| g| h}")
+    assert line.startswith("« <s>· a» b c d e f g … 144 tokens … ")
+    assert line.endswith("h a b c d e‹ f· g· h›")
 
 
 def test_a_token_shows_its_space_and_no_line_break():
