@@ -53,8 +53,11 @@ class LoreftPlugin(BasePlugin):
           rank: 8
     """
 
+    _has_block = True
+
     def register(self, cfg: Any) -> None:
         adapter = cfg.get("adapter")
+        self._has_block = bool(cfg.get("loreft"))
         check_command(adapter)
         if adapter == "loreft":
             check_pyreft()
@@ -85,6 +88,14 @@ class LoreftPlugin(BasePlugin):
         if answering:
             LOG.info("using the LoReFT adapter in %s", cfg.lora_model_dir)
             warn_of_no_evaluation(cfg)
+        elif not self._has_block:
+            block = LoreftConfig(**cfg.loreft)
+            LOG.info(
+                "no loreft: block in the config: positions: %s, rank: %s, layers: %s",
+                block.positions,
+                block.rank,
+                block.layers,
+            )
         check_against_base(cfg, load_model_config(cfg), training=not answering)
         quantised.complete(cfg)
 
