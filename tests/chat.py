@@ -25,17 +25,22 @@ CONVERSATIONS = (
 )
 
 
-def build_chat_tokenizer(template: str) -> PreTrainedTokenizerFast:
+def build_chat_tokenizer(
+    template: str, without: tuple[str, ...] = ()
+) -> PreTrainedTokenizerFast:
+    """For a template, ``without`` some special tokens, which are spelled then."""
+    specials = [token for token in SPECIALS if token not in without]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*SPECIALS, *letters])}
+    vocabulary = {token: number for number, token in enumerate([*specials, *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token) for token in SPECIALS])
+    tokenizer.add_special_tokens([AddedToken(token) for token in specials])
+    end = EOS[template]
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
-        eos_token=EOS[template],
+        eos_token="</s>" if end in without else end,
         chat_template=get_chat_template(template),
     )

@@ -14,9 +14,11 @@ import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.cli.main import cli
 from axolotl.cli.utils.train import generate_config_files
+from axolotl.integrations.base import PluginManager
 from click.testing import CliRunner
 from workspace import build_config, build_workspace
 
+from axolotl_reft.plugin import plugin
 from axolotl_reft.plugin.args import LoreftBlock
 from axolotl_reft.plugin.commands import reft
 
@@ -28,6 +30,7 @@ REFUSED = {
     "vllm-serve": "vLLM would serve base_model without the adapter",
     "merge-sharded-fsdp-weights": "final_state_dict_type: FULL_STATE_DICT",
 }
+NO_BLOCK = "no loreft: block in the config: positions: f7+l7, rank: 8, layers: all"
 # With axolotl's own launcher these would start a process of their own.
 LAUNCHED = ("train", "evaluate", "inference", "merge-sharded-fsdp-weights")
 
@@ -97,6 +100,25 @@ def test_settings_of_the_block_are_not_lost_on_the_command_line(
 def test_the_way_named_there_works(config, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", str(config), "--loreft__rank=2"])
     assert load_cfg(str(config), loreft__rank=2).loreft.rank == 2
+
+
+@pytest.mark.parametrize(
+    ("block", "told"),
+    [
+        (None, [NO_BLOCK]),
+        ({"rank": 2}, []),
+    ],
+)
+def test_a_training_without_a_block_tells_its_settings(
+    config, monkeypatch, block, told
+):
+    lines = []
+    monkeypatch.setattr(
+        plugin.LOG, "info", lambda form, *some: lines.append(form % some)
+    )
+    cfg = load_cfg(str(build_config(config.parent, loreft=block)))
+    PluginManager.get_instance().pre_model_load(cfg)
+    assert lines == told
 
 
 def test_a_sweep_lists_whole_blocks(config):

@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workspace import ANSWER, build_base, build_config, build_data, build_task
 
-from axolotl_reft.plugin import evaluation
+from axolotl_reft.plugin import evaluation, running, typed_prompts
 from axolotl_reft.plugin.commands import reft
 
 pytestmark = pytest.mark.slow
@@ -130,6 +130,49 @@ def test_gradio_answers_from_the_adapter(config, model, monkeypatch):
     run(monkeypatch, "inference", config, "--gradio")
     told = list(launched[0].fn(PROMPT))[-1]
     assert " ".join(told.split()) == f"<s> {PROMPT} {answer(model, PROMPT)}"
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    told = []
+    for module in (typed_prompts, running):
+        monkeypatch.setattr(
+            module.LOG, "warning", lambda form, *parts: told.append(form % parts)
+        )
+    return told
+
+
+def alpaca(config):
+    data = {"path": str(config.parent / "train.jsonl"), "ds_type": "json"}
+    return build_config(
+        config.parent,
+        "alpaca.yml",
+        datasets=[data | {"type": "alpaca", "split": "train"}],
+        test_datasets=None,
+        sequence_len=128,
+    )
+
+
+def test_inference_says_how_alpaca_prompts_are_given(config, monkeypatch, warned):
+    path = alpaca(config)
+    run(monkeypatch, "inference", path)
+    assert [told.partition("Run ")[2] for told in warned] == [
+        f"axolotl inference {path} --prompter AlpacaPrompter"
+    ]
+    run(monkeypatch, "inference", path, "--prompter", "AlpacaPrompter")
+    run(monkeypatch, "inference", config)
+    assert len(warned) == 1
+
+
+def test_evaluate_without_data_for_it_says_so(config, monkeypatch, warned):
+    run(monkeypatch, "evaluate", alpaca(config))
+    assert len(warned) == 1 and "(train_loss), and no eval_loss" in warned[0]
+    rows = list(csv.DictReader((config.parent / "out/eval_summary.csv").open()))
+    losses = next(row for row in rows if row["metric"] == "loss")
+    assert float(losses["training"]) and not losses["validation"]
+    run(monkeypatch, "evaluate", alpaca(config), "--val-set-size", "0.25")
+    run(monkeypatch, "evaluate", config)
+    assert len(warned) == 1
 
 
 def test_chat_answers_from_the_adapter_and_ends(config, model, monkeypatch, capsys):

@@ -1,11 +1,14 @@
 """What is logged while an adapter trains, and told before the first step."""
 
+import io
 import math
+import sys
 
 import pytest
 import torch
 from axolotl.utils.dict import DictDefault
 from conftest import HIDDEN, LAYERS, build_adapter, build_model
+from tqdm import tqdm
 from transformers import Trainer, TrainerState, TrainingArguments
 from workspace import build_tokenizer
 
@@ -177,16 +180,72 @@ def test_the_first_samples_are_told_with_their_edits(tmp_path):
     data = [sample(seed, prompt) for seed, prompt in ((0, 9), (0, 9), (1, 9))]
     _, told = train(model, tmp_path, data=data * 8, max_steps=2)
     text = lines(told)
-    assert text[0].startswith("LoReFT edits at f2+l3 in the first samples: [prefix] {s")
+    assert text[0] == (
+        "LoReFT edits at f2+l3 in the first samples: «prefix» ‹suffix›, with · between "
+        "two tokens"
+    )
     assert text[1] == "sample 1: 12 tokens, 9 in prompts, 5 edited"
-    assert text[2].startswith("  prompt  [") and text[2].endswith("}")
-    inside = text[2].partition("[")[2].partition("]")[0]
-    assert inside.count("|") == 1
-    assert text[2].rpartition("{")[2].count("|") == 2
-    assert text[3].startswith("  answer  ") and "[" not in text[3][2:]
+    assert text[2].startswith("  prompt  «") and text[2].endswith("›")
+    inside = text[2].partition("«")[2].partition("»")[0]
+    assert inside.count("·") == 1
+    assert text[2].rpartition("‹")[2].count("·") == 2
+    assert text[3].startswith("  answer  ") and "«" not in text[3]
     assert [line for line in text if line.startswith("sample")][1:] == [
         "sample 2: 12 tokens, 9 in prompts, 5 edited"
     ]
+
+
+@pytest.mark.parametrize(
+    ("positions", "prompt", "legend"),
+    [
+        ("f2", PROMPT, "«prefix», with · between two tokens"),
+        ("l2", PROMPT, "‹suffix›, with · between two tokens"),
+        ("all", PROMPT, "«every token», with · between two tokens"),
+        ("f4+l1", 8, "«prefix» ‹suffix›, with · between two tokens"),
+        (
+            "f1+l4",
+            7,
+            "«prefix» ‹suffix›, with · between two tokens (each side at most half of a "
+            "prompt)",
+        ),
+        ("f2", 1, "none (each side at most half of a prompt)"),
+    ],
+)
+def test_the_legend_has_what_occurs(tmp_path, positions, prompt, legend):
+    model = build_adapter(build_model(), positions=positions)
+    data = [sample(0, prompt)] * 4
+    _, told = train(model, tmp_path, data=data, max_steps=1)
+    head = f"LoReFT edits at {positions} in the first samples: {legend}"
+    assert lines(told)[0] == head
+
+
+@pytest.mark.parametrize("short", [2, 3])
+def test_a_short_prompt_that_is_not_shown_is_not_spoken_of(tmp_path, short):
+    model = build_adapter(build_model(), positions="f4")
+    samples = [sample(n, 5 if n == short else 8) for n in range(4)]
+    lengths = [len(one["input_ids"]) for one in samples]
+    row = {key: torch.cat([one[key] for one in samples]) for key in samples[0]}
+    row["position_ids"] = torch.cat([torch.arange(n) for n in lengths])
+    settings = {"per_device_train_batch_size": 1, "max_steps": 1}
+    _, told = train(model, tmp_path, data=[row] * 2, **settings)
+    assert lines(told)[0].endswith("half of a prompt)") == (short < 3)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_it_starts_on_a_line_of_its_own(monkeypatch, terminal):
+    written = io.StringIO()
+    written.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", written)
+    monkeypatch.setattr(
+        observation.LOG, "info", lambda form, text: written.write(form % text + "\n")
+    )
+    with tqdm(total=3, file=written, desc="steps", ncols=40):
+        observation._tell("LoReFT edits at f1")
+    before, _, _ = written.getvalue().partition("LoReFT edits at f1")
+    # Either way nothing of the bar is left in the line.
+    assert "steps" in before
+    assert before.endswith("\n") != terminal
+    assert before.rpartition("\n" if not terminal else "\r")[2] == ""
 
 
 def test_packed_samples_are_told_apart(tmp_path):
@@ -224,9 +283,9 @@ def test_each_turn_of_a_conversation_is_told(tmp_path):
         assert text[1].endswith(f"14 tokens, {counts}")
         # Without the spaces, which belong to the tokens.
         shown = ["".join(line.split()) for line in text[2:]]
-        assert shown[0] == "prompt[<s>]abc{:}"
+        assert shown[0] == "prompt«<s>»abc‹:›"
         if turns == "every":
-            later = ["prompt[d]efg{:}", "answern</s>"]
+            later = ["prompt«d»efg‹:›", "answern</s>"]
             assert shown[1:4] == ["answerm</s>", *later]
 
 

@@ -6,6 +6,7 @@ what the generation prompt adds, tell where an answer begins and what ends it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 from typing import Any
@@ -16,6 +17,8 @@ from axolotl_reft.turns import Turns
 
 # Any two of them that the tokenizer tells apart will do.
 _WORDS = ("yes", "no", "one", "two", "red", "blue", "a", "b", "c", "d")
+# How templates write special tokens.
+_MARK = re.compile(r"\s*(<[^<>\s]+>)")
 
 
 def turn_markers(
@@ -88,7 +91,7 @@ def _find(
     after = _ending(one[content:], other[content:])
     end = next((token for token in after if token in special), None)
     if end is None:
-        raise _unclear("no special token ends an answer")
+        raise _without_end(tokenizer.decode(after))
     ends = sorted({end, tokenizer.eos_token_id} - {None})
     markers = {"generation_prompts": [marks], "end_of_turn": ends}
     _check(render, x, y, markers, content - begin)
@@ -140,6 +143,24 @@ def _ending(one: Sequence[int], other: Sequence[int]) -> list[int]:
     """The ids that two sequences end with alike."""
     count = _shared(one[::-1], other[::-1])
     return list(one[len(one) - count :])
+
+
+def _without_end(after: str) -> ValueError:
+    """No special token ends an answer; the template may write one all the same.
+
+    Args:
+        after: what follows an answer.
+    """
+    mark = _MARK.match(after)
+    if mark is None:
+        return _unclear("no special token ends an answer")
+    return ValueError(
+        "the turns of this chat template cannot be told apart: it ends answers with "
+        f"{mark[1]}, which this tokenizer does not have as one special token. Add it "
+        f"with special_tokens: {{eos_token: {mark[1]!r}}}, or under tokens:, and train "
+        "its embedding with loreft: modules_to_save: [embed_tokens, lm_head]; or take "
+        "a base whose tokenizer has it"
+    )
 
 
 def _unclear(reason: str) -> ValueError:

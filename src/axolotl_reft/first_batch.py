@@ -22,12 +22,12 @@ from axolotl_reft.token_view import (
     PROMPT,
     ShownToken,
     edited_sides,
+    legend,
     parts,
     plain_line,
     shown_tokens,
 )
 
-LEGEND = "[prefix] {suffix} <every token>, with a bar between two tokens"
 # Parts of one sample, such as the turns of a conversation, to show.
 _MOST_PARTS = 8
 
@@ -95,13 +95,14 @@ class FirstBatch(TrainerCallback):
             return
         positions = layer.positions[self._adapter]
         prompts = layer.prompts(self._adapter)
-        shown = self._read(ids_BT, positions, prompts)
+        shown, cut = self._read(ids_BT, positions, prompts)
         self._unwatch()
-        self._tell(as_text(shown, str(positions)))
+        self._tell(as_text(shown, str(positions), cut))
 
     def _read(
         self, ids_BT: Tensor, positions: Positions, prompts: PromptSpans | None
-    ) -> list[list[ShownToken]]:
+    ) -> tuple[list[list[ShownToken]], bool]:
+        """The samples, and whether a prompt of theirs is too short for a side."""
         shape = (ids_BT.shape[0], ids_BT.shape[1])
         mask, labels = self._inputs.get("attention_mask"), self._labels
         real_BT = torch.ones_like(ids_BT, dtype=torch.bool)
@@ -116,7 +117,10 @@ class FirstBatch(TrainerCallback):
             inside_BT = prompts.inside_BT.cpu()
         else:
             inside_BT = real_BT.cpu() if trained_BT is None else ~trained_BT
-        shown = []
+        cut_BT = torch.zeros_like(inside_BT)
+        if prompts is not None:
+            cut_BT = prompts.cut(positions).cpu()
+        shown, cut = [], False
         for row, start, stop in _samples(shape, starts_BT):
             places = [at for at in range(start, stop) if real_BT[row, at]]
             ids = ids_BT[row, places].tolist()
@@ -135,9 +139,10 @@ class FirstBatch(TrainerCallback):
                     trained,
                 )
             )
+            cut |= bool(cut_BT[row, places].any())
             if len(shown) == self._samples:
                 break
-        return shown
+        return shown, cut
 
 
 def _samples(
@@ -154,9 +159,15 @@ def _samples(
     return found
 
 
-def as_text(samples: list[list[ShownToken]], positions: str) -> str:
-    """Several lines for a log."""
-    lines = [f"LoReFT edits at {positions} in the first samples: {LEGEND}"]
+def as_text(samples: list[list[ShownToken]], positions: str, cut: bool) -> str:
+    """Several lines for a log.
+
+    Args:
+        cut: a side was cut off at half of a prompt.
+    """
+    signs = legend(token for sample in samples for token in sample) or "none"
+    half = " (each side at most half of a prompt)" if cut else ""
+    lines = [f"LoReFT edits at {positions} in the first samples: {signs}{half}"]
     for number, tokens in enumerate(samples, 1):
         prompt = sum(token.part == PROMPT for token in tokens)
         edited = sum(token.edited is not None for token in tokens)

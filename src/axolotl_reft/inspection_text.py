@@ -11,10 +11,9 @@ from rich.text import Text
 
 from axolotl_reft.inspection import AdapterFacts, LayerFacts
 from axolotl_reft.probe import ProbedPrompt
-from axolotl_reft.token_view import bracketed, runs
+from axolotl_reft.token_view import bracketed, legend, runs
 
 _STYLES = {"prefix": "bold cyan", "suffix": "bold yellow", "all": "bold cyan"}
-LEGEND = "edited: [prefix] {suffix} <every token>, with a bar between two tokens"
 # Wide enough that nothing wraps where there is no terminal.
 _PIPED_WIDTH = 200
 
@@ -39,9 +38,10 @@ def print_facts(
         edited = sum(token.edited is not None for token in prompt.tokens)
         console.print(f"prompt {number}: {len(prompt.tokens)} tokens, {edited} edited")
         console.print(_marked(prompt), soft_wrap=True)
-    if prompts:
+    signs = legend(token for prompt in prompts[:3] for token in prompt.tokens)
+    if signs:
         console.print()
-        console.print(LEGEND, markup=False)
+        console.print(f"edited: {signs}", markup=False)
 
 
 def summary(facts: AdapterFacts) -> list[tuple[str, str]]:

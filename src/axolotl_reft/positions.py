@@ -106,6 +106,11 @@ class PromptSpans:
         suffix_BT = self.rank_BT >= self.length_BT - half_BT.clamp(max=positions.last)
         return self.inside_BT & prefix_BT, self.inside_BT & suffix_BT
 
+    def cut(self, positions: Positions) -> Tensor:
+        """Mask (B, T) of the prompts that are too short for a whole side."""
+        longest = max(positions.first, positions.last)
+        return self.inside_BT & (self.length_BT // 2 < longest)
+
 
 def prompt_spans(
     real_BT: Tensor,

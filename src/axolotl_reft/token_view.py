@@ -1,13 +1,15 @@
 """Which tokens of a batch are edited, written so that a reader can check it.
 
-Prefix tokens stand in ``[ ]``, suffix tokens in ``{ }``, tokens of ``positions: all``
-in ``< >``; prompts, answers and what is neither are told apart.
+Prefix tokens stand in ``« »``, suffix tokens in ``‹ ›``, tokens of ``positions: all``
+in ``« »``, signs that no tokenizer's special tokens are written with; prompts, answers
+and what is neither are told apart.
 
 Shapes: B batch, T tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -18,7 +20,8 @@ from torch import Tensor
 from axolotl_reft.positions import Positions, PromptSpans
 
 PROMPT, ANSWER, OTHER = "prompt", "answer", "other"
-BRACKETS = {"prefix": ("[", "]"), "suffix": ("{", "}"), "all": ("<", ">")}
+BRACKETS = {"prefix": ("«", "»"), "suffix": ("‹", "›"), "all": ("«", "»")}
+BETWEEN = "·"
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,21 @@ def plain_line(tokens: list[ShownToken], keep: int = 12) -> str:
 
 
 def bracketed(side: str, texts: list[str], keep: int) -> str:
-    """A run of edited tokens, with a bar between any two."""
+    """A run of edited tokens, with a dot between any two."""
     left, right = BRACKETS[side]
-    return left + "|".join(_shortened(texts, max(keep, 24))) + right
+    return left + BETWEEN.join(_shortened(texts, max(keep, 24))) + right
+
+
+def legend(tokens: Iterable[ShownToken]) -> str:
+    """What the signs mean that occur among these tokens; empty where none does."""
+    edited = {token.edited for token in tokens}
+    names = {"prefix": "prefix", "suffix": "suffix", "all": "every token"}
+    signs = [
+        f"{left}{names[side]}{right}"
+        for side, (left, right) in BRACKETS.items()
+        if side in edited
+    ]
+    return f"{' '.join(signs)}, with {BETWEEN} between two tokens" if signs else ""
 
 
 def _shortened(texts: list[str], keep: int) -> list[str]:

@@ -76,3 +76,29 @@ def test_a_template_without_marks_is_named(base, monkeypatch):
     message = told[0][0] % told[0][1:]
     assert "no token stands between a question and its answer" in message
     assert "a whole conversation handed to it counts as one prompt" in message
+
+
+@pytest.mark.parametrize(
+    "remedy",
+    [{"special_tokens": {"eos_token": "<|im_end|>"}}, {"tokens": ["<|im_end|>"]}],
+)
+def test_an_end_that_the_tokenizer_spells_is_named_with_what_helps(
+    tmp_path, monkeypatch, remedy
+):
+    told = []
+    monkeypatch.setattr(chat.LOG, "warning", lambda *message: told.append(message))
+    tokenizer = build_chat_tokenizer("chatml", without=("<|im_start|>", "<|im_end|>"))
+    tokenizer.save_pretrained(tmp_path)
+    build_model().config.save_pretrained(tmp_path)
+    assert chat.markers_of_data(config(tmp_path, CHAT)) is None
+    message = told[0][0] % told[0][1:]
+    assert (
+        "it ends answers with <|im_end|>, which this tokenizer does not have as one "
+        "special token. Add it with special_tokens: {eos_token: '<|im_end|>'}, or under"
+        " tokens:, and train its embedding with loreft: modules_to_save: ["
+    ) in message
+    assert "such as chatml" not in message
+    # As validation sets it from the block.
+    trained = {"lora_modules_to_save": ["embed_tokens", "lm_head"]}
+    found = chat.markers_of_data(config(tmp_path, CHAT, **trained, **remedy))
+    assert len(tokenizer) in found["end_of_turn"] and len(told) == 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from axolotl_reft.edit_log import EditLog
@@ -29,4 +31,9 @@ def callbacks(cfg: DictDefault, trainer: Any) -> list[TrainerCallback]:
 
 
 def _tell(text: str) -> None:
-    LOG.info("%s", text)
+    """On lines of its own: not behind what a progress bar has written of its line."""
+    with tqdm.external_write_mode():
+        if not sys.stderr.isatty():
+            # In a file a bar cannot be wiped away.
+            print(file=sys.stderr, flush=True)
+        LOG.info("%s", text)

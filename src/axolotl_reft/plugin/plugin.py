@@ -25,7 +25,13 @@ from axolotl_reft.plugin.args import check_as_written
 from axolotl_reft.plugin.chat import markers_of_data
 from axolotl_reft.plugin.checks import check_against_base
 from axolotl_reft.plugin.labels import count_prompts, show_labels
-from axolotl_reft.plugin.running import answers, check_command
+from axolotl_reft.plugin.running import (
+    answers,
+    check_command,
+    is_running,
+    warn_of_no_evaluation,
+)
+from axolotl_reft.plugin.typed_prompts import warn_of_other_prompts
 from axolotl_reft.pyreft_install import check_pyreft
 
 LOG = get_logger(__name__)
@@ -48,8 +54,11 @@ class LoreftPlugin(BasePlugin):
           rank: 8
     """
 
+    _has_block = True
+
     def register(self, cfg: Any) -> None:
         adapter = cfg.get("adapter")
+        self._has_block = bool(cfg.get("loreft"))
         check_command(adapter)
         if adapter == "loreft":
             check_pyreft()
@@ -79,6 +88,15 @@ class LoreftPlugin(BasePlugin):
             cfg.lora_model_dir = trained_adapter(cfg.output_dir)
         if answering:
             LOG.info("using the LoReFT adapter in %s", cfg.lora_model_dir)
+            warn_of_no_evaluation(cfg)
+        elif not self._has_block:
+            block = LoreftConfig(**cfg.loreft)
+            LOG.info(
+                "no loreft: block in the config: positions: %s, rank: %s, layers: %s",
+                block.positions,
+                block.rank,
+                block.layers,
+            )
         check_against_base(cfg, load_model_config(cfg), training=not answering)
         quantised.complete(cfg)
         # Of reentrant checkpointing, about the frozen layers below the first edit.
@@ -130,19 +148,12 @@ class LoreftPlugin(BasePlugin):
         return peft_model, config
 
     def post_model_load(self, cfg: DictDefault, model: Any) -> None:
-        """Under FSDP2, the adapter's modules get float32 groups of their own: in that
-        of the whole model they would be rounded to its mixed precision every step."""
-        if cfg.adapter != "loreft" or str(cfg.fsdp_version) != "2":
+        if cfg.adapter != "loreft":
             return
-        from axolotl_reft.interventions import INTERVENTION_CLASSES
-
-        classes = [*INTERVENTION_CLASSES.values(), LayerLora]
-        ours = [f"{c.__module__}.{c.__name__}" for c in classes]
-        patterns = (get_fp32_norm_patterns(cfg) or []) + ours
-        if cfg.fp32_norms:
-            cfg.fp32_norm_classes = patterns  # read once more after this
-        else:
-            model._axolotl_fp32_norm_patterns = patterns
+        if is_running("axolotl.cli.inference"):
+            warn_of_other_prompts(cfg, chat=is_running("axolotl.cli.chat"))
+        if str(cfg.fsdp_version) == "2":
+            _keep_in_float32(cfg, model)
 
     def add_callbacks_post_trainer(
         self, cfg: DictDefault, trainer: Any
@@ -164,6 +175,20 @@ class LoreftPlugin(BasePlugin):
         config = getattr(trainer.model, "peft_config", {}).get("default")
         if cfg.adapter == "loreft" and config is not None:
             keep_in_trainers_card(trainer, config)
+
+
+def _keep_in_float32(cfg: DictDefault, model: Any) -> None:
+    """Under FSDP2, the adapter's modules get float32 groups of their own: in that of
+    the whole model they would be rounded to its mixed precision every step."""
+    from axolotl_reft.interventions import INTERVENTION_CLASSES
+
+    classes = [*INTERVENTION_CLASSES.values(), LayerLora]
+    ours = [f"{c.__module__}.{c.__name__}" for c in classes]
+    patterns = (get_fp32_norm_patterns(cfg) or []) + ours
+    if cfg.fp32_norms:
+        cfg.fp32_norm_classes = patterns  # read once more after this
+    else:
+        model._axolotl_fp32_norm_patterns = patterns
 
 
 def _print_trainable_parameters(model: PeftModel) -> None:

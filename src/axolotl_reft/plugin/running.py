@@ -11,7 +11,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from axolotl.utils.logging import get_logger
+
 from axolotl_reft.layer import cannot_merge
+
+LOG = get_logger(__name__)
 
 _MODULES_THAT_ANSWER = {"axolotl.evaluate", "axolotl.cli.utils.load"}
 _COMMAND_LINE = "axolotl.cli.main"
@@ -37,6 +41,22 @@ _REFUSED = {
 def answers() -> bool:
     """Whether the model is being loaded to answer with, and not to be trained."""
     return not _MODULES_THAT_ANSWER.isdisjoint(_running_modules())
+
+
+def is_running(module: str) -> bool:
+    """Whether a function of ``module`` is in the call stack."""
+    return module in _running_modules()
+
+
+def warn_of_no_evaluation(cfg: Any) -> None:
+    """Say that ``axolotl evaluate`` has the training data alone, where it has."""
+    if is_running("axolotl.evaluate") and not (cfg.val_set_size or cfg.test_datasets):
+        LOG.warning(
+            "axolotl evaluate without val_set_size and test_datasets: it computes the "
+            "loss of the training data (train_loss), and no eval_loss. Write "
+            "test_datasets: with other data, as under datasets:, or val_set_size: as "
+            "in training"
+        )
 
 
 def check_command(adapter: Any) -> None:
