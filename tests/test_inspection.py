@@ -243,7 +243,7 @@ def test_the_tokenizer_beside_the_adapter_comes_first(places, options):
     assert (places.root / "own/chat_template.jinja").is_file()
     done = invoke(directory, "--prompt", "a a a a", *options)
     assert done.exit_code == 0, done.output
-    assert ("[ d| :]" if options else "[ <s>| a]") in done.output
+    assert ("« d· :»" if options else "« <s>· a»") in done.output
     base_model, own = open_base(inspect_adapter(directory), None)
     assert prompt_ids(own, "a", chat=False) == [1, words["a"]] == [1, 5]
 
