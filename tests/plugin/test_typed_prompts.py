@@ -125,3 +125,11 @@ def test_preference_data_is_spoken_of_only_with_a_chat_template(warned):
     assert warned("chatml.intel", rl="dpo") == ""
     assert "chat_template: tok" in warned("chat_template.default", rl="dpo")
     assert warned("alpaca", reward_model=True) == ""
+
+
+def test_a_form_that_cannot_be_found_out_stops_nobody(warned, monkeypatch):
+    def fails(*_):
+        raise KeyError("of a strategy")
+
+    monkeypatch.setattr(typed_prompts, "load", fails)
+    assert warned("alpaca") == ""

@@ -51,7 +51,11 @@ def warn_of_other_prompts(cfg: Any, chat: bool) -> None:
                 beside,
             )
     elif not cfg.rl:
-        trained = _trained_prompt(cfg, dataset, tokenizer)
+        try:
+            trained = _trained_prompt(cfg, dataset, tokenizer)
+        except Exception as error:  # of any strategy; a hint must not stop an answer
+            LOG.debug("the form of the first data set's prompts: %s", error)
+            return
         if trained is None:
             return
         # A tokenizer may drop what they differ in.
