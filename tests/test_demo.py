@@ -1,6 +1,7 @@
 """The demo's report, on an untrained adapter, and what `make demo` says around it."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -94,3 +95,13 @@ def test_make_demo_says_what_it_does_first_and_what_is_next_at_the_end():
     end = commands[commands.index("Your adapter is in examples/tiny-llama/out") :]
     assert ". elsewhere/bin/activate" in end
     assert "axolotl inference examples/tiny-llama/loreft.yml" in end
+
+
+def test_the_words_of_getting_started_are_the_tiny_tokenizers(report):
+    page = (ROOT / "docs" / "getting-started.md").read_text()
+    rows = re.findall(r'^ *(\{"instruction": .*\})$', page, re.MULTILINE)
+    assert len(rows) == 3
+    tokenizer = sys.modules["task"].make_tokenizer()
+    for row in map(json.loads, rows):
+        ids = tokenizer(f"{row['instruction']} {row['output']}")["input_ids"]
+        assert tokenizer.unk_token_id not in ids
