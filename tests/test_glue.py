@@ -54,7 +54,7 @@ def test_its_header_has_the_counts_of_roberta_base():
         )
         base = RobertaForSequenceClassification(config)
     total = base.num_parameters()
-    settings = LoreftConfig(task_type="SEQ_CLS", positions="f1", rank=1)
+    settings = LoreftConfig(task_type="SEQ_CLS", positions="f3", rank=1)
     count, _ = get_peft_model(base, settings).get_nb_trainable_parameters()
     header = " ".join(SCRIPT.read_text().split('"""')[1].split())
     edits = 12 * (2 * 768 + 1)

@@ -1,5 +1,6 @@
 """The example without axolotl runs, and so does each snippet of its page."""
 
+import json
 import re
 import runpy
 import subprocess
@@ -30,14 +31,20 @@ def test_the_script_learns(tmp_path, trainer):
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
         "print('axolotl imported:', 'axolotl' in sys.modules)"
     )
+    output = str(tmp_path / "out")
     done = subprocess.run(
-        [sys.executable, "-c", code, "-", "--trainer", trainer, "--output", tmp_path],
+        [sys.executable, "-c", code, "-", "--trainer", trainer, "--output", output],
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"^after: ?animal", done.stdout, re.MULTILINE), done.stdout
+    assert "from a random model" in done.stdout
+    # The adapter is of use afterwards: its base is still where it says.
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    base = Path(settings["base_model_name_or_path"])
+    assert base == tmp_path / "out-base" and (base / "config.json").is_file()
     assert not re.search(r"^before: ?animal", done.stdout, re.MULTILINE)
     assert "axolotl imported: False" in done.stdout
     assert "adapter_config.json" in done.stdout

@@ -3,9 +3,11 @@
 After arXiv 2404.03592, appendix F. Run from the repository root, once
 `python examples/tiny-llama/make_base.py` has made the base model:
 `python examples/memorisation/memorise.py`. It takes about 3 minutes on one CPU core and
-writes `results.json` and `recovered.png` beside this file.
+writes `results.json` and `recovered.png` beside this file. With
+`--intervention consreft`, the paper's own edit, it writes to `outputs/memorisation`.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -31,6 +33,7 @@ from axolotl_reft import LoreftConfig
 
 HERE = Path(__file__).parent
 BASE_DIR = HERE.parent / "tiny-llama" / "base"
+OUTPUTS = Path("outputs/memorisation")
 MAKE_BASE = "python examples/tiny-llama/make_base.py"
 
 # `l1` takes at most half of a prompt, so one of a single token would not be edited.
@@ -40,6 +43,8 @@ LENGTHS = (2, 4, 8, 16, 32)
 SEEDS = (0, 1, 2)
 STEPS = 200
 PEAK_LR = 0.1
+# Both leave out Wh, so that the edit holds the text and the input does not matter.
+INTERVENTIONS = ("lobireft", "consreft")
 
 
 class Run(TypedDict):
@@ -131,6 +136,7 @@ def memorise(
     target: list[int],
     layer: int,
     steps: int = STEPS,
+    intervention: str = INTERVENTIONS[0],
 ) -> tuple[int, int]:
     """Train one adapter to answer the prompt with the target.
 
@@ -142,7 +148,7 @@ def memorise(
         layers=[layer],
         positions="l1",
         rank=1,
-        intervention="lobireft",
+        intervention=intervention,
     )
     model = get_peft_model(base, config)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -174,12 +180,15 @@ def measure(
     text: str,
     layer: int,
     seed: int,
+    intervention: str,
 ) -> list[Run]:
     """One adapter for each length of the text, at one layer."""
     runs: list[Run] = []
     for length in LENGTHS:
         torch.manual_seed(seed)
-        recovered, steps = memorise(base, prompt, target[:length], layer)
+        recovered, steps = memorise(
+            base, prompt, target[:length], layer, intervention=intervention
+        )
         runs.append(
             {
                 "text": text,
@@ -212,7 +221,7 @@ def best(runs: list[Run], text: str, layer: int, seed: int) -> int:
     )
 
 
-def plot(runs: list[Run]) -> None:
+def plot(runs: list[Run], directory: Path) -> None:
     """Draw the tokens recovered against the layer, a line per kind of text."""
     layers = sorted({run["layer"] for run in runs})
     figure = Figure(figsize=(6.4, 4), layout="constrained")
@@ -235,7 +244,7 @@ def plot(runs: list[Run]) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(loc="center right", bbox_to_anchor=(1, 0.45))
-    figure.savefig(HERE / "recovered.png", dpi=120)
+    figure.savefig(directory / "recovered.png", dpi=120)
 
 
 def print_table(runs: list[Run]) -> None:
@@ -256,11 +265,17 @@ def print_table(runs: list[Run]) -> None:
 
 
 def write_results(
-    texts: list[Text], runs: list[Run], prompt: list[int], base: PreTrainedModel
+    texts: list[Text],
+    runs: list[Run],
+    prompt: list[int],
+    base: PreTrainedModel,
+    intervention: str,
+    directory: Path,
 ) -> None:
     """Write what was measured, and all that it depends on."""
     packages = ("axolotl-reft", "torch", "transformers", "peft", "pyvene", "pyreft")
     settings = {
+        "intervention": intervention,
         "prompt": PROMPT,
         "prompt_tokens": len(prompt),
         "lengths": LENGTHS,
@@ -276,11 +291,19 @@ def write_results(
     lines = ",\n".join(f"    {json.dumps(row)}" for row in runs)
     head = json.dumps({"settings": settings, "texts": texts}, indent=2)
     body = f'{head[:-2]},\n  "runs": [\n{lines}\n  ]\n}}\n'
-    (HERE / "results.json").write_text(body, encoding="utf-8")
+    (directory / "results.json").write_text(body, encoding="utf-8")
 
 
 def main() -> None:
     """Measure every layer, length and text; write the results and the plot."""
+    parser = argparse.ArgumentParser(description="How much text one edit holds")
+    parser.add_argument(
+        "--intervention", choices=INTERVENTIONS, default=INTERVENTIONS[0]
+    )
+    intervention = parser.parse_args().intervention
+    # What is committed beside this file is of the default.
+    directory = HERE if intervention == INTERVENTIONS[0] else OUTPUTS
+    directory.mkdir(parents=True, exist_ok=True)
     # Sums in another order, from another thread count, would give other numbers.
     torch.set_num_threads(1)
     started = time.monotonic()
@@ -302,13 +325,13 @@ def main() -> None:
             )
             print(f"\n{texts[-1]}", flush=True)
             for layer in range(base.config.num_hidden_layers):
-                more = measure(base, prompt, target, text, layer, seed)
+                more = measure(base, prompt, target, text, layer, seed, intervention)
                 runs += more
                 shown = [run["recovered"] for run in more]
                 seconds = time.monotonic() - started
                 print(f"layer {layer}  recovered {shown}  {seconds:.0f} s", flush=True)
-    write_results(texts, runs, prompt, base)
-    plot(runs)
+    write_results(texts, runs, prompt, base, intervention, directory)
+    plot(runs, directory)
     print()
     print_table(runs)
 

@@ -5,12 +5,12 @@
     python examples/plain-python/train.py --model meta-llama/Llama-3.2-1B
 
 Without --model it builds a random Llama of 3 layers and its tokenizer, so nothing is
-fetched; it prints the loss and an answer before and after. A real model wants data of
-your own in the place of `examples()`, and a GPU.
+fetched, and keeps it beside the adapter, in OUTPUT-base; it prints the loss and an
+answer before and after. A real model wants data of your own in the place of
+`examples()`, and a GPU.
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import torch
@@ -133,12 +133,16 @@ def main():
     set_seed(0)
     name = arguments.model
     if name is None:
-        name = tempfile.mkdtemp()
+        # The adapter says where its base is, so that must stay where it is.
+        name = f"{arguments.output}-base"
         build_tiny_model(name)
     base = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(name)
     prompt = "what is a horse ?"
+    print("prompt:", prompt)
     print("before:", answer(base, tokenizer, prompt))
+    if arguments.model is None:
+        print("(from a random model, so any answer before is chance)")
 
     config = axolotl_reft.LoreftConfig(
         task_type="CAUSAL_LM", positions="f2+l2", rank=4, tied_weights=False
@@ -160,6 +164,7 @@ def main():
 
     trained = AutoPeftModelForCausalLM.from_pretrained(arguments.output)
     print("after:", answer(trained, tokenizer, prompt))
+    print("base:", name)
     print("saved:", *sorted(file.name for file in Path(arguments.output).iterdir()))
 
 

@@ -1,6 +1,6 @@
 """Train the demo's base model from scratch and write the demo's data.
 
-Run from the repository root: `python examples/tiny-llama/make_base.py`. It takes about
+Run from the repository root: `python examples/tiny-llama/make_base.py`. It takes 2 to
 3 minutes on one CPU core and writes `base/` and `data/` beside this file.
 """
 
@@ -160,7 +160,9 @@ def main() -> None:
     base_test, held_out = write_data(rng)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
+    print("Building a tiny base model from scratch, in 2 to 3 minutes:")
     print(f"{model.num_parameters():,} parameters, tasks: {', '.join(BASE_WORDS)}")
+    print("loss: on those tasks; 0 is perfect", flush=True)
     train(model, tokenizer, rng, held_out)
     place_new_word(model, tokenizer)
     prompts = [example["instruction"] for example in base_test]

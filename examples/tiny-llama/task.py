@@ -2,7 +2,8 @@
 
 A prompt is some letters, an instruction word and an equals sign; the answer follows:
 `k b t q reverse = q t b k`. The base model learns four instruction words. A fifth one,
-`mirror`, is in the tokenizer, but the base never sees it: LoReFT is to teach it.
+`mirror`, is in the tokenizer, but the base never sees it: LoReFT is to teach it. It
+means what `reverse` means, so this is a new word for a skill that the base has.
 """
 
 import random
