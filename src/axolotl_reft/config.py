@@ -162,11 +162,11 @@ class LoreftConfig(PeftConfig):
     def __new__(cls, *args: Any, **kwargs: Any) -> LoreftConfig:
         # Ahead of the fields: what PEFT does with those it does not know is to drop
         # them, with a warning.
+        version = kwargs.get("format_version", FORMAT_VERSION)
+        check_format(version, kwargs.get("axolotl_reft_version"))
         known = tuple(field.name for field in fields(cls) if field.init)
         for key in kwargs.keys() - set(known):
             raise TypeError(f"LoreftConfig has no setting {key!r}.{hint(key, known)}")
-        version = kwargs.get("format_version", FORMAT_VERSION)
-        check_format(version, kwargs.get("axolotl_reft_version"))
         return super().__new__(cls)
 
     def to_dict(self) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def _check_component(component: object, layers: object) -> None:
             "component. For several, train an adapter for each, and make them active "
             "together: model.base_model.set_adapter([...])"
         )
-    if str(component).startswith("head_"):
+    if isinstance(component, str) and component.startswith("head_"):
         raise ValueError(
             f"component: {shown(component)}: pyreft's components of single heads are "
             "not supported; attention_value_output holds all heads"
@@ -289,7 +289,7 @@ def _check_dropout(dropout: object, intervention: str) -> None:
 def _check_act_fn(act_fn: object, intervention: str) -> None:
     if act_fn is None:
         return
-    if act_fn not in ACT2FN:
+    if not isinstance(act_fn, str) or act_fn not in ACT2FN:
         raise ValueError(
             f"act_fn: {shown(act_fn)} is unknown.{did_you_mean(act_fn, tuple(ACT2FN))} "
             f"Choose one of: {', '.join(ACT2FN)}; or null, which is linear"
