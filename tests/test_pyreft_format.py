@@ -196,6 +196,9 @@ def test_what_a_live_model_saves_is_what_is_exported(tmp_path, base, ids):
 
 def test_an_export_knows_its_base(tmp_path, base, ids):
     model = save(tmp_path / "a")
+    export_adapter(str(tmp_path / "a"), str(tmp_path / "unnamed"))
+    done = run("import", tmp_path / "unnamed", tmp_path / "c")
+    assert "Error: base model: DIR does not say which one" in done.output
     config = model.peft_config["default"]
     config.base_model_name_or_path = base
     model.save_pretrained(tmp_path / "a")
@@ -207,7 +210,7 @@ def test_an_export_knows_its_base(tmp_path, base, ids):
     (tmp_path / "out" / "adapter_config.json").unlink()
     done = run("import", tmp_path / "out", tmp_path / "c", "--positions", "f2+l3")
     assert done.exit_code == 1
-    assert "Error: base model: pyreft does not save which one" in done.output
+    assert "Error: base model: DIR does not say which one" in done.output
 
 
 def test_a_bias_of_pyrefts_that_is_not_here_is_named():

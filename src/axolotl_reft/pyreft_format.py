@@ -277,13 +277,13 @@ def import_adapter(
     Raises:
         ValueError: as there, or ``out`` is in use. Nothing is written then.
     """
-    if base_model is None:
-        if not (Path(directory) / CONFIG_NAME).is_file():
-            raise ValueError(
-                "base model: pyreft does not save which one an adapter is for; pass "
-                "--base-model"
-            )
+    if base_model is None and (Path(directory) / CONFIG_NAME).is_file():
         base_model = read_adapter_config(directory, "DIR").base_model_name_or_path
+    if base_model is None:
+        raise ValueError(
+            "base model: DIR does not say which one the adapter is for, as pyreft's "
+            "never do; pass --base-model"
+        )
     try:
         base_config = AutoConfig.from_pretrained(base_model)
     except (OSError, ValueError) as error:
