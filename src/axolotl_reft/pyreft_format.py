@@ -279,7 +279,7 @@ def import_adapter(
     """
     if base_model is None and (Path(directory) / CONFIG_NAME).is_file():
         base_model = read_adapter_config(directory, "DIR").base_model_name_or_path
-    if base_model is None:
+    if not base_model:
         raise ValueError(
             "base model: DIR does not say which one the adapter is for, as pyreft's "
             "never do; pass --base-model"
