@@ -229,6 +229,17 @@ def test_what_was_saved_untrained_is_told_apart(tmp_path):
     assert "model.embed_tokens (not trained)" in invoke(tmp_path).output
 
 
+def test_a_prompt_without_the_chat_template_of_the_training_is_told_of(places):
+    # As the tokenizer writes it: its words "d" and ":".
+    marks = {"generation_prompts": [[7, 30]], "end_of_turn": [2]}
+    directory = places.save("chat", 1, turn_markers=marks)
+    told = "Add --chat"
+    assert told in invoke(directory, "--prompt", "a b c").stderr
+    assert told in invoke(directory, "--prompt", "a d :", "--prompt", "a").stderr
+    assert told not in invoke(directory, "--prompt", "a d :").stderr
+    assert told not in invoke(places.tied, "--prompt", "a b c").stderr
+
+
 @pytest.mark.parametrize("options", [["--chat"], []])
 def test_the_tokenizer_beside_the_adapter_comes_first(places, options):
     directory = places.save("own", 1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from axolotl_reft.inspection import inspect_adapter
+from axolotl_reft.inspection import AdapterFacts, inspect_adapter
 from axolotl_reft.inspection_page import check_picture, write_picture
 from axolotl_reft.inspection_text import print_facts
 from axolotl_reft.probe import (
@@ -55,10 +55,11 @@ def run(
         )
     _check_device(device)
     facts = inspect_adapter(directory, other)
-    probed = []
+    probed, untemplated = [], False
     if texts or sample or base_model:
         base_model, tokenizer = open_base(facts, base_model)
         ids = [prompt_ids(tokenizer, text, chat) for text in texts]
+        untemplated = not all(_asks(facts, one) for one in ids)
         model = load_model(facts, base_model, device)
         if not ids:
             ids = sampled_prompts(model, tokenizer, sample or _SAMPLED)
@@ -74,6 +75,20 @@ def run(
     if plot:
         # Standard output is JSON's alone.
         print(f"wrote {plot}", file=sys.stderr if as_json else sys.stdout)
+    if untemplated:
+        print(
+            "The adapter was trained with a chat template, and not all prompts are in "
+            "it, so that other tokens are edited than in use. Add --chat.",
+            file=sys.stderr,
+        )
+
+
+def _asks(facts: AdapterFacts, ids: list[int]) -> bool:
+    """Whether a prompt ends as those of the adapter's chat template, if it has one."""
+    marks = facts.settings.get("turn_markers")
+    if marks is None:
+        return True
+    return any(ids[-len(mark) :] == mark for mark in marks["generation_prompts"])
 
 
 def _check_device(device: str) -> None:
