@@ -69,6 +69,17 @@ _ON_GPU = [
     _LLAMA_8B.but(batch=1, length=8192, prompt=1024),
 ]
 
+_TOKEN_BY_TOKEN = _sizes(
+    quick=[Setting(batch=1)],
+    full=[
+        Setting(hidden_size=512, batch=1),
+        Setting(batch=1),
+        _LARGE.but(batch=1),
+        Setting(hidden_size=4096, layers=4, batch=1),
+    ],
+    gpu=[_ON_GPU[0]],
+)
+
 SUITE: dict[str, Benchmark] = {
     "step-by-size": Benchmark(
         "training_step",
@@ -174,30 +185,12 @@ SUITE: dict[str, Benchmark] = {
     "decode": Benchmark(
         "decode",
         ("base", "ours"),
-        _sizes(
-            quick=[Setting(batch=1)],
-            full=[
-                Setting(hidden_size=512, batch=1),
-                Setting(batch=1),
-                _LARGE.but(batch=1),
-                Setting(hidden_size=4096, layers=4, batch=1),
-            ],
-            gpu=[_ON_GPU[0]],
-        ),
+        _TOKEN_BY_TOKEN,
     ),
     "generate": Benchmark(
         "generate",
         ("base", "ours"),
-        _sizes(
-            quick=[Setting(batch=1)],
-            full=[
-                Setting(hidden_size=512, batch=1),
-                Setting(batch=1),
-                _LARGE.but(batch=1),
-                Setting(hidden_size=4096, layers=4, batch=1),
-            ],
-            gpu=[_ON_GPU[0]],
-        ),
+        _TOKEN_BY_TOKEN,
     ),
     "peak-memory": Benchmark(
         "peak_memory",

@@ -4,6 +4,7 @@ import pytest
 
 from axolotl_reft import LoreftConfig, LoreftModel
 from axolotl_reft.config import layer_ranks, resolve_layers
+from axolotl_reft.foreign_names import intervention_hint
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,15 @@ def test_ranks_that_do_not_suit_the_layers(layers, rank, message):
 def test_bad_values_are_refused_with_the_remedy(settings, message):
     with pytest.raises(ValueError, match=message):
         LoreftConfig(**settings)
+
+
+def test_pyrefts_classes_in_messages_are_those_of_the_interventions():
+    """Which bring in pyreft, and so cannot be asked by a message."""
+    from axolotl_reft.interventions import INTERVENTION_CLASSES
+
+    for name, ours in INTERVENTION_CLASSES.items():
+        answer = intervention_hint(ours.pyreft_class, ())
+        assert answer == f" It is pyreft's name: here it is {name}."
 
 
 def test_a_setting_of_pyrefts_or_loras_is_answered_with_ours():

@@ -404,7 +404,7 @@ def more(places):
         file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     places.save("mute", 1)
     (root / "mute/tokenizer_config.json").write_text("{")
-    names = ("mute", "tied", "untied", "small", "narrow", "nameless", "tokens")
+    names = ("mute", "untied", "small", "narrow", "nameless", "tokens")
     found = {name: str(root / name) for name in names}
     return found | {"top": top, "bottom": bottom}
 
