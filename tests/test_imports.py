@@ -16,9 +16,12 @@ ORDER = [
     "adapter_leaf",
     "positions",
     "editing",
+    "kernels",
+    "fused",
     "turns",
     "chat_template",
     "rotation",
+    "shared_rotations",
     "peft_type",
     "pyreft_install",
     "foreign_names",
@@ -119,6 +122,9 @@ def test_imports_point_one_way():
         ("editing", {"torch"}),
         ("turns", {"torch", "axolotl_reft"}),
         ("rotation", {"torch"}),
+        ("shared_rotations", {"torch", "axolotl_reft"}),
+        ("kernels", {"triton"}),
+        ("fused", {"torch", "axolotl_reft"}),
     ],
 )
 def test_the_numerics_need_torch_alone(part, allowed):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.activations import ACT2FN
 
 from axolotl_reft.adapter_leaf import AdapterLeaf
@@ -50,6 +51,9 @@ class _Intervention(AdapterLeaf):
     """
 
     pyreft_class: type[nn.Module]
+    # What fused.py asks: whether there is a W, and whether P is taken off it.
+    has_weight = False
+    subtracts = False
 
     # pyreft overrides these with ones that ignore `destination`, and so save nothing
     # from inside a parent module.
@@ -93,6 +97,27 @@ class _Intervention(AdapterLeaf):
         """
         raise NotImplementedError
 
+    def matrix_RD(self) -> Tensor:
+        """What an edit adds combinations of: R, or W₂; float32."""
+        raise NotImplementedError
+
+    @property
+    def affine(self) -> bool:
+        """Whether an edit is h + Pᵀ(Mh + b), as it is computed now."""
+        return self._linear and not (self.dropout_p and self.training)
+
+    @property
+    def unwatched(self) -> bool:
+        """Whether its numbers can be used past its own forward: no hook is on it, as
+        DeepSpeed, FSDP2 and accelerate have them to bring the numbers, and the log of
+        the edits to see what comes out."""
+        return not (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or hasattr(self, "_hf_hook")
+            or any(isinstance(p, DTensor) for p in self._parameters.values())
+        )
+
     def forward(
         self, base: Tensor, source: object = None, subspaces: object = None
     ) -> Tensor:
@@ -101,8 +126,9 @@ class _Intervention(AdapterLeaf):
         ``source`` and ``subspaces`` are pyvene's and not used, as in pyreft.
         """
         device = base.device.type
-        # Not of the meta device, on which a forward is checked without numbers.
-        casts = torch.amp.is_autocast_available(device)
+        # Not on the meta device, which has none and where a forward is checked without
+        # numbers. torch could be asked, but compiled by 2.11 that breaks the graph.
+        casts = device != "meta"
         with torch.autocast(device, enabled=False) if casts else nullcontext():
             new_ND = self._edit(base.float().reshape(-1, base.shape[-1]))
         new = new_ND.view(base.shape).to(base.dtype)
@@ -117,8 +143,8 @@ class _Affine(_Intervention):
 
     weight: nn.Parameter
     bias: nn.Parameter
+    has_weight = True
     act_fn: Callable[[Tensor], Tensor]
-    _linear: bool
 
     def _linear_parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
         """W (R, D) and b (R,), initialised as ``nn.Linear`` does, as in pyreft."""
@@ -175,6 +201,8 @@ class _Rotated(_Intervention):
 
     rotation: nn.Parameter
     rotation_base: Tensor
+    # By shared_rotations.py, for an edit.
+    lent_RD: Tensor | None = None
     _kept: _KeptMatrix | None = None
 
     def _create_rotation(self) -> None:
@@ -190,13 +218,16 @@ class _Rotated(_Intervention):
         until its vectors change, also through ``.data``: where that could go unseen,
         after a change of mode or with a gradient there, it is computed anew.
         """
+        if self.lent_RD is not None:
+            return self.lent_RD.T
         vectors, base = self.rotation, self.rotation_base
+        if torch.compiler.is_compiling():  # a graph may change nothing here
+            return rotation(vectors.float(), base)
         if (
             self.training
             or torch.is_grad_enabled()
             or vectors.grad is not None
             or vectors.is_inference()
-            or torch.compiler.is_compiling()
         ):
             self._kept = None
             return rotation(vectors.float(), base)
@@ -205,6 +236,9 @@ class _Rotated(_Intervention):
             kept = _KeptMatrix(rotation(vectors.float(), base), vectors, base)
             self._kept = kept
         return kept.matrix_DR
+
+    def matrix_RD(self) -> Tensor:
+        return self.rotation_matrix().T if self.lent_RD is None else self.lent_RD
 
     def train(self, mode: bool = True) -> _Rotated:
         self._kept = None
@@ -234,6 +268,9 @@ class _Projected(_Affine):
         self.weight, self.bias = self._linear_parameters()
         self.proj_weight, _ = self._linear_parameters()
 
+    def matrix_RD(self) -> Tensor:
+        return self.proj_weight.float()
+
     @property
     def proj_layer(self) -> SimpleNamespace:
         """pyreft's name for W₂."""
@@ -257,6 +294,7 @@ class LoreftIntervention(_RotatedAffine, pyreft.LoreftIntervention):
     """Φ(h) = h + Rᵀ(f(Wh + b) − Rh) (arXiv 2404.03592, equation 2)."""
 
     pyreft_class = pyreft.LoreftIntervention
+    subtracts = True
 
     def _edit(self, h_ND: Tensor) -> Tensor:
         r_RD = self.rotation_matrix().T
@@ -267,6 +305,7 @@ class NoreftIntervention(_Projected, pyreft.NoreftIntervention):
     """Φ(h) = h + W₂ᵀ(f(W₁h + b) − W₂h), nothing constrained (pyreft)."""
 
     pyreft_class = pyreft.NoreftIntervention
+    subtracts = True
 
     def _edit(self, h_ND: Tensor) -> Tensor:
         w_RD = self.proj_weight.float()
@@ -298,6 +337,7 @@ class ConsreftIntervention(_BiasOnly, pyreft.ConsreftIntervention):
     """Φ(h) = h + Rᵀ(b − Rh), an ablation (pyreft)."""
 
     pyreft_class = pyreft.ConsreftIntervention
+    subtracts = True
 
     def _edit(self, h_ND: Tensor) -> Tensor:
         r_RD = self.rotation_matrix().T

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from axolotl_reft import fused
 from axolotl_reft.components import Site, find_site
 from axolotl_reft.config import LoreftConfig
 from axolotl_reft.editing import edit
 from axolotl_reft.lora import LayerLora, linear_modules
 from axolotl_reft.positions import Positions, PromptSpans
 from axolotl_reft.prompts import PromptTracker
+from axolotl_reft.shared_rotations import lent
 from axolotl_reft.turns import Turns
 
 _INPUT, _OUTPUT = Site("", "input"), Site("", "output")
@@ -50,6 +53,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         self.intv_1 = nn.ModuleDict()
         self.intv_lora = nn.ModuleDict()
         self.tracker = tracker
+        tracker.layers.append(self)
         self.text_config = text_config
         self.positions: dict[str, Positions] = {}
         self.turns: dict[str, Turns] = {}
@@ -275,22 +279,41 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             total = flat.index_copy(0, tokens, added).view(output.shape)
         return total.to(output.dtype)
 
-    def _edit(self, h_BTD: Tensor, site: Site) -> Tensor:
-        for name in self._editing(site):
-            h_BTD = self._edit_by(name, h_BTD)
-        return h_BTD
+    def outer_interventions(self) -> list[nn.Module]:
+        """Those that edit the layer's own input or output in this forward."""
+        return [
+            one
+            for name in self._adapters()
+            if name in self.sites and not self.sites[name].path
+            for one in self._interventions(name)
+        ]
 
-    def _edit_by(self, name: str, h_BTD: Tensor) -> Tensor:
-        interventions = [
+    def _interventions(self, name: str) -> list[Any]:
+        return [
             container[name]
             for container in (self.intv_0, self.intv_1)
             if name in container
         ]
+
+    def _edit(self, h_BTD: Tensor, site: Site) -> Tensor:
+        # Not what is within: checkpointing replays it, when there is nothing to share.
+        matrices = {} if site.path else self.tracker.rotations()
+        for name in self._editing(site):
+            interventions = self._interventions(name)
+            with lent(interventions, matrices) if matrices else nullcontext():
+                h_BTD = self._edit_by(name, interventions, h_BTD)
+        return h_BTD
+
+    def _edit_by(self, name: str, interventions: list[Any], h_BTD: Tensor) -> Tensor:
         positions = self.positions[name]
         if not positions.everywhere:
             tied = len(interventions) == 1
             indices = self.tracker.indices(positions, self.turns[name], tied, name)
-            return h_BTD if indices is None else edit(h_BTD, indices, interventions)
+            if indices is None:
+                return h_BTD
+            if fused.can_edit(h_BTD, interventions):
+                return fused.edit(h_BTD, indices, interventions)
+            return edit(h_BTD, indices, interventions)
         if self.tracker.adapter_rows is None:
             return interventions[0](h_BTD).to(h_BTD.dtype)
         tokens = self.tracker.tokens(name, h_BTD)

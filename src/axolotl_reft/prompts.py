@@ -28,6 +28,7 @@ from axolotl_reft.positions import (
     flat_indices,
     total_in_sample,
 )
+from axolotl_reft.shared_rotations import shared_rotations
 from axolotl_reft.turns import Turns
 
 # The argument of a model's forward that says how many prompts there are at most.
@@ -58,6 +59,7 @@ class _Batch:
     ] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)
     gone_by: bool | None = None
+    rotations: dict[Any, Tensor] | None = None
 
     def prompts(self, turns: Turns) -> PromptSpans | None:
         if turns not in self.spans:
@@ -97,6 +99,7 @@ class PromptTracker:
     - with a filled cache, nothing: the prompt has gone by.
 
     Attributes:
+        layers: the model's layers that ask.
         find_answers: for a trainer that gives the model no labels: the ids (B, T) of a
             forward to a mask of its answer tokens, (B, T) or (1, T); raises for ids it
             does not know. Asked only where something of the forward is edited.
@@ -110,6 +113,7 @@ class PromptTracker:
         self._adapter_names: Sequence[str] | None = None
         self._batch: _Batch | None = None
         self._conversations = Conversations()
+        self.layers: list[Any] = []
         self._turns: dict[str, Turns] = {}
         self._told_prompts: int | None = None
         self._edited_outputs: dict[int, Tensor] | None = None
@@ -231,6 +235,18 @@ class PromptTracker:
         if batch.gone_by is None:
             batch.gone_by = all(batch.prompts(turns) is None for turns in self.turns)
         return batch.gone_by
+
+    def rotations(self) -> dict[Any, Tensor]:
+        """By intervention, the matrices (R, D) of all layers' outer edits in a forward
+        with gradients; none in others, where interventions keep their own."""
+        batch = self._batch
+        if batch is None or not torch.is_grad_enabled():
+            return {}
+        if batch.rotations is None:
+            some = [one for layer in self.layers for one in layer.outer_interventions()]
+            compiling = torch.compiler.is_compiling()
+            batch.rotations = {} if compiling else shared_rotations(some)
+        return batch.rotations
 
     def prompts(self, turns: Turns) -> PromptSpans | None:
         """The prompts in the forward under way; None when there is none in it."""

@@ -67,27 +67,29 @@ class _Rotation(torch.autograd.Function):
     """R = B·Q(X) and its derivative in two dozen operations; autograd's own record of
     the same steps takes three times as many and keeps every product.
 
-    In and out as rows (R, D): their products with hidden states are up to five times
+    R comes out as rows (R, D): their products with hidden states are up to five times
     faster on a CPU than those of columns (hᵀs of 56×4096 and 56×8, float32: 50 µs as
-    sᵀh, 240 as it stands).
+    sᵀh, 240 as it stands). The gradient is laid out as the vectors are: autograd would
+    copy any other.
     """
 
     @staticmethod
-    def forward(ctx: Any, vectors_RD: Tensor, base_RD: Tensor) -> Tensor:
-        y_RD, t_inverse_RR = _reflectors(_wide(vectors_RD))
+    def forward(ctx: Any, vectors_DR: Tensor, base_DR: Tensor) -> Tensor:
+        base_RD = base_DR.mT
+        y_RD, t_inverse_RR = _reflectors(_wide(vectors_DR.mT))
         r_RD, c_RR = _leading_columns(y_RD, t_inverse_RR)
         base_y_RD, base_t_inverse_RR = _reflectors(_wide(base_RD))
         r_RD[..., : r_RD.shape[-2]] *= _diagonal(base_RD).unsqueeze(-2)
         r_RD -= _solve(base_t_inverse_RR, base_y_RD @ r_RD.mT).mT @ base_y_RD
         ctx.save_for_backward(
-            y_RD, t_inverse_RR, c_RR, base_y_RD, base_t_inverse_RR, base_RD
+            y_RD, t_inverse_RR, c_RR, base_y_RD, base_t_inverse_RR, base_DR
         )
-        return r_RD.to(vectors_RD.dtype)
+        return r_RD.to(vectors_DR.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        (y_RD, t_inverse_RR, c_RR, base_y_RD, base_t_inverse_RR, base_RD) = (
+        (y_RD, t_inverse_RR, c_RR, base_y_RD, base_t_inverse_RR, base_DR) = (
             ctx.saved_tensors
         )
         rank = grad_RD.shape[-2]
@@ -96,14 +98,15 @@ class _Rotation(torch.autograd.Function):
         weights_RR = base_y_RD @ wide_RD.mT
         weights_RR = _solve(base_t_inverse_RR.mT, weights_RR, upper=False)
         grad_q_RD = wide_RD - weights_RR.mT @ base_y_RD
-        grad_q_RD[..., :rank] *= _diagonal(base_RD).unsqueeze(-2)
+        grad_q_RD[..., :rank] *= _diagonal(base_DR).unsqueeze(-2)
         # Through Q = CᵀY less the identity's rows, where T⁻¹ C = Y[:, :R].
         grad_top_RR = _solve(t_inverse_RR.mT, y_RD @ grad_q_RD.mT, upper=False)
         # Through T⁻¹, half of the triangle of YYᵀ.
         gram_RR = _half_triangle(grad_top_RR @ c_RR.mT)
         grad_y_RD = c_RR @ grad_q_RD - (gram_RR + gram_RR.mT) @ y_RD
         grad_y_RD[..., :rank] += grad_top_RR
-        return grad_y_RD.triu(1).to(grad_RD.dtype), None
+        grad_DR = grad_y_RD.triu(1).mT
+        return grad_DR.to(grad_RD.dtype, memory_format=torch.contiguous_format), None
 
 
 def rotation(vectors_DR: Tensor, base_DR: Tensor) -> Tensor:
@@ -121,7 +124,7 @@ def rotation(vectors_DR: Tensor, base_DR: Tensor) -> Tensor:
     Returns:
         (…, D, R), in the dtype of ``vectors_DR``; in memory, column after column.
     """
-    return _Rotation.apply(vectors_DR.mT, base_DR.mT).mT
+    return _Rotation.apply(vectors_DR, base_DR).mT
 
 
 def compact_base(columns_DR: Tensor) -> Tensor:

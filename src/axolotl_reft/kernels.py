@@ -1,0 +1,240 @@
+"""The edit of some rows, h + Pᵀ(Mh + b), and its derivative as Triton kernels.
+
+On a GPU an operation costs its launch, whatever its size, and interventions.py and
+editing.py take some seventy for an edit and its derivative. Here they are three. Those
+modules are the reference; see fused.py for who calls these.
+
+M is W − P, W, −P or nothing: what HAS_WEIGHT and SUBTRACT say. A side is one of the one
+or two interventions of a hidden state, the prefix's and the suffix's; an index of S
+marks an unused slot. All sums are in float32.
+
+Shapes: S tokens, D hidden size, N rows of both sides, those of side 0 first, R rank, RP
+the next power of two.
+"""
+
+# Types are Triton's own.
+# mypy: disable-error-code="import-untyped, no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rows_of(index_0, index_1, rows_0, rows_1, tokens, ROWS: tl.constexpr):
+    """A program's side, its rows' numbers among both sides', which of them there are,
+    and the tokens they are of."""
+    block = tl.program_id(0)
+    side = (block >= tl.cdiv(rows_0, ROWS)).to(tl.int32)
+    index = index_0
+    rows = rows_0
+    if side == 1:
+        index = index_1
+        rows = rows_1
+        block -= tl.cdiv(rows_0, ROWS)
+    n = block * ROWS + tl.arange(0, ROWS)
+    token = tl.load(index + n, mask=n < rows, other=tokens)
+    return side, side * rows_0 + n, n < rows, token
+
+
+@triton.jit
+def _m_tile(
+    weight, matrix, at, inside, HAS_WEIGHT: tl.constexpr, SUBTRACT: tl.constexpr
+):
+    """Entries of M."""
+    tile = tl.zeros(at.shape, dtype=tl.float32)
+    if HAS_WEIGHT:
+        tile += tl.load(weight + at, mask=inside, other=0.0)
+    if SUBTRACT:
+        tile -= tl.load(matrix + at, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit(do_not_specialize=["rows_0", "rows_1", "tokens"])
+def edit_rows(
+    h,
+    out,
+    taken,
+    sources,
+    index_0,
+    index_1,
+    weight_0,
+    weight_1,
+    bias_0,
+    bias_1,
+    matrix_0,
+    matrix_1,
+    rows_0,
+    rows_1,
+    tokens,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    RP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    SUBTRACT: tl.constexpr,
+):
+    """``out`` (S, D) at the rows; for the backward, ``taken`` (N, D), which they were,
+    and ``sources`` (N, R), which is Mh + b; both are zero in unused slots."""
+    side, n, there, token = _rows_of(index_0, index_1, rows_0, rows_1, tokens, ROWS)
+    weight = weight_0
+    bias = bias_0
+    matrix = matrix_0
+    if side == 1:
+        weight = weight_1
+        bias = bias_1
+        matrix = matrix_1
+    used = token < tokens
+    r, d = tl.arange(0, RP), tl.arange(0, BLOCK)
+    r3, d3 = r[None, :, None], d[None, None, :]
+    sums = tl.zeros((ROWS, RP, BLOCK), dtype=tl.float32)
+    for start in range(0, D, BLOCK):
+        at_h = token[:, None, None] * D + start + d3
+        in_h = used[:, None, None] & (start + d3 < D)
+        row = tl.load(h + at_h, mask=in_h, other=0.0)
+        at_m, in_m = r3 * D + start + d3, (r3 < R) & (start + d3 < D)
+        m = _m_tile(weight, matrix, at_m, in_m, HAS_WEIGHT, SUBTRACT)
+        sums += row.to(tl.float32) * m
+    source = tl.sum(sums, axis=2) + tl.load(bias + r, mask=r < R, other=0.0)[None, :]
+    source = tl.where(used[:, None], source, 0.0)
+    all_sources = sources + n[:, None] * R + r[None, :]
+    tl.store(all_sources, source, mask=there[:, None] & (r < R)[None, :])
+    tl.debug_barrier()
+    for start in range(0, D, BLOCK):
+        columns = (start + d)[None, :]
+        at = token[:, None] * D + columns
+        inside = used[:, None] & (columns < D)
+        row = tl.load(h + at, mask=inside, other=0.0)
+        kept = taken + n[:, None] * D + columns
+        tl.store(kept, row, mask=there[:, None] & (columns < D))
+        new = row.to(tl.float32)
+        for one in tl.static_range(R):
+            p = tl.load(matrix + one * D + columns, mask=columns < D, other=0.0)
+            new += tl.load(sources + n * R + one, mask=there, other=0.0)[:, None] * p
+        tl.store(out + at, new.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows_0", "rows_1", "tokens"])
+def edit_rows_backward(
+    grad,
+    out,
+    grad_sources,
+    index_0,
+    index_1,
+    weight_0,
+    weight_1,
+    matrix_0,
+    matrix_1,
+    rows_0,
+    rows_1,
+    tokens,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    RP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    SUBTRACT: tl.constexpr,
+    WRITE: tl.constexpr,
+):
+    """From ``grad`` (S, D): ``grad_sources`` (N, R), zero in unused slots; and, where
+    WRITE asks for it, the gradient of h at the rows, ``out`` (S, D)."""
+    side, n, there, token = _rows_of(index_0, index_1, rows_0, rows_1, tokens, ROWS)
+    weight = weight_0
+    matrix = matrix_0
+    if side == 1:
+        weight = weight_1
+        matrix = matrix_1
+    used = token < tokens
+    r, d = tl.arange(0, RP), tl.arange(0, BLOCK)
+    r3, d3 = r[None, :, None], d[None, None, :]
+    sums = tl.zeros((ROWS, RP, BLOCK), dtype=tl.float32)
+    for start in range(0, D, BLOCK):
+        at_g = token[:, None, None] * D + start + d3
+        in_g = used[:, None, None] & (start + d3 < D)
+        row = tl.load(grad + at_g, mask=in_g, other=0.0)
+        in_p = (r3 < R) & (start + d3 < D)
+        p = tl.load(matrix + r3 * D + start + d3, mask=in_p, other=0.0)
+        sums += row.to(tl.float32) * p
+    all_sources = grad_sources + n[:, None] * R + r[None, :]
+    source = tl.sum(sums, axis=2)
+    tl.store(all_sources, source, mask=there[:, None] & (r < R)[None, :])
+    if WRITE:
+        tl.debug_barrier()
+        for start in range(0, D, BLOCK):
+            columns = (start + d)[None, :]
+            at = token[:, None] * D + columns
+            inside = used[:, None] & (columns < D)
+            new = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+            for one in tl.static_range(R):
+                at_m = one * D + columns
+                m = _m_tile(weight, matrix, at_m, columns < D, HAS_WEIGHT, SUBTRACT)
+                own = tl.load(grad_sources + n * R + one, mask=there, other=0.0)
+                new += own[:, None] * m
+            tl.store(out + at, new.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows_0", "rows_1", "tokens"])
+def edit_weights_backward(
+    grad,
+    taken,
+    sources,
+    grad_sources,
+    index_0,
+    index_1,
+    grad_weight,
+    grad_bias,
+    grad_matrix,
+    rows_0,
+    rows_1,
+    tokens,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    RP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    SUBTRACT: tl.constexpr,
+):
+    """Gradients of each side's W and P (sides, R, D) and b (sides, R); a program for
+    each block of columns and each side, and no RP below 16."""
+    side = tl.program_id(1)
+    index = index_0
+    rows = rows_0
+    first = 0
+    if side == 1:
+        index = index_1
+        rows = rows_1
+        first = rows_0
+    r = tl.arange(0, RP)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    by_weight = tl.zeros((RP, BLOCK), dtype=tl.float32)
+    by_matrix = tl.zeros((RP, BLOCK), dtype=tl.float32)
+    by_bias = tl.zeros((RP,), dtype=tl.float32)
+    for start in range(0, rows, ROWS):
+        n = start + tl.arange(0, ROWS)
+        token = tl.load(index + n, mask=n < rows, other=tokens)
+        narrow = (r < R)[:, None] & (n < rows)[None, :]
+        at = (first + n)[None, :] * R + r[:, None]
+        wide = (token < tokens)[:, None] & (columns < D)[None, :]
+        at_grad = token[:, None] * D + columns[None, :]
+        row = tl.load(grad + at_grad, mask=wide, other=0.0).to(tl.float32)
+        source = tl.load(sources + at, mask=narrow, other=0.0)
+        by_matrix = tl.dot(source, row, by_matrix, input_precision="ieee")
+        grad_source = tl.load(grad_sources + at, mask=narrow, other=0.0)
+        by_bias += tl.sum(grad_source, axis=1)
+        if HAS_WEIGHT or SUBTRACT:
+            at_taken = (first + n)[:, None] * D + columns[None, :]
+            was = tl.load(taken + at_taken, mask=wide, other=0.0).to(tl.float32)
+            by_weight = tl.dot(grad_source, was, by_weight, input_precision="ieee")
+    at_out = side * R * D + r[:, None] * D + columns[None, :]
+    inside = (r < R)[:, None] & (columns < D)[None, :]
+    if SUBTRACT:
+        by_matrix -= by_weight
+    tl.store(grad_matrix + at_out, by_matrix, mask=inside)
+    if HAS_WEIGHT:
+        tl.store(grad_weight + at_out, by_weight, mask=inside)
+    if tl.program_id(0) == 0:
+        tl.store(grad_bias + side * R + r, by_bias, mask=r < R)

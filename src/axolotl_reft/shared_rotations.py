@@ -1,0 +1,52 @@
+"""The rotations of all edits of a forward as one computation.
+
+A rotation is some fifty operations on few numbers (rotation.py), and a model has two a
+layer. In a training step they are made for all layers at once, when the first layer is
+to be edited, and lent to the interventions for their edits. Torch only.
+
+Shapes: K interventions, D hidden size, R rank.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axolotl_reft.rotation import rotation
+
+
+def shared_rotations(interventions: Iterable[Any]) -> dict[Any, Tensor]:
+    """The matrices of those interventions that have one, as rows (R, D): one
+    computation for those of one shape on one device. Without those whose numbers a hook
+    brings."""
+    alike = defaultdict(list)
+    for one in interventions:
+        if hasattr(one, "rotation") and one.unwatched:
+            alike[one.rotation.shape, one.rotation.device].append(one)
+    found: dict[Any, Tensor] = {}
+    for some in alike.values():
+        vectors_KDR = torch.stack([one.rotation.float() for one in some])
+        bases_KDR = torch.stack([one.rotation_base for one in some])
+        matrices = rotation(vectors_KDR, bases_KDR).mT.unbind(0)
+        found |= dict(zip(some, matrices, strict=True))
+    return found
+
+
+@contextmanager
+def lent(
+    interventions: Sequence[Any], matrices: Mapping[Any, Tensor]
+) -> Iterator[None]:
+    """Within it, interventions have these matrices, and do not make their own."""
+    # Past nn.Module's setattr, which takes longer than the edit's own arithmetic.
+    for one in interventions:
+        one.__dict__["lent_RD"] = matrices.get(one)
+    try:
+        yield
+    finally:
+        for one in interventions:
+            one.__dict__["lent_RD"] = None

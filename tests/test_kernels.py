@@ -1,0 +1,95 @@
+"""The Triton kernels, without a GPU: interpreted, and compiled for one."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from axolotl_reft import fused, kernels
+
+HERE = Path(__file__).parent
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+
+
+@pytest.mark.slow
+def test_the_kernels_compute_what_the_operations_do():
+    """In a process of its own: Triton decides at its import whether it interprets."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(HERE / "kernel_checks.py")],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        env=os.environ
+        | {"TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1"},
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+SIDES = {
+    "index": "*i64",
+    "weight": "*fp32",
+    "bias": "*fp32",
+    "matrix": "*fp32",
+    "rows": "i32",
+}
+HIDDEN = ("h", "out", "taken", "grad")
+
+
+def signature(kernel, constants, dtype):
+    kinds = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            kinds[name] = "constexpr"
+        elif name in HIDDEN:
+            kinds[name] = dtype
+        else:
+            kinds[name] = SIDES.get(name.rpartition("_")[0], "*fp32")
+    return kinds | {"tokens": "i32"}
+
+
+def spilled(ptx, directory):
+    """Bytes that the assembler had to put into memory."""
+    path = directory / "kernel.ptx"
+    path.write_text(ptx)
+    ptxas = triton.knobs.nvidia.ptxas.path
+    done = subprocess.run(
+        [ptxas, "-v", "--gpu-name", "sm_80", path, "-o", directory / "kernel.cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(re.search(r"(\d+) bytes spill stores", done.stderr)[1])
+
+
+@pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
+@pytest.mark.parametrize("rank", [1, 8, 32])
+@pytest.mark.parametrize("rows", [56, 500])
+def test_the_kernels_compile_and_keep_to_the_registers(rank, rows, dtype, tmp_path):
+    """For an A100; numbers that do not fit would go through memory."""
+    options = {"HAS_WEIGHT": True, "SUBTRACT": True, "WRITE": True}
+    for kernel, how in {
+        kernels.edit_rows: fused._by_rows,
+        kernels.edit_rows_backward: fused._by_rows,
+        kernels.edit_weights_backward: fused._by_columns,
+    }.items():
+        _, sizes = how([rows, rows], 4096, rank)
+        warps = sizes.pop("num_warps")
+        constants = {"D": 4096, "R": rank, **options, **sizes}
+        constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
+        source = ASTSource(
+            kernel,
+            signature(kernel, constants, dtype),
+            {(kernel.arg_names.index(n),): v for n, v in constants.items()},
+        )
+        target = GPUTarget("cuda", 80, 32)
+        compiled = triton.compile(source, target, {"num_warps": warps})
+        assert compiled.metadata.shared <= 48 * 1024
+        assert spilled(compiled.asm["ptx"], tmp_path) == 0
