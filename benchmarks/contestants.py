@@ -7,8 +7,9 @@ environment has all of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +42,22 @@ def floor(base: nn.Module, setting: Setting) -> Contestant:
         return output.detach().requires_grad_()
 
     layer.register_forward_hook(leaf)
-    return _plain(base)
+    return _plain(base, setting)
 
 
-def _plain(model: nn.Module, counts_prompts: bool = False) -> Contestant:
+def _autocast(setting: Setting) -> torch.autocast:
+    """As a trainer has it with ``bf16: true``; nothing in float32."""
+    lower = setting.dtype != "float32"
+    return torch.autocast(setting.device, getattr(torch, setting.dtype), enabled=lower)
+
+
+def _plain(
+    model: nn.Module, setting: Setting, counts_prompts: bool = False
+) -> Contestant:
     def loss(batch: Batch) -> Tensor:
         told = {"loreft_prompts": len(batch.prompts)} if counts_prompts else {}
-        return model(**batch.inputs, **told, use_cache=False).loss
+        with _autocast(setting):
+            return model(**batch.inputs, **told, use_cache=False).loss
 
     trained = [p for p in model.parameters() if p.requires_grad]
     return Contestant(loss, trained, model)
@@ -58,7 +68,20 @@ def ours(base: nn.Module, setting: Setting) -> Contestant:
     from peft import get_peft_model
 
     model = get_peft_model(base, our_config(setting)).train()
-    return _plain(model, counts_prompts=True)
+    return _plain(model, setting, counts_prompts=True)
+
+
+def operations(base: nn.Module, setting: Setting) -> Contestant:
+    """Ours without its kernels: on a GPU, by operations of torch's alone."""
+    from axolotl_reft import fused
+
+    contestant = ours(base, setting)
+
+    def loss(batch: Batch) -> Tensor:
+        with patch.object(fused, "_kernels", lambda: None):
+            return contestant.loss(batch)
+
+    return replace(contestant, loss=loss)
 
 
 def our_config(setting: Setting) -> Any:
@@ -87,7 +110,7 @@ def lora(base: nn.Module, setting: Setting) -> Contestant:
         r=setting.rank,
         target_modules=rf".*\.layers\.({layers})\.\w+\.\w+_proj",
     )
-    return _plain(get_peft_model(base, config).train())
+    return _plain(get_peft_model(base, config).train(), setting)
 
 
 def pyreft(base: nn.Module, setting: Setting) -> Contestant:
@@ -96,19 +119,21 @@ def pyreft(base: nn.Module, setting: Setting) -> Contestant:
 
     sides = 2 if setting.first and setting.last and not setting.tied else 1
     layers = setting.edited_layers * sides
-    representations = [
-        {
-            "layer": layer,
-            "component": "block_output",
-            "low_rank_dimension": setting.rank,
-            "intervention": library.LoreftIntervention(
-                embed_dim=setting.hidden_size,
-                low_rank_dimension=setting.rank,
-                dtype=torch.float32,
-            ),
-        }
-        for layer in layers
-    ]
+    # On a CPU it takes two minutes at Llama-3-8B's size (see parts.py).
+    with torch.device(setting.device):
+        representations = [
+            {
+                "layer": layer,
+                "component": "block_output",
+                "low_rank_dimension": setting.rank,
+                "intervention": library.LoreftIntervention(
+                    embed_dim=setting.hidden_size,
+                    low_rank_dimension=setting.rank,
+                    dtype=torch.float32,
+                ),
+            }
+            for layer in layers
+        ]
     config = library.ReftConfig(representations=representations)
     model: Any = library.get_reft_model(base, config, set_device=False)
     model.set_device(setting.device)
@@ -116,12 +141,11 @@ def pyreft(base: nn.Module, setting: Setting) -> Contestant:
     def loss(batch: Batch) -> Tensor:
         inputs = dict(batch.inputs)
         labels = inputs.pop("labels")
-        _, output = model(
-            inputs,
-            unit_locations={"sources->base": (None, locations(batch, setting, sides))},
-            labels=labels,
-            use_cache=False,
-        )
+        where = {"sources->base": (None, locations(batch, setting, sides))}
+        with _autocast(setting):
+            _, output = model(
+                inputs, unit_locations=where, labels=labels, use_cache=False
+            )
         return output.loss
 
     trained = [p for one in model.interventions.values() for p in one.parameters()]
@@ -154,12 +178,13 @@ def adapters(base: nn.Module, setting: Setting) -> Contestant:
     )
     model.add_adapter("loreft", config=config)
     model.train_adapter("loreft")
-    return _plain(model.train())
+    return _plain(model.train(), setting)
 
 
 CONTESTANTS: dict[str, Callable[[nn.Module, Setting], Contestant]] = {
     "floor": floor,
     "ours": ours,
+    "operations": operations,
     "lora": lora,
     "pyreft": pyreft,
     "adapters": adapters,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -82,12 +83,13 @@ def read_all(directory: Path = RESULTS) -> list[Result]:
 def take_turns(
     turns: dict[str, Callable[[], float]], repetitions: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Rounds in which each contestant has one turn, the first to go changing."""
-    names = list(turns)
+    """Rounds in which each contestant has one turn, in another order each time: whoever
+    goes before decides how warm a device is, and so how fast."""
+    names, shuffle = list(turns), random.Random(0).shuffle
     values: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(-warm_up, repetitions):
-        start = round_ % len(names)
-        for name in names[start:] + names[:start]:
+        shuffle(names)
+        for name in names:
             value = turns[name]()
             if round_ >= 0:
                 values[name].append(value)

@@ -34,17 +34,19 @@ def run(
     """
     settings = [setting.but(**changes) for setting in benchmark.sizes[size]]
     pythons = pythons or {}
+    device = settings[0].device if settings else "cpu"
+    fresh = benchmark.fresh and device == "cpu"
     remotes = {
         contestant: RemoteBench(pythons[contestant])
         for contestant in benchmark.contestants
-        if contestant in pythons and not benchmark.fresh
+        if contestant in pythons and not fresh
     }
     found = {"here": versions()}
     found |= {contestant: bench.versions() for contestant, bench in remotes.items()}
     here, series = Bench(), []
     repetitions = benchmark.repetitions[size]
     for setting in settings:
-        if benchmark.fresh:
+        if fresh:
             one = _in_fresh_processes(benchmark, setting, repetitions, pythons)
         else:
             one = _together(benchmark, setting, repetitions, here, remotes)
@@ -52,7 +54,6 @@ def run(
         series.append(one)
     for bench in remotes.values():
         bench.close()
-    device = settings[0].device if settings else "cpu"
     return Result(
         benchmark=name,
         unit=benchmark.unit,

@@ -206,19 +206,22 @@ def _checks(directory: Path) -> str:
     """On paper and measured, where a result is there; medians."""
     rows = []
     for name, check in _CHECKS.items():
-        path = directory / f"{name}.json"
-        if path.exists():
-            rows += [
-                [what, _setting(series), paper, measured]
-                for series in read(path).series
-                for what, paper, measured in check(series)
-            ]
-    return _table(["what", "setting", "on paper", "measured"], rows)
+        for path in (directory / f"{name}.json", directory / f"{name}-gpu.json"):
+            if path.exists():
+                result = read(path)
+                rows += [
+                    [what, _setting(series), result.hardware["gpu"] or "CPU", *values]
+                    for series in result.series
+                    for what, *values in check(series)
+                ]
+    return _table(["what", "setting", "on", "on paper", "measured"], rows)
 
 
 def _setting(series: Series) -> str:
     setting = Setting.read(series.setting)
-    return f"d={setting.hidden_size}, {setting.layers} layers"
+    size = f"d={setting.hidden_size}, {setting.layers} layers"
+    rows = "" if setting.samples else f", {setting.batch}×{setting.length}"
+    return size + rows * (setting.device == "cuda")
 
 
 def _of(setting: Setting) -> tuple[Shape, Step]:

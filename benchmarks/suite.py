@@ -20,7 +20,7 @@ class Benchmark:
         contestants: who takes part; the floor first.
         sizes: settings by how long they take: toy, quick, full, gpu.
         unit: of a turn's value.
-        fresh: a process for each contestant, as peak memory needs.
+        fresh: on a CPU, a process for each contestant, as peak memory needs.
     """
 
     task: str
@@ -32,7 +32,7 @@ class Benchmark:
 
 
 def _repetitions(quick: int = 5, full: int = 15) -> dict[str, int]:
-    return {"toy": 2, "quick": quick, "full": full, "gpu": 20}
+    return {"toy": 2, "quick": quick, "full": full, "gpu": 9}
 
 
 def _sizes(
@@ -64,10 +64,13 @@ _LLAMA_8B = Setting(
     device="cuda",
     threads=0,
 )
+_LLAMA_1B = _LLAMA_8B.but(hidden_size=2048, layers=16)
 _ON_GPU = [
     _LLAMA_8B.but(batch=8, length=1024, prompt=256),
     _LLAMA_8B.but(batch=1, length=8192, prompt=1024),
 ]
+# So few tokens that the host, not the GPU, decides how long a step takes.
+_FEW_TOKENS = _LLAMA_8B.but(batch=4, length=128)
 
 _TOKEN_BY_TOKEN = _sizes(
     quick=[Setting(batch=1)],
@@ -113,7 +116,7 @@ SUITE: dict[str, Benchmark] = {
             full=[_LARGE.but(rank=rank) for rank in (1, 4, 8, 16, 32, 64)],
             gpu=[_ON_GPU[0].but(rank=rank) for rank in (1, 16, 64)],
         ),
-        repetitions=_repetitions(quick=5, full=9),
+        repetitions=_repetitions(quick=5, full=9) | {"gpu": 5},
     ),
     "step-by-layers": Benchmark(
         "training_step",
@@ -139,6 +142,11 @@ SUITE: dict[str, Benchmark] = {
                 Setting(batch=batch, length=length)
                 for batch, length in ((1, 128), (8, 128), (1, 1024), (4, 512))
             ],
+            gpu=[
+                _FEW_TOKENS,
+                _LLAMA_1B.but(batch=8, length=1024, prompt=256),
+                _LLAMA_1B.but(batch=4, length=256),
+            ],
         ),
         repetitions=_repetitions(quick=3, full=9),
     ),
@@ -152,8 +160,21 @@ SUITE: dict[str, Benchmark] = {
                 Setting(samples=64, batch=16, length=512),
                 Setting(hidden_size=2048, layers=4, samples=48, batch=16, length=512),
             ],
+            gpu=[_LLAMA_8B.but(samples=128, batch=16, length=4096)],
         ),
-        repetitions=_repetitions(quick=3, full=5),
+        repetitions=_repetitions(quick=3, full=5) | {"gpu": 3},
+    ),
+    "kernels": Benchmark(
+        "training_step",
+        ("floor", "ours", "operations"),
+        _sizes(gpu=[_FEW_TOKENS, _ON_GPU[0]]),
+    ),
+    "launches": Benchmark(
+        "launches",
+        ("floor", "ours", "operations", "lora"),
+        _sizes(quick=[Setting(hidden_size=64, batch=1)], gpu=[_FEW_TOKENS]),
+        unit="launches",
+        repetitions={"toy": 1, "quick": 1, "full": 1, "gpu": 1},
     ),
     "edit-log": Benchmark(
         "logged_step",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.base import Batch, Setting, build_base, packed, padded, rectangle, share
 from benchmarks.contestants import CONTESTANTS, Contestant, ours
@@ -176,11 +178,15 @@ def peak_memory(name: str, base: nn.Module, setting: Setting) -> Callable[[], fl
     tiny = setting.but(hidden_size=64, layers=2, vocabulary=64)
     contestant = CONTESTANTS[name](build_base(tiny), tiny)
     _train(contestant, _optimizer(contestant), [rectangle(tiny)])
-    if not cuda:
-        # Linux begins the high-water mark anew: building the base may have been higher.
+    del contestant
+    gc.collect()
+    # Begins the high-water mark anew: building the base may have been higher.
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
         Path("/proc/self/clear_refs").write_text("5")
     before = torch.cuda.memory_allocated() if cuda else _resident("VmRSS")
-    contestant = CONTESTANTS[name](base, setting)
+    contestant = CONTESTANTS[name](share(base), setting)
     _train(contestant, _optimizer(contestant), [rectangle(setting)] * 3)
     peak = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")
     return lambda: float(peak - before)
@@ -194,6 +200,43 @@ def _resident(which: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def launches(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
+    """What a training step launches on a GPU, once everything is compiled; elsewhere
+    the operations it asks for, views left out."""
+    contestant, batch = CONTESTANTS[name](share(base), setting), rectangle(setting)
+    optimizer = _optimizer(contestant)
+    _train(contestant, optimizer, [batch])
+
+    def turn() -> float:
+        if setting.device == "cpu":
+            with _Operations() as operations:
+                _train(contestant, optimizer, [batch])
+            return float(operations.count)
+        with torch.profiler.profile() as profile:
+            _train(contestant, optimizer, [batch])
+            torch.cuda.synchronize()
+        on_device = [e for e in profile.events() if e.device_type.name == "CUDA"]
+        # Ranges of the host are shown on the device too.
+        own = [e for e in on_device if not e.is_user_annotation]
+        return float(len(own))
+
+    return turn
+
+
+class _Operations(TorchDispatchMode):
+    """Counts what reaches a backend and is not a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += not function.is_view
+        return function(*args, **kwargs or {})
+
+
 TASKS: dict[str, Callable[[str, nn.Module, Setting], Callable[[], float]]] = {
     "training_step": training_step,
     "ragged": ragged,
@@ -203,6 +246,7 @@ TASKS: dict[str, Callable[[str, nn.Module, Setting], Callable[[], float]]] = {
     "decode": decode,
     "generate": generate,
     "peak_memory": peak_memory,
+    "launches": launches,
 }
 
 
@@ -217,7 +261,8 @@ class Bench:
     def build(self, task: str, name: str, setting: Setting) -> None:
         if setting != self._setting:
             self._turns.clear()
-            self._base = None  # gone before the next one comes
+            self._base = None  # gone before the next one comes, in cycles too
+            gc.collect()
             if setting.threads:
                 torch.set_num_threads(setting.threads)
             self._base, self._setting = build_base(setting), setting

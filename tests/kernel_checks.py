@@ -126,6 +126,18 @@ def test_hidden_states_in_any_layout(without):
     assert_close(got, expected, atol=2e-5, rtol=2e-5)
 
 
+def test_numbers_in_any_layout(without):
+    (one,) = build_interventions("noreft", 1)
+    for parameter in (one.weight, one.proj_weight):
+        parameter.data = parameter.data.mT.contiguous().mT
+    indices = [torch.tensor([1, 4, 19], device=DEVICE)[::2]]
+    hidden, weights = random(4, 5, 70), random(4, 5, 70)
+    got = edited(fused.edit, hidden, indices, [one], weights)
+    without()
+    expected = edited(editing.edit, hidden, indices, [one], weights)
+    assert_close(got, expected, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("name", INTERVENTIONS)
 def test_a_rotation_kept_for_inference_is_used(name):
     (one,) = build_interventions(name, 1)
@@ -155,6 +167,8 @@ def test_where_the_kernels_are_not_used(monkeypatch):
     ):
         assert not fused.can_edit(hidden, unusual)
     assert fused.can_edit(hidden, [one.eval() for one in unusual])
+    elsewhere = build_interventions("loreft", 1)[0].to("meta")
+    assert not fused.can_edit(hidden, [elsewhere])
     for register in (
         usual[0].register_forward_hook,
         usual[0].register_forward_pre_hook,

@@ -87,12 +87,15 @@ def test_no_step_waits_for_the_device():
     check(synchronisation("toy"))
 
 
-def test_contestants_take_turns_and_the_first_to_go_changes():
+def test_contestants_take_turns_and_not_always_after_the_same_one():
     order = []
     turns = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
-    values = take_turns(turns, 3, warm_up=1)
-    assert "".join(order) == "cab" + "abc" + "bca" + "cab"
-    assert values == {name: [1.0] * 3 for name in "abc"}
+    values = take_turns(turns, 9, warm_up=1)
+    rounds = [order[start : start + 3] for start in range(0, 30, 3)]
+    assert len(order) == 30 and all(sorted(one) == [*"abc"] for one in rounds)
+    assert values == {name: [1.0] * 9 for name in "abc"}
+    before = set(zip(order, order[1:], strict=False))
+    assert before >= {(one, other) for one in "abc" for other in "abc" if one != other}
 
 
 def test_contestants_start_from_the_same_loss_but_for_their_edits():

@@ -1,4 +1,4 @@
-"""An edit by the kernels of kernels.py: two launches, and three in backward.
+"""An edit by the kernels of kernels.py: a copy and a launch, two launches in backward.
 
 Where they can run they take the place of editing.py's and interventions.py's
 operations, which stay the reference and run everywhere else: without a GPU, compiled
@@ -50,8 +50,13 @@ def _run_on(device: torch.device) -> bool:
 
 def can_edit(h_BTD: Tensor, interventions: Sequence[Any]) -> bool:
     """Whether :func:`edit` takes these."""
-    return _run_on(h_BTD.device) and all(
-        one.affine and one.unwatched and one.rank <= MOST_RANK for one in interventions
+    device = h_BTD.device
+    return _run_on(device) and all(
+        one.affine
+        and one.unwatched
+        and one.rank <= MOST_RANK
+        and one.bias.device == device  # a kernel would read what is not there
+        for one in interventions
     )
 
 
@@ -83,6 +88,7 @@ class _Edit(torch.autograd.Function):
     def forward(
         ctx: Any, h_BTD: Tensor, has_weight: bool, subtracts: bool, *rest: Tensor
     ) -> Tensor:
+        rest = tuple(one.contiguous() for one in rest)
         index, weights, biases, matrices = _by_kind(rest, has_weight)
         rank, width = matrices[0].shape
         rows = [one.shape[0] for one in index]

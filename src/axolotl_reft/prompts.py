@@ -238,14 +238,16 @@ class PromptTracker:
 
     def rotations(self) -> dict[Any, Tensor]:
         """By intervention, the matrices (R, D) of all layers' outer edits in a forward
-        with gradients; none in others, where interventions keep their own."""
+        with gradients; none in others, where interventions keep their own, nor in
+        compiled ones, which may have a graph for each layer."""
         batch = self._batch
         if batch is None or not torch.is_grad_enabled():
             return {}
+        if torch.compiler.is_compiling():
+            return {}
         if batch.rotations is None:
             some = [one for layer in self.layers for one in layer.outer_interventions()]
-            compiling = torch.compiler.is_compiling()
-            batch.rotations = {} if compiling else shared_rotations(some)
+            batch.rotations = shared_rotations(some)
         return batch.rotations
 
     def prompts(self, turns: Turns) -> PromptSpans | None:
