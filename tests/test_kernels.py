@@ -33,6 +33,18 @@ def test_the_kernels_compute_what_the_operations_do():
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
+def test_without_a_compiler_or_a_driver_operations_take_their_place(monkeypatch):
+    """As here, where Triton finds no driver."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(type(triton.runtime.driver), "active", property(fail))
+    with pytest.warns(UserWarning, match="Triton cannot run its kernels here .no gcc"):
+        assert fused._kernels.__wrapped__() is None
+
+
+def fail(_):
+    raise RuntimeError("no gcc")
+
+
 SIDES = {
     "index": "*i64",
     "weight": "*fp32",

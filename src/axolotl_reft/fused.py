@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, N edited rows, D hidden size, R rank.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -31,11 +32,24 @@ _SMALLEST_DOT = 16
 
 @cache
 def _kernels() -> Any:
-    """The kernels, or None where they are turned off or Triton is not there."""
+    """The kernels, or None where they are turned off or Triton cannot run them."""
     if os.environ.get("AXOLOTL_REFT_KERNELS") == "0" or find_spec("triton") is None:
         return None
-    from axolotl_reft import kernels
+    try:
+        from axolotl_reft import kernels
 
+        if torch.cuda.is_available():
+            kernels.prepare()
+    except Exception as error:
+        warnings.warn(
+            f"LoReFT: Triton cannot run its kernels here ({error}); torch's operations "
+            "take their place, which compute the same and take longer where a batch "
+            "has few tokens. With a C compiler installed Triton usually can; "
+            "AXOLOTL_REFT_KERNELS=0 silences this",
+            UserWarning,
+            stacklevel=2,
+        )
+        return None
     return kernels
 
 

@@ -19,6 +19,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.runtime import driver
+
+
+def prepare() -> None:
+    """Build what every launch needs, with the machine's C compiler; raises what Triton
+    does where it cannot."""
+    driver.active.get_current_target()
 
 
 @triton.jit
