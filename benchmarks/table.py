@@ -32,7 +32,7 @@ def _section(result: Result) -> str:
         f"{name} {number}" for name, number in result.versions["here"].items()
     )
     lines = [
-        f"## {result.benchmark}",
+        f"## {result.benchmark}" + ", on a GPU" * bool(first["gpu"]),
         "",
         f"{machine}; {packages}; {result.date}. Ratios are to {result.floor}, round by "
         f"round: minimum / median / maximum.",

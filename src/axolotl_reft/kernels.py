@@ -84,7 +84,7 @@ def edit_rows(
     SUBTRACT: tl.constexpr,
 ):
     """``out`` (S, D) at the rows; for the backward, ``taken`` (N, D), which they were,
-    and ``sources`` (N, R), which is Mh + b; both are zero in unused slots."""
+    zero in unused slots, and ``sources`` (N, R), which is Mh + b."""
     side, n, there, token = _rows_of(index_0, index_1, rows_0, rows_1, tokens, ROWS)
     weight = weight_0
     bias = bias_0
@@ -105,7 +105,6 @@ def edit_rows(
         m = _m_tile(weight, matrix, at_m, in_m, HAS_WEIGHT, SUBTRACT)
         sums += row.to(tl.float32) * m
     source = tl.sum(sums, axis=2) + tl.load(bias + r, mask=r < R, other=0.0)[None, :]
-    source = tl.where(used[:, None], source, 0.0)
     all_sources = sources + n[:, None] * R + r[None, :]
     tl.store(all_sources, source, mask=there[:, None] & (r < R)[None, :])
     tl.debug_barrier()
