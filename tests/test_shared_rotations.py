@@ -59,9 +59,11 @@ def test_matrices_and_gradients_are_those_of_each(computed):
 
 def test_a_gradient_is_laid_out_as_its_parameter():
     """Else autograd would copy each of them."""
-    one = build()
-    shared_rotations.shared_rotations([one])[one].sum().backward()
-    assert one.rotation.grad.is_contiguous()
+    some = [build(), build()]
+    found = shared_rotations.shared_rotations(some)
+    total = sum(rows_RD.square().sum() for rows_RD in found.values())
+    for gradient in torch.autograd.grad(total, [one.rotation for one in some]):
+        assert gradient.is_contiguous()
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,17 @@ def test_only_active_adapters_are_computed(computed, tokens):
     with model.disable_adapter():
         assert not model(input_ids=tokens(1, 8)).logits.requires_grad
     assert computed == [LAYERS, 2 * LAYERS, LAYERS]
+
+
+def test_beside_edits_within_checkpointed_layers(computed, tokens):
+    """Made within a layer, they would not be there when that is replayed."""
+    model = build_adapter(build_model(), component="mlp_output").train()
+    model.add_adapter("outer", LoreftConfig(positions="l1"))
+    model.base_model.set_adapter(["default", "outer"])
+    expected = step(model.train(), tokens)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_close(step(model, tokens), expected)
+    assert computed == [LAYERS, LAYERS]
 
 
 def test_without_gradients_each_keeps_its_own(computed, tokens):
