@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from axolotl_reft import editing, fused
 from axolotl_reft.config import INTERVENTIONS
+from axolotl_reft.edit_size import edit_sizes
 from axolotl_reft.interventions import INTERVENTION_CLASSES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,6 +155,29 @@ def test_a_rotation_kept_for_inference_is_used(name):
             one.rotation += 1
         assert not torch.equal(fused.edit(hidden, indices, [one]), first)
     assert (kept is not None) == hasattr(one, "rotation")
+
+
+def test_who_watches_edits_is_told_of_them(without):
+    interventions = build_interventions("loreft", 2)
+    hidden = random(3, 20, 70)
+    indices = [torch.tensor(one, device=DEVICE) for one in ([0, 9, 60], [8, 2, 10, 60])]
+
+    def told(function):
+        seen = []
+        for one in interventions:
+            one.on_edit = lambda *both: seen.append(edit_sizes(*both))
+        function(hidden, indices, interventions)
+        return seen
+
+    assert fused.can_edit(hidden, interventions)
+    got = told(fused.edit)
+    without()
+    expected = told(editing.edit)
+    assert [sizes.isnan().tolist() for sizes in got] == [
+        [False, False, True],
+        [False, False, False, True],
+    ]
+    assert_close(got, expected, equal_nan=True)
 
 
 def test_where_the_kernels_are_not_used(monkeypatch):

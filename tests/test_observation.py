@@ -107,7 +107,7 @@ def test_only_logged_steps_are_watched(tmp_path, monkeypatch, settings, steps):
     assert all("loreft/edit_size/layer_0" in entry for entry in entries)
     assert len(calls) == len(steps) * 2 * LAYERS
     for _, _, _, module in named_interventions(model, "default"):
-        assert not module._forward_hooks
+        assert module.on_edit is None
 
 
 def test_every_reporter_gets_the_numbers(tmp_path):
@@ -148,7 +148,7 @@ def test_an_evaluation_is_not_counted(tmp_path):
     trainer.log({"loss": 1.0})
     assert any("loreft" in key for key in trainer.state.log_history[-1])
     log.on_train_end(trainer.args, trainer.state, None)
-    assert not log._sizes and not log._handles
+    assert not log._sizes and not log._watched
 
 
 def test_unused_slots_and_compiled_steps_have_no_size(tmp_path):
@@ -167,7 +167,7 @@ def test_unused_slots_and_compiled_steps_have_no_size(tmp_path):
     assert got == pytest.approx(float(expected), rel=1e-5)
     trainer.args.torch_compile = True
     log.on_step_begin(trainer.args, TrainerState(logging_steps=1), None)
-    assert not log._handles and not log._sizes
+    assert not log._watched and not log._sizes
 
 
 def lines(told):

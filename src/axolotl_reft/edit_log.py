@@ -10,10 +10,9 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -50,7 +49,7 @@ class EditLog(TrainerCallback):
         found = list(named_interventions(trainer.model, adapter))
         self._groups = layer_groups(sorted({layer for layer, *_ in found}))
         self._group_of = {n: name for name, ns in self._groups.items() for n in ns}
-        self._handles: list[RemovableHandle] = []
+        self._watched: list[Any] = []
         self._sizes: dict[str, list[Tensor]] = {}
         self._norms: dict[str, Tensor] = {}
         self._extend(trainer)
@@ -71,7 +70,9 @@ class EditLog(TrainerCallback):
         if will_log(args, state) and not args.torch_compile:
             for layer, _side, _wrapper, module in self._interventions():
                 sizes = self._sizes.setdefault(self._group_of[layer], [])
-                self._handles.append(module.register_forward_hook(_noting(sizes)))
+                # Not by a hook, which would keep the edit from being made by kernels.
+                module.on_edit = _noting(module, sizes)
+                self._watched.append(module)
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, **_: Any
@@ -87,8 +88,8 @@ class EditLog(TrainerCallback):
         return named_interventions(self._model, self._adapter)
 
     def _unwatch(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        while self._watched:
+            self._watched.pop().on_edit = None
 
     def _forget(self) -> None:
         self._unwatch()
@@ -121,11 +122,11 @@ class EditLog(TrainerCallback):
         return {f"loreft/{name}": value for name, value in values.items()}
 
 
-def _noting(sizes: list[Tensor]) -> Callable[..., None]:
-    def note(module: Any, args: Any, output: Tensor) -> None:
+def _noting(module: nn.Module, sizes: list[Tensor]) -> Callable[[Tensor, Tensor], None]:
+    def note(before: Tensor, after: Tensor) -> None:
         # Not the forwards of evaluation, of generation, or of a checkpoint's first run.
         if module.training and torch.is_grad_enabled():
-            sizes.append(edit_sizes(args[0], output).flatten())
+            sizes.append(edit_sizes(before, after).flatten())
 
     return note
 

@@ -54,7 +54,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, flat_SD: Tensor, index_N: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(index_N)
-        return _rows(flat_SD, index_N), flat_SD.view_as(flat_SD)
+        return rows_at(flat_SD, index_N), flat_SD.view_as(flat_SD)
 
     @staticmethod
     def backward(
@@ -75,10 +75,10 @@ class _Put(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, Tensor, None]:
         (index_N,) = ctx.saved_tensors
-        return grad_SD, _rows(grad_SD, index_N), None
+        return grad_SD, rows_at(grad_SD, index_N), None
 
 
-def _rows(flat_SD: Tensor, index_N: Tensor) -> Tensor:
+def rows_at(flat_SD: Tensor, index_N: Tensor) -> Tensor:
     """The rows at an index; zeros for unused slots."""
     last = flat_SD.shape[0] - 1
     rows_ND = flat_SD.index_select(0, index_N.clamp(max=last))

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from axolotl_reft.editing import rows_at
+
 # A kernel's registers hold this many products at once, and so few rows and ranks.
 _PRODUCTS = 8192
 MOST_RANK = 32
@@ -79,16 +81,21 @@ def edit(
 ) -> Tensor:
     """What editing.py's ``edit`` returns, for one or two of interventions.py's, alike
     and of one rank, that :func:`can_edit` took."""
-    one = interventions[0]
-    return _Edit.apply(
+    one, indices = interventions[0], [index.to(h_BTD.device) for index in indices]
+    edited_BTD: Tensor = _Edit.apply(
         h_BTD,
         one.has_weight,
         one.subtracts,
-        *[index.to(h_BTD.device) for index in indices],
+        *indices,
         *([one.weight.float() for one in interventions] if one.has_weight else ()),
         *[one.bias.float() for one in interventions],
         *[one.matrix_RD() for one in interventions],
     )
+    for one, index_N in zip(interventions, indices, strict=True):
+        if one.on_edit is not None:
+            both = (h.detach().flatten(0, -2) for h in (h_BTD, edited_BTD))
+            one.on_edit(*(rows_at(flat_SD, index_N) for flat_SD in both))
+    return edited_BTD
 
 
 class _Edit(torch.autograd.Function):

@@ -54,6 +54,8 @@ class _Intervention(AdapterLeaf):
     # What fused.py asks: whether there is a W, and whether P is taken off it.
     has_weight = False
     subtracts = False
+    # Told hidden states before and after each edit; by edit_log.py.
+    on_edit: Callable[[Tensor, Tensor], None] | None = None
 
     # pyreft overrides these with ones that ignore `destination`, and so save nothing
     # from inside a parent module.
@@ -109,8 +111,8 @@ class _Intervention(AdapterLeaf):
     @property
     def unwatched(self) -> bool:
         """Whether its numbers can be used past its own forward: no hook is on it, as
-        DeepSpeed, FSDP2 and accelerate have them to bring the numbers, and the log of
-        the edits to see what comes out."""
+        DeepSpeed, FSDP2 and accelerate have them to bring the numbers, and others to
+        see what comes out."""
         return not (
             self._forward_hooks
             or self._forward_pre_hooks
@@ -132,7 +134,10 @@ class _Intervention(AdapterLeaf):
         with torch.autocast(device, enabled=False) if casts else nullcontext():
             new_ND = self._edit(base.float().reshape(-1, base.shape[-1]))
         new = new_ND.view(base.shape).to(base.dtype)
-        return F.dropout(new, self.dropout_p, self.training)
+        new = F.dropout(new, self.dropout_p, self.training)
+        if self.on_edit is not None:
+            self.on_edit(base, new)
+        return new
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, rank={self.rank}"
