@@ -1,8 +1,8 @@
 """The edit of some rows, h + Pᵀ(Mh + b), and its derivative as Triton kernels.
 
 On a GPU an operation costs its launch, whatever its size, and interventions.py and
-editing.py take some seventy for an edit and its derivative. Here they are three. Those
-modules are the reference; see fused.py for who calls these.
+editing.py take some sixty for an edit of two sides and its derivative. Here they are
+three. Those modules are the reference; see fused.py for who calls these.
 
 M is W − P, W, −P or nothing: what HAS_WEIGHT and SUBTRACT say. A side is one of the one
 or two interventions of a hidden state, the prefix's and the suffix's; an index of S
