@@ -31,8 +31,8 @@ class Benchmark:
     repetitions: dict[str, int] = field(default_factory=lambda: _repetitions())
 
 
-def _repetitions(quick: int = 5, full: int = 15) -> dict[str, int]:
-    return {"toy": 2, "quick": quick, "full": full, "gpu": 9}
+def _repetitions(quick: int = 5, full: int = 15, gpu: int = 9) -> dict[str, int]:
+    return {"toy": 2, "quick": quick, "full": full, "gpu": gpu}
 
 
 def _sizes(
@@ -116,7 +116,7 @@ SUITE: dict[str, Benchmark] = {
             full=[_LARGE.but(rank=rank) for rank in (1, 4, 8, 16, 32, 64)],
             gpu=[_ON_GPU[0].but(rank=rank) for rank in (1, 16, 64)],
         ),
-        repetitions=_repetitions(quick=5, full=9) | {"gpu": 5},
+        repetitions=_repetitions(quick=5, full=9, gpu=5),
     ),
     "step-by-layers": Benchmark(
         "training_step",
@@ -162,7 +162,7 @@ SUITE: dict[str, Benchmark] = {
             ],
             gpu=[_LLAMA_8B.but(samples=128, batch=16, length=4096)],
         ),
-        repetitions=_repetitions(quick=3, full=5) | {"gpu": 3},
+        repetitions=_repetitions(quick=3, full=5, gpu=3),
     ),
     "kernels": Benchmark(
         "training_step",

@@ -302,7 +302,7 @@ class LoreftIntervention(_RotatedAffine, pyreft.LoreftIntervention):
     subtracts = True
 
     def _edit(self, h_ND: Tensor) -> Tensor:
-        r_RD = self.rotation_matrix().T
+        r_RD = self.matrix_RD()
         return torch.addmm(h_ND, self._source_less(h_ND, r_RD), r_RD)
 
 
@@ -313,7 +313,7 @@ class NoreftIntervention(_Projected, pyreft.NoreftIntervention):
     subtracts = True
 
     def _edit(self, h_ND: Tensor) -> Tensor:
-        w_RD = self.proj_weight.float()
+        w_RD = self.matrix_RD()
         return torch.addmm(h_ND, self._source_less(h_ND, w_RD), w_RD)
 
 
@@ -326,7 +326,7 @@ class DireftIntervention(_Projected, pyreft.NodireftIntervention):
     pyreft_class = pyreft.NodireftIntervention
 
     def _edit(self, h_ND: Tensor) -> Tensor:
-        return torch.addmm(h_ND, self._source(h_ND), self.proj_weight.float())
+        return torch.addmm(h_ND, self._source(h_ND), self.matrix_RD())
 
 
 class OrthogonalDireftIntervention(_RotatedAffine, pyreft.DireftIntervention):
@@ -335,7 +335,7 @@ class OrthogonalDireftIntervention(_RotatedAffine, pyreft.DireftIntervention):
     pyreft_class = pyreft.DireftIntervention
 
     def _edit(self, h_ND: Tensor) -> Tensor:
-        return torch.addmm(h_ND, self._source(h_ND), self.rotation_matrix().T)
+        return torch.addmm(h_ND, self._source(h_ND), self.matrix_RD())
 
 
 class ConsreftIntervention(_BiasOnly, pyreft.ConsreftIntervention):
@@ -345,7 +345,7 @@ class ConsreftIntervention(_BiasOnly, pyreft.ConsreftIntervention):
     subtracts = True
 
     def _edit(self, h_ND: Tensor) -> Tensor:
-        r_RD = self.rotation_matrix().T
+        r_RD = self.matrix_RD()
         return torch.addmm(h_ND, self.bias.float() - F.linear(h_ND, r_RD), r_RD)
 
 
@@ -355,7 +355,7 @@ class LobireftIntervention(_BiasOnly, pyreft.LobireftIntervention):
     pyreft_class = pyreft.LobireftIntervention
 
     def _edit(self, h_ND: Tensor) -> Tensor:
-        return h_ND + self.bias.float() @ self.rotation_matrix().T
+        return h_ND + self.bias.float() @ self.matrix_RD()
 
 
 INTERVENTION_CLASSES: dict[str, type[_Intervention]] = {

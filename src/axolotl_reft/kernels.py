@@ -29,17 +29,22 @@ def prepare() -> None:
 
 
 @triton.jit
+def _of(side, first, second):
+    """What is the side's own."""
+    own = first
+    if side == 1:
+        own = second
+    return own
+
+
+@triton.jit
 def _rows_of(index_0, index_1, rows_0, rows_1, tokens, ROWS: tl.constexpr):
     """A program's side, its rows' numbers among both sides', which of them there are,
     and the tokens they are of."""
     block = tl.program_id(0)
     side = (block >= tl.cdiv(rows_0, ROWS)).to(tl.int32)
-    index = index_0
-    rows = rows_0
-    if side == 1:
-        index = index_1
-        rows = rows_1
-        block -= tl.cdiv(rows_0, ROWS)
+    index, rows = _of(side, index_0, index_1), _of(side, rows_0, rows_1)
+    block -= side * tl.cdiv(rows_0, ROWS)
     n = block * ROWS + tl.arange(0, ROWS)
     token = tl.load(index + n, mask=n < rows, other=tokens)
     return side, side * rows_0 + n, n < rows, token
@@ -86,13 +91,8 @@ def edit_rows(
     """``out`` (S, D) at the rows; for the backward, ``taken`` (N, D), which they were,
     zero in unused slots, and ``sources`` (N, R), which is Mh + b."""
     side, n, there, token = _rows_of(index_0, index_1, rows_0, rows_1, tokens, ROWS)
-    weight = weight_0
-    bias = bias_0
-    matrix = matrix_0
-    if side == 1:
-        weight = weight_1
-        bias = bias_1
-        matrix = matrix_1
+    bias = _of(side, bias_0, bias_1)
+    weight, matrix = _of(side, weight_0, weight_1), _of(side, matrix_0, matrix_1)
     used = token < tokens
     r, d = tl.arange(0, RP), tl.arange(0, BLOCK)
     r3, d3 = r[None, :, None], d[None, None, :]
@@ -148,11 +148,7 @@ def edit_rows_backward(
     """From ``grad`` (S, D): ``grad_sources`` (N, R), zero in unused slots; and, where
     WRITE asks for it, the gradient of h at the rows, ``out`` (S, D)."""
     side, n, there, token = _rows_of(index_0, index_1, rows_0, rows_1, tokens, ROWS)
-    weight = weight_0
-    matrix = matrix_0
-    if side == 1:
-        weight = weight_1
-        matrix = matrix_1
+    weight, matrix = _of(side, weight_0, weight_1), _of(side, matrix_0, matrix_1)
     used = token < tokens
     r, d = tl.arange(0, RP), tl.arange(0, BLOCK)
     r3, d3 = r[None, :, None], d[None, None, :]
@@ -207,13 +203,8 @@ def edit_weights_backward(
     """Gradients of each side's W and P (sides, R, D) and b (sides, R); a program for
     each block of columns and each side, and no RP below 16."""
     side = tl.program_id(1)
-    index = index_0
-    rows = rows_0
-    first = 0
-    if side == 1:
-        index = index_1
-        rows = rows_1
-        first = rows_0
+    index, rows = _of(side, index_0, index_1), _of(side, rows_0, rows_1)
+    first = side * rows_0
     r = tl.arange(0, RP)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     by_weight = tl.zeros((RP, BLOCK), dtype=tl.float32)

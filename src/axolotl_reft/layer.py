@@ -283,8 +283,8 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         """Those that edit the layer's own input or output in this forward."""
         return [
             one
-            for name in self._adapters()
-            if name in self.sites and not self.sites[name].path
+            for site in (_INPUT, _OUTPUT)
+            for name in self._editing(site)
             for one in self._interventions(name)
         ]
 

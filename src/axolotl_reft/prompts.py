@@ -241,9 +241,8 @@ class PromptTracker:
         with gradients; none in others, where interventions keep their own, nor in
         compiled ones, which may have a graph for each layer."""
         batch = self._batch
-        if batch is None or not torch.is_grad_enabled():
-            return {}
-        if torch.compiler.is_compiling():
+        gradients = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if batch is None or not gradients:
             return {}
         if batch.rotations is None:
             some = [one for layer in self.layers for one in layer.outer_interventions()]
