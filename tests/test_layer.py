@@ -43,6 +43,18 @@ def test_hidden_states_that_are_asked_for_are_the_edited_ones(tokens, architectu
         assert torch.equal(got, edited)
 
 
+def test_what_the_config_asks_for_is_given(tokens):
+    """PEFT hands None down for what the call does not ask for, and transformers takes
+    that for a no."""
+    model = build_adapter(build_model())
+    expected = model(tokens(2, 8), output_hidden_states=True).hidden_states
+    model.config.output_hidden_states = True
+    got = model(tokens(2, 8)).hidden_states
+    assert len(got) == len(expected) == LAYERS + 1
+    assert all(torch.equal(h, other) for h, other in zip(got, expected, strict=True))
+    assert model(tokens(2, 8), output_hidden_states=False).hidden_states is None
+
+
 def test_the_wrapper_answers_for_its_layer():
     layer = build_adapter(build_model()).base_model.model.model.layers[0]
     assert layer.self_attn is layer.base_layer.self_attn

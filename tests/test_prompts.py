@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from conftest import build_adapter, build_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForTokenClassification
 
 from axolotl_reft.conversations import Conversations
@@ -132,6 +133,32 @@ def test_a_training_forward_agrees_with_prefill_and_decode(samples, positions):
             step = model(token[None, None], past_key_values=step.past_key_values)
             logits.append(step.logits[0])
         assert_same([torch.cat(logits)], alone(model, [(ids, labels)]))
+
+
+class Operations(TorchDispatchMode):
+    """The names of those that are no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names += [] if function.is_view else [str(function)]
+        return function(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def test_a_decode_step_takes_one_operation_more_than_the_bases(tokens):
+    """A copy of its ids, should the conversation go on; none of those before."""
+    base = build_model()
+    models, seen = (base, build_adapter(build_model())), []
+    for model in models:
+        cache = model(tokens(1, 10), use_cache=True).past_key_values
+        for _ in range(2):
+            with Operations() as operations:
+                model(tokens(1, 1), past_key_values=cache)
+        seen.append(operations.names)
+    assert sorted(seen[1]) == sorted([*seen[0], "aten.clone.default"])
 
 
 def answers(model, ids, **settings):

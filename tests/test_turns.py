@@ -1,5 +1,7 @@
 """Conversations of several turns: training and inference edit the same tokens."""
 
+import copy
+
 import pytest
 import torch
 from axolotl.cli.chat import CausalTurnGenerator
@@ -13,6 +15,7 @@ from conftest import build_adapter, build_model
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
 from axolotl_reft import turn_markers
+from axolotl_reft.conversations import Conversations
 from axolotl_reft.turns import Turns
 
 TOLERANCE = 2e-5
@@ -144,7 +147,10 @@ def test_played_turn_by_turn_on_a_reused_cache(tokenizer, turns, positions):
 
 
 @torch.no_grad()
-def test_played_token_by_token_without_generate(tokenizer, turns):
+@pytest.mark.parametrize("taken_back", [0, 2])
+def test_played_token_by_token_without_generate(tokenizer, turns, taken_back):
+    """From a buffer that is written again; after each step, some tokens more are tried
+    and taken back."""
     model = adapted(tokenizer, turns)
     texts = CONVERSATIONS[0]
     ids, labels = tokenized(tokenizer, texts)
@@ -153,9 +159,54 @@ def test_played_token_by_token_without_generate(tokenizer, turns):
     for begin, end in turn_ends(tokenizer, texts, labels):
         # the end of the last answer, and the next prompt, in one chunk
         for stop in range(begin, end):
-            logits = model(ids[:, start:stop], past_key_values=cache).logits[0]
+            buffer = ids[:, start:stop].clone()
+            logits = model(buffer, past_key_values=cache).logits[0]
             got[stop], start = logits[-1], stop
+            buffer.zero_()
+            for _ in range(taken_back):
+                model(buffer[:, -1:], past_key_values=cache)
+            cache.crop(stop)
     assert_agree(got, expected)
+
+
+@torch.no_grad()
+def test_a_chunk_after_who_knows_what_is_not_edited(tokenizer):
+    model = adapted(tokenizer)
+    ids = prompt_ids(tokenizer, CONVERSATIONS[0][:1])
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    same = copy.deepcopy(cache)
+    got = model(ids[:, 6:], past_key_values=same).logits
+    with model.disable_adapter():
+        assert torch.equal(model(ids[:, 6:], past_key_values=cache).logits, got)
+
+
+def test_the_tokens_behind_a_cache():
+    ids, other = torch.arange(6)[None], torch.full((1, 1), 9)
+    conversations, cache = Conversations(), DynamicCache()
+    assert conversations.before(cache, 0, 1) is None
+    for past, chunk in [(0, ids[:, :3]), (3, ids[:, 3:4]), (4, other), (5, other)]:
+        conversations.note_forward(cache, past, chunk)
+    conversations.note_forward(cache, 4, ids[:, 4:])  # what was tried is taken back
+    known = conversations.before(cache, 6, 1)
+    assert known.ids_BW.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert known.answer_BW.tolist() == [[False, False, False, True, True, True]]
+    assert conversations.before(cache, 2, 1).ids_BW.tolist() == [[0, 1]]
+    for past, rows in [(7, 1), (6, 2)]:
+        assert conversations.before(cache, past, rows) is None
+    conversations.note_forward(cache, 6, other)
+    asked = torch.tensor([[0, 1, 2, 3, 4, 8, 9, 9]])
+    answered = [[False, False, False, True, True, False, False, False]]
+    assert conversations.answers(cache, asked).tolist() == answered
+    asked[:, 5] = 5
+    answered[0][5:7] = True, True
+    assert conversations.answers(cache, asked).tolist() == answered
+    assert conversations.answers(cache, asked.expand(2, -1)) is None
+    # What is not understood is forgotten: other rows, or tokens that nobody saw.
+    for past, chunk in [(6, other.expand(2, 1)), (9, other)]:
+        unclear = DynamicCache()
+        conversations.note_forward(unclear, 0, ids)
+        conversations.note_forward(unclear, past, chunk)
+        assert conversations.before(unclear, 6, 1) is None
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ seen so far.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,37 +40,71 @@ class Tokens:
         )
 
 
+@dataclass
+class _Conversation:
+    """What is behind one cache: tokens, and the ids (B, T) of forwards since, which are
+    put together when somebody asks; a decode step must not copy all before it."""
+
+    tokens: Tokens
+    since: list[Tensor] = field(default_factory=list)
+    rows: int = field(init=False)
+    width: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows, self.width = self.tokens.ids_BW.shape
+
+    def add(self, ids_BT: Tensor) -> None:
+        """Tokens that were not said to be a prompt."""
+        self.since.append(ids_BT)
+        self.width += ids_BT.shape[1]
+
+    def cut(self, width: int) -> None:
+        """As its cache was, if that is shorter now."""
+        if width < self.width:
+            self.tokens, self.width = self.whole()[:width], width
+
+    def whole(self) -> Tokens:
+        if self.since:
+            self.tokens = self.tokens.followed_by(torch.cat(self.since, 1))
+            self.since = []
+        return self.tokens
+
+
 class Conversations:
     """The tokens behind each living cache."""
 
     def __init__(self) -> None:
-        self._tokens: WeakKeyDictionary[Any, Tokens] = WeakKeyDictionary()
+        self._of: WeakKeyDictionary[Any, _Conversation] = WeakKeyDictionary()
 
     def note(self, cache: Any, tokens: Tokens) -> None:
-        self._tokens[cache] = tokens
+        self._of[cache] = _Conversation(tokens)
 
     def note_forward(self, cache: Any, past: int, ids_BT: Tensor) -> None:
         """A forward outside ``generate`` has put ``ids_BT`` after ``past`` columns."""
-        known = self.before(cache, past, ids_BT.shape[0])
+        ids_BT = ids_BT.clone()  # the caller's may be a buffer
         if past == 0:
             self.note(cache, Tokens(ids_BT, torch.zeros_like(ids_BT, dtype=torch.bool)))
-        elif known is not None:
-            self.note(cache, known.followed_by(ids_BT))
-        else:
-            self._tokens.pop(cache, None)
+            return
+        known = self._of.get(cache)
+        if known is None or known.rows != ids_BT.shape[0] or known.width < past:
+            self._of.pop(cache, None)
+            return
+        known.cut(past)
+        known.add(ids_BT)
 
     def before(self, cache: Any, past: int, rows: int) -> Tokens | None:
         """The first ``past`` tokens of a cache of ``rows`` rows, if they are known."""
-        known = self._tokens.get(cache)
-        if known is None or known.ids_BW.shape[1] < past:
+        known = self._of.get(cache)
+        if known is None or known.rows != rows or known.width < past:
             return None
-        return known[:past] if known.ids_BW.shape[0] == rows else None
+        return known.whole()[:past]
 
     def answers(self, cache: Any, ids_BP: Tensor) -> Tensor | None:
         """Which of these tokens were answers, as far as the cache knows them."""
-        known = self._tokens.get(cache)
-        if known is None or known.ids_BW.shape[0] != ids_BP.shape[0]:
+        conversation = self._of.get(cache)
+        if conversation is None or conversation.rows != ids_BP.shape[0]:
             return None
+        known = conversation.whole()
         shared = min(known.ids_BW.shape[1], ids_BP.shape[1])
         same_BW = known.ids_BW[:, :shared].to(ids_BP.device) == ids_BP[:, :shared]
         answer_BP = torch.zeros_like(ids_BP, dtype=torch.bool)

@@ -30,6 +30,7 @@ from axolotl_reft.trained_modules import (
 )
 
 _TRACKER = "loreft_tracker"
+_ASKED_OF_OUTPUT = ("output_attentions", "output_hidden_states", "return_dict")
 # What PEFT and this package put into the paths of parameters.
 _PARTS = {BASE, "base_model", "model", "base_layer", "modules_to_save"}
 _PARTS |= {"original_module", *LoreftDecoderLayer.adapter_layer_names}
@@ -59,6 +60,11 @@ class LoreftModel(BaseTuner):
                     f"{name}: positions are found in every batch, and others cannot be "
                     "passed; leave it out, and choose with LoreftConfig(positions=...)"
                 )
+        # As PEFT's forward hands them down; transformers takes such a None for another
+        # answer than the config's, and carries it through every layer.
+        for name in _ASKED_OF_OUTPUT:
+            if name in kwargs and kwargs[name] is None:
+                del kwargs[name]
         # By __call__ where PEFT uses .forward, so that the tracker's hook sees labels.
         return self.model(*args, **kwargs)
 

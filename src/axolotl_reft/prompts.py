@@ -452,12 +452,12 @@ class PromptTracker:
         shape: tuple[int, int],
     ) -> _Batch:
         """A forward on a filled cache: marks tell, read with what is cached."""
-        known = None
-        if ids_BT is not None:
-            known = self._conversations.before(cache, past, shape[0])
 
         def make_spans(turns: Turns) -> PromptSpans | None:
-            if ids_BT is None or known is None or not turns.generation_prompts:
+            if ids_BT is None or not turns.generation_prompts:
+                return None
+            known = self._conversations.before(cache, past, shape[0])
+            if known is None:
                 return None
             seen = known.followed_by(ids_BT)
             width = (shape[0], past + shape[1])
