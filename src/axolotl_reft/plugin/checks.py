@@ -115,7 +115,7 @@ def _refuse_optimizers(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"optimizer: {optimizer} with adapter: loreft: it saves memory on the "
             "large matrices of a base, and LoReFT trains none of them; set optimizer: "
-            "adamw_torch"
+            "adamw_torch_fused"
         )
     for key in ("embedding_lr", "embedding_lr_scale"):
         if settings.get(key) and not _own_modules_to_save(settings):
