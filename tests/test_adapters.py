@@ -255,6 +255,24 @@ def test_rows_have_the_heads_of_their_adapters(tokens):
     assert (got - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
+@pytest.mark.parametrize("asked", ["in the call", "by the config"])
+def test_beams_have_the_heads_of_their_adapters(tokens, asked):
+    model = build_adapter(build_model(), modules_to_save=["lm_head"])
+    add(model, "other", 0, positions="l1", modules_to_save=["lm_head"])
+    ids, names = tokens(3, 8), ["other", "default", "__base__"]
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    options |= {"attention_mask": torch.ones_like(ids)}
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    if asked == "by the config":
+        model.generation_config.update(**beams)
+    else:
+        options |= beams
+    got = model.eval().generate(ids, **options, adapter_names=names)
+    for row, name in enumerate(names):
+        alone = with_adapter(model, name, lambda: model.generate(ids, **options))
+        assert torch.equal(got[2 * row : 2 * row + 2], alone[2 * row : 2 * row + 2])
+
+
 def test_heads_that_some_adapters_have_cannot_be_mixed(tokens):
     model = build_adapter(build_model(), modules_to_save=["lm_head"])
     add(model, "headless", 0, layers=[0])

@@ -136,7 +136,7 @@ def test_a_number_is_of_one_forward(tokens):
         expected = model(**inputs).logits
         assert torch.equal(model(**inputs, **{PROMPTS: 8}).logits, expected)
     assert "input_ids" in given and PROMPTS not in given
-    assert model.base_model.model.loreft_tracker._told_prompts is None
+    assert model.base_model.model.loreft_tracker._now.told_prompts is None
 
 
 @pytest.mark.parametrize(

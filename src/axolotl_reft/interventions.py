@@ -223,8 +223,8 @@ class _Rotated(_Intervention):
         until its vectors change, also through ``.data``: where that could go unseen,
         after a change of mode or with a gradient there, it is computed anew.
         """
-        if self.lent_RD is not None:
-            return self.lent_RD.T
+        if (lent_RD := self.lent_RD) is not None:
+            return lent_RD.T
         vectors, base = self.rotation, self.rotation_base
         if torch.compiler.is_compiling():  # a graph may change nothing here
             return rotation(vectors.float(), base)
@@ -243,7 +243,8 @@ class _Rotated(_Intervention):
         return kept.matrix_DR
 
     def matrix_RD(self) -> Tensor:
-        return self.rotation_matrix().T if self.lent_RD is None else self.lent_RD
+        lent_RD = self.lent_RD
+        return self.rotation_matrix().T if lent_RD is None else lent_RD
 
     def train(self, mode: bool = True) -> _Rotated:
         self._kept = None

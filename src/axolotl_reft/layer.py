@@ -182,9 +182,11 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         return self.tracker.prompts(self.turns[name])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # A decode step: not a dictionary is built before the layer runs.
+        # A decode step: not a dictionary is built before the layer runs, nor asked
+        # nn.Module's __getattr__, which takes as long as everything else here.
         if self.tracker.prompt_has_gone_by and not self._everywhere:
-            return self.base_layer(*args, **kwargs)
+            base_layer: Any = self._modules["base_layer"]
+            return base_layer(*args, **kwargs)
         args, kwargs = self._edit_input(_INPUT, self, args, kwargs)
         # Not by the handles: torch.compile cannot look a site up among them.
         within = [
@@ -216,7 +218,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         """The layer's forward; gradient checkpointing replays it with this batch."""
         layer: Any = self.base_layer
         checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is None:
+        if checkpoint is None or not layer.training:
             return layer(*args, **kwargs)
 
         def checkpoint_with_batch(function: Any, *inputs: Any, **options: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -78,24 +78,28 @@ class LoreftModel(BaseTuner):
                 module.forget_adapter(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(
+        self, *args: Any, **kwargs: Any
+    ) -> AbstractContextManager[None]:
         """PEFT's door for ``adapter_names``: an adapter for each row of a batch."""
         names = kwargs.get("adapter_names")
         tracker = _tracker_of(self.model)
         if names is None or tracker is None:
-            yield
-            return
+            return nullcontext()
         self._check_adapter_names(names)
+        return self._adapters_by_row(tracker, names)
+
+    @contextmanager
+    def _adapters_by_row(
+        self, tracker: PromptTracker, names: Sequence[str]
+    ) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(tracker.adapters_by_row(names))
-            beams = kwargs.get("num_beams") or 1
-            rows = [name for name in names for _ in range(beams)]
             for module in self.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     stack.callback(
                         module.register_forward_pre_hook(
-                            partial(_add_adapter_names, rows), with_kwargs=True
+                            partial(_add_adapter_names, names), with_kwargs=True
                         ).remove
                     )
             yield
@@ -225,9 +229,12 @@ class LoreftModel(BaseTuner):
 
 
 def _add_adapter_names(
-    names: list[str], module: nn.Module, args: Any, kwargs: Any
+    names: Sequence[str], module: nn.Module, args: Any, kwargs: Any
 ) -> tuple[Any, Any]:
-    return args, kwargs | {"adapter_names": names}
+    # ``generate`` has several rows for each, whoever asked for its beams.
+    each = args[0].shape[0] // len(names)
+    rows = [name for name in names for _ in range(each)]
+    return args, kwargs | {"adapter_names": rows}
 
 
 def _check_adapter_name(name: str, model: nn.Module) -> None:

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens of this forward, W columns seen so far (the cache's an
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,6 +68,28 @@ class _Batch:
         return self.spans[turns]
 
 
+class _UnderWay(threading.local):
+    """What is under way in a thread, which a server may have many of.
+
+    Attributes:
+        labels, told_prompts: arguments of the model, for its backbone.
+        generation: inside ``generate``.
+        adapter_names: those of a batch's rows.
+        batch: the forward.
+        edited_outputs: by the id of what transformers records in the place of each.
+    """
+
+    labels: Tensor | None = None
+    told_prompts: int | None = None
+    generation: Generation | None = None
+    adapter_names: Sequence[str] | None = None
+    batch: _Batch | None = None
+    edited_outputs: dict[int, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type[_UnderWay], tuple[()]]:
+        return type(self), ()  # a copy of the model has nothing under way
+
+
 class _Override:
     """A method of one model in the place of its class's, with the same signature:
     ``generate`` reads the parameters of ``prepare_inputs_for_generation``."""
@@ -108,15 +131,10 @@ class PromptTracker:
     find_answers: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, model: PreTrainedModel, backbone: nn.Module) -> None:
-        self._labels: Tensor | None = None
-        self._generation: Generation | None = None
-        self._adapter_names: Sequence[str] | None = None
-        self._batch: _Batch | None = None
+        self._now = _UnderWay()
         self._conversations = Conversations()
         self.layers: list[Any] = []
         self._turns: dict[str, Turns] = {}
-        self._told_prompts: int | None = None
-        self._edited_outputs: dict[int, Tensor] | None = None
         self._checked = False
         can_generate = getattr(model, "can_generate", None)
         # A classifier's labels are not tokens of an answer.
@@ -148,11 +166,11 @@ class PromptTracker:
     @contextmanager
     def adapters_by_row(self, names: Sequence[str]) -> Iterator[None]:
         """Within it, each row of a batch is edited by the adapter named for it."""
-        self._adapter_names = names
+        self._now.adapter_names = names
         try:
             yield
         finally:
-            self._adapter_names = None
+            self._now.adapter_names = None
 
     # --- what layers ask -----------------------------------------------------------
 
@@ -172,7 +190,7 @@ class PromptTracker:
     @property
     def adapter_rows(self) -> AdapterRows | None:
         """The adapters of this forward's rows; None where the active ones edit all."""
-        return None if self._batch is None else self._batch.adapter_rows
+        return None if self._now.batch is None else self._now.batch.adapter_rows
 
     def tokens(self, adapter: str, h_BTD: Tensor) -> Tensor:
         """Flat indices (N,) into B·T of all tokens in the adapter's rows.
@@ -180,7 +198,7 @@ class PromptTracker:
         Raises:
             RuntimeError: these are not the vectors of all tokens.
         """
-        batch = self._batch
+        batch = self._now.batch
         assert batch is not None and batch.adapter_rows is not None
         vectors, tokens = h_BTD.shape[:-1].numel(), batch.shape[0] * batch.shape[1]
         if vectors != tokens:
@@ -214,7 +232,7 @@ class PromptTracker:
         Raises:
             RuntimeError: the layer was called outside a forward of the model.
         """
-        batch = self._batch
+        batch = self._now.batch
         if batch is None:
             raise RuntimeError(
                 "a LoReFT layer was called outside a forward of its model, so it "
@@ -229,7 +247,7 @@ class PromptTracker:
     def prompt_has_gone_by(self) -> bool:
         """Whether this forward has a filled cache and no prompt of any adapter: a
         decode step."""
-        batch = self._batch
+        batch = self._now.batch
         if batch is None or not batch.past:
             return False
         if batch.gone_by is None:
@@ -240,7 +258,7 @@ class PromptTracker:
         """By intervention, the matrices (R, D) of all layers' outer edits in a forward
         with gradients; none in others, where interventions keep their own, nor in
         compiled ones, which may have a graph for each layer."""
-        batch = self._batch
+        batch = self._now.batch
         gradients = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if batch is None or not gradients:
             return {}
@@ -251,27 +269,27 @@ class PromptTracker:
 
     def prompts(self, turns: Turns) -> PromptSpans | None:
         """The prompts in the forward under way; None when there is none in it."""
-        assert self._batch is not None, "asked within a forward"
-        return self._batch.prompts(turns)
+        assert self._now.batch is not None, "asked within a forward"
+        return self._now.batch.prompts(turns)
 
     def record(self, before: Tensor, after: Tensor) -> None:
         """Note a layer's output before and after its edit, where hidden states are
         asked for: transformers records them inside the wrapper, unedited."""
-        if self._edited_outputs is not None:
-            self._edited_outputs[id(before)] = after
+        if self._now.edited_outputs is not None:
+            self._now.edited_outputs[id(before)] = after
 
     def replayable(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, which sees the batch of now whenever it runs again."""
-        batch = self._batch
+        batch = self._now.batch
 
         def with_batch(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # the graph holds the positions
                 return function(*args, **kwargs)
-            outer, self._batch = self._batch, batch
+            outer, self._now.batch = self._now.batch, batch
             try:
                 return function(*args, **kwargs)
             finally:
-                self._batch = outer
+                self._now.batch = outer
 
         return with_batch
 
@@ -284,34 +302,41 @@ class PromptTracker:
         if labels is None and len(args) > 1:
             names = inspect.signature(module.forward).parameters
             labels = dict(zip(names, args, strict=False)).get("labels")
-        self._labels = labels
-        self._told_prompts = kwargs.get(PROMPTS)
-        if self._told_prompts is None:
+        self._now.labels = labels
+        self._now.told_prompts = kwargs.get(PROMPTS)
+        if self._now.told_prompts is None:
             return None
         return args, {key: kwargs[key] for key in kwargs if key != PROMPTS}
 
     def _before_backbone(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if getattr(module, "_is_replica", False):
+            raise ValueError(
+                "LoReFT does not run under torch.nn.DataParallel, which transformers' "
+                "Trainer takes for several GPUs in one process; start a process for "
+                "each GPU (accelerate launch, torchrun), or let Python see one of them "
+                "(CUDA_VISIBLE_DEVICES=0)"
+            )
         inputs = self._inputs(args, kwargs)
-        labels, self._labels = self._labels, None
-        most, self._told_prompts = self._told_prompts, None
+        labels, self._now.labels = self._now.labels, None
+        most, self._now.told_prompts = self._now.told_prompts, None
         wanted = inputs.get("output_hidden_states")
         if wanted is None:
             wanted = getattr(module.config, "output_hidden_states", False)
-        self._edited_outputs = {} if wanted else None
-        self._batch = self._read(inputs, labels, module.training)
-        self._batch.most = most
-        if self._adapter_names is not None:
-            self._batch.adapter_rows = AdapterRows.of_batch(
-                self._adapter_names,
-                self._batch.shape[0],
-                expands=self._generation is not None,
+        self._now.edited_outputs = {} if wanted else None
+        self._now.batch = self._read(inputs, labels, module.training)
+        self._now.batch.most = most
+        if self._now.adapter_names is not None:
+            self._now.batch.adapter_rows = AdapterRows.of_batch(
+                self._now.adapter_names,
+                self._now.batch.shape[0],
+                expands=self._now.generation is not None,
             )
 
     def _after_backbone(
         self, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
-        self._batch = None
-        edited, self._edited_outputs = self._edited_outputs, None
+        self._now.batch = None
+        edited, self._now.edited_outputs = self._now.edited_outputs, None
         states = getattr(output, "hidden_states", None)
         if edited and states is not None:
             output.hidden_states = tuple(edited.get(id(h), h) for h in states)
@@ -322,17 +347,17 @@ class PromptTracker:
         ids_BT = self._inputs(args, kwargs).get("input_ids")
         if cache is None or ids_BT is None or torch.compiler.is_compiling():
             return
-        if self._generation is None:  # else noted as a whole, when it has ended
+        if self._now.generation is None:  # else noted as a whole, when it has ended
             past = _cached(cache) - ids_BT.shape[1]
             self._conversations.note_forward(cache, past, ids_BT)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         generation = self._begin(args, kwargs)
-        outer, self._generation = self._generation, generation
+        outer, self._now.generation = self._now.generation, generation
         try:
             output = type(self._model).generate(self._model, *args, **kwargs)
         finally:
-            self._generation = outer
+            self._now.generation = outer
         self._note_answer(generation, kwargs.get("past_key_values"), output)
         return output
 
@@ -342,7 +367,7 @@ class PromptTracker:
         given = [*args[:1], *(kwargs.get(name) for name in names)]
         first = next((value for value in given if value is not None), None)
         width = 1 if first is None else first.shape[1]
-        rows = self._adapter_names
+        rows = self._now.adapter_names
         if rows is not None and first is not None and len(rows) != len(first):
             raise wrong_length(rows, len(first))
         ids_BP = first if first is not None and first.ndim == 2 else None
@@ -379,10 +404,10 @@ class PromptTracker:
         self._conversations.note(cache, Tokens(ids_BW, answer_BW))
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        if self._generation is not None:
+        if self._now.generation is not None:
             mask = kwargs.get("attention_mask")
             is_2d = isinstance(mask, Tensor) and mask.ndim == 2
-            self._generation.mask_BW = mask if is_2d else None
+            self._now.generation.mask_BW = mask if is_2d else None
         prepare = type(self._model).prepare_inputs_for_generation
         return prepare(self._model, *args, **kwargs)
 
@@ -402,8 +427,8 @@ class PromptTracker:
         ):
             labels = None
         cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
-        if labels is None and self._generation is not None:
-            return self._read_step(self._generation, cache, shape, device)
+        if labels is None and self._now.generation is not None:
+            return self._read_step(self._now.generation, cache, shape, device)
         past = _cached(cache)
         if past and labels is None and self.find_answers is None:
             return self._read_chunk(cache, past, ids_BT, mask, shape)
