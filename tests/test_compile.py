@@ -71,19 +71,22 @@ def test_checkpointed_layers_compile_whole(tokens, use_reentrant):
 def test_layers_compiled_one_by_one_have_no_graph_break(tokens, adapter):
     """Regional compilation: the prompts are found outside of the graphs."""
     model = build_adapter(build_model(), **ADAPTERS[adapter]).train()
-    batch = packed(tokens)
-    expected = step(model, batch)
+    batch, other = packed(tokens), packed(tokens, (5, 7), prompt=2, seed=1)
+    expected = step(model, batch), step(model, other)
     counter = CompileCounterWithBackend("aot_eager")
     layers = [m for m in model.modules() if isinstance(m, LoreftDecoderLayer)]
     for layer in layers:
         layer.compile(backend=counter, fullgraph=True)
-    assert_close(step(model, batch), expected)
+    assert_close(step(model, batch), expected[0])
     assert len(layers) == LAYERS and counter.frame_count >= 1
+    # A graph that took the first batch's prompts for constants would show now.
+    assert_close(step(model, other), expected[1])
 
 
 def test_accelerates_regional_compilation_runs(tokens):
     model = build_adapter(build_model()).train()
-    batch = packed(tokens)
-    expected = step(model, batch)
+    batch, other = packed(tokens), packed(tokens, (5, 7), prompt=2, seed=1)
+    expected = step(model, batch), step(model, other)
     regions = compile_regions(model, backend="aot_eager")
-    assert_close(step(regions, batch), expected)
+    assert_close(step(regions, batch), expected[0])
+    assert_close(step(regions, other), expected[1])

@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import build_adapter, build_model
 
+from axolotl_reft import LoreftConfig
+
 SECONDS = 60
 
 
@@ -80,6 +82,27 @@ def test_threads_compute_what_each_does_alone(model, tokens, way):
     for _ in range(3):
         for got, expected in zip(together(model, *calls), alone, strict=True):
             assert torch.equal(got, expected)
+
+
+def test_threads_have_heads_of_their_own_by_row(tokens):
+    model = build_adapter(build_model(), modules_to_save=["lm_head"])
+    torch.manual_seed(1)
+    model.add_adapter("other", LoreftConfig(modules_to_save=["lm_head"]))
+    for path, parameter in model.named_parameters():
+        if ".other." in path:
+            parameter.data += torch.randn_like(parameter)
+
+    def by_row(names):
+        return lambda model, ids: forward(model, ids, adapter_names=names)
+
+    calls = [
+        (by_row(["other"]), tokens(1, 9)),
+        (by_row(["default", "__base__", "other"]), tokens(3, 7, seed=1)),
+        (forward, tokens(2, 5, seed=2)),
+    ]
+    alone = [call(model.eval(), ids) for call, ids in calls]
+    for got, expected in zip(together(model, *calls), alone, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_no_thread_answers_by_a_layer_that_another_has_changed(tokens):

@@ -99,7 +99,7 @@ class LoreftModel(BaseTuner):
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     stack.callback(
                         module.register_forward_pre_hook(
-                            partial(_add_adapter_names, names), with_kwargs=True
+                            partial(_add_adapter_names, tracker), with_kwargs=True
                         ).remove
                     )
             yield
@@ -229,8 +229,11 @@ class LoreftModel(BaseTuner):
 
 
 def _add_adapter_names(
-    names: Sequence[str], module: nn.Module, args: Any, kwargs: Any
+    tracker: PromptTracker, module: nn.Module, args: Any, kwargs: Any
 ) -> tuple[Any, Any]:
+    names = tracker.adapter_names
+    if names is None:  # of another thread's batch
+        return args, kwargs
     # ``generate`` has several rows for each, whoever asked for its beams.
     each = args[0].shape[0] // len(names)
     rows = [name for name in names for _ in range(each)]

@@ -79,12 +79,14 @@ class _UnderWay(threading.local):
         edited_outputs: by the id of what transformers records in the place of each.
     """
 
-    labels: Tensor | None = None
-    told_prompts: int | None = None
-    generation: Generation | None = None
-    adapter_names: Sequence[str] | None = None
-    batch: _Batch | None = None
-    edited_outputs: dict[int, Tensor] | None = None
+    def __init__(self) -> None:  # in each thread
+        # Not as the defaults of the class, which torch.compile (2.11) would take.
+        self.labels: Tensor | None = None
+        self.told_prompts: int | None = None
+        self.generation: Generation | None = None
+        self.adapter_names: Sequence[str] | None = None
+        self.batch: _Batch | None = None
+        self.edited_outputs: dict[int, Tensor] | None = None
 
     def __reduce__(self) -> tuple[type[_UnderWay], tuple[()]]:
         return type(self), ()  # a copy of the model has nothing under way
@@ -171,6 +173,11 @@ class PromptTracker:
             yield
         finally:
             self._now.adapter_names = None
+
+    @property
+    def adapter_names(self) -> Sequence[str] | None:
+        """Within :meth:`adapters_by_row`, what it was given."""
+        return self._now.adapter_names
 
     # --- what layers ask -----------------------------------------------------------
 
