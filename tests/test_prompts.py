@@ -6,7 +6,11 @@ import pytest
 import torch
 from conftest import build_adapter, build_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForTokenClassification
+from transformers import (
+    AutoModelForTokenClassification,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+)
 
 from axolotl_reft.conversations import Conversations
 from axolotl_reft.turns import Turns
@@ -201,6 +205,54 @@ def test_a_left_padded_batch_answers_as_its_rows_alone(samples, positions, way):
         assert_same(
             [step[row] for step in batch.logits], [step[0] for step in single.logits]
         )
+
+
+@pytest.fixture
+def continuously():
+    """Asks for answers as servers do: many prompts, each let in as there is room."""
+    config = GenerationConfig(
+        max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+
+    # Otherwise nearly all of the memory.
+    room = ContinuousBatchingConfig(block_size=32, num_blocks=16, max_batch_tokens=64)
+
+    def answer(model, prompts):
+        made = model.generate_batch(
+            prompts, generation_config=config, continuous_batching_config=room,
+            progress_bar=False, warmup=False,
+        )  # fmt: skip
+        return [made[f"req_{number}"].generated_tokens for number in range(len(made))]
+
+    return answer
+
+
+def one_by_one(model, prompts):
+    return [
+        answers(model, torch.tensor([prompt])).sequences[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+
+
+def test_continuous_batching_is_refused_where_prompts_count(tokens, continuously):
+    model = build_adapter(build_model())
+    prompts = [tokens(1, 9)[0].tolist(), tokens(1, 4, seed=1)[0].tolist()]
+    with pytest.raises(ValueError, match=r"generate_batch, transformers serve.*; call"):
+        continuously(model, prompts)
+    # A server's forward, should the adapter come after the server.
+    ids, server = tokens(1, 9), {"cache": object(), "use_cache": False}
+    with pytest.raises(ValueError, match="continuous batching"):
+        model(ids, **server)
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(ids, **server).logits, build_model()(ids).logits)
+        got = continuously(model, prompts)
+    assert got == one_by_one(build_model(), prompts)
+
+
+def test_continuous_batching_edits_every_token(tokens, continuously):
+    model = build_adapter(build_model(), positions="all")
+    prompts = [tokens(1, 9)[0].tolist(), tokens(1, 4, seed=1)[0].tolist()]
+    assert continuously(model, prompts) == one_by_one(model, prompts)
 
 
 def test_a_beam_of_one_prompt_sees_it_in_every_row(tokens):

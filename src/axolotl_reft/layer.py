@@ -174,6 +174,12 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
         raise cannot_merge()
 
+    @property
+    def asks_for_prompts(self) -> bool:
+        """Whether an adapter that edits now does so at some positions of a prompt."""
+        own = (self.positions.get(name) for name in self._adapters())
+        return any(one is not None and not one.everywhere for one in own)
+
     def prompts(self, name: str) -> PromptSpans | None:
         """What the adapter takes for prompts in the forward under way; None where it
         sees none, or edits every token."""

@@ -160,10 +160,12 @@ class PromptTracker:
             self._model.__dict__.pop(name, None)
 
     def _overrides(self) -> dict[str, Callable[..., Any]]:
-        return {
+        methods = {
             "generate": self._generate,
             "prepare_inputs_for_generation": self._prepare_inputs,
+            "init_continuous_batching": self._init_continuous_batching,
         }
+        return {n: own for n, own in methods.items() if hasattr(type(self._model), n)}
 
     @contextmanager
     def adapters_by_row(self, names: Sequence[str]) -> Iterator[None]:
@@ -418,6 +420,12 @@ class PromptTracker:
         prepare = type(self._model).prepare_inputs_for_generation
         return prepare(self._model, *args, **kwargs)
 
+    def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Of ``generate_batch`` and servers, whose own thread would hide an error."""
+        if any(layer.asks_for_prompts for layer in self.layers):
+            raise _cannot_batch_continuously()
+        return type(self._model).init_continuous_batching(self._model, *args, **kwargs)
+
     # --- reading a batch -----------------------------------------------------------
 
     def _inputs(self, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -440,8 +448,11 @@ class PromptTracker:
         if past and labels is None and self.find_answers is None:
             return self._read_chunk(cache, past, ids_BT, mask, shape)
         starts = sample_starts(inputs, shape)
+        pages = inputs.get("cache")
 
         def make_spans(turns: Turns) -> PromptSpans | None:
+            if pages is not None:
+                raise _cannot_batch_continuously()
             real_BT = real_tokens(mask, shape, device)
             if labels is not None:
                 answer_BT = labels.to(device) != -100
@@ -523,6 +534,15 @@ class PromptTracker:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _cannot_batch_continuously() -> ValueError:
+    return ValueError(
+        "continuous batching (generate_batch, transformers serve) mixes pieces of "
+        "prompts and of answers in a row and does not say which is which, so that "
+        "LoReFT cannot know what to edit; call generate, with prompts padded on the "
+        "left for several, or use an adapter with positions: all"
+    )
 
 
 def _cut_back(cache: Any, past: int, keep: int, new_alone: bool) -> None:
