@@ -203,7 +203,7 @@ SUITE: dict[str, Benchmark] = {
             gpu=[_ON_GPU[0]],
         ),
     ),
-    # Its ratios are within a hundredth of 1, and turns short.
+    # Its ratios are within a few hundredths of 1, and turns short.
     "decode": Benchmark(
         "decode",
         ("base", "ours"),

@@ -332,12 +332,12 @@ class PromptTracker:
         if wanted is None:
             wanted = getattr(module.config, "output_hidden_states", False)
         self._now.edited_outputs = {} if wanted else None
-        self._now.batch = self._read(inputs, labels, module.training)
-        self._now.batch.most = most
+        batch = self._now.batch = self._read(inputs, labels, module.training)
+        batch.most = most
         if self._now.adapter_names is not None:
-            self._now.batch.adapter_rows = AdapterRows.of_batch(
+            batch.adapter_rows = AdapterRows.of_batch(
                 self._now.adapter_names,
-                self._now.batch.shape[0],
+                batch.shape[0],
                 expands=self._now.generation is not None,
             )
 
