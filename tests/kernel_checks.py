@@ -3,12 +3,15 @@ GPU, or anywhere with ``TRITON_INTERPRET=1``. A process of its own, which
 test_kernels.py starts: Triton decides at its import whether it interprets.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
-from conftest import VOCABULARY, build_adapter, build_model
+from conftest import LAYERS, VOCABULARY, build_adapter, build_model
 from torch.testing import assert_close
 
-from axolotl_reft import editing, fused
+from axolotl_reft import LoreftConfig, editing, fused, launches
 from axolotl_reft.config import INTERVENTIONS
 from axolotl_reft.edit_size import edit_sizes
 from axolotl_reft.interventions import INTERVENTION_CLASSES
@@ -221,24 +224,34 @@ def train_a_step(**options):
     return loss, gradients, answer
 
 
+@pytest.fixture
+def together(monkeypatch):
+    """Of how many layers edits were made ready at once, in the order of that."""
+    counts, edits = [], fused.Edits
+    monkeypatch.setattr(
+        fused, "Edits", lambda *given: counts.append(len(given[-1])) or edits(*given)
+    )
+    return counts
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("options", "expected"),
     [
-        {},
-        {"tied_weights": True},
-        {"positions": "l2", "intervention": "noreft"},
-        {"rank": 20},
-        {"component": "mlp_output", "layers": "1-2"},
+        ({}, [LAYERS]),
+        ({"tied_weights": True}, [LAYERS]),
+        ({"positions": "l2", "intervention": "noreft"}, [LAYERS]),
+        ({"rank": {0: 20, "all": 3}}, [1, LAYERS - 1]),
+        ({"component": "mlp_output", "layers": "1-2"}, [1, 1]),
     ],
     ids=str,
 )
-def test_a_model_s_training_step_and_answer(options, without, monkeypatch):
-    used, edit = [], fused.edit
-    monkeypatch.setattr(fused, "edit", lambda *a: used.append(a) or edit(*a))
+def test_a_model_s_training_step_and_answer(options, expected, without, together):
     got = train_a_step(**options)
-    assert used
+    # In training, and for the prompt that is answered; the answer has no edits.
+    assert together == expected * 2
     without()
     assert_close(got, train_a_step(**options), atol=1e-4, rtol=1e-4)
+    assert together == expected * 2
 
 
 @pytest.mark.parametrize("component", ["block_output", "mlp_output"])
@@ -255,3 +268,197 @@ def test_checkpointed_layers(component, use_reentrant):
         return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
     assert_close(gradients(use_reentrant=use_reentrant), gradients())
+
+
+@pytest.fixture
+def _memory_full_of_nan():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def build_training(**options):
+    """A model in training mode, and a batch for it."""
+    model = build_adapter(build_model().to(DEVICE), **options).train()
+    torch.manual_seed(0)
+    ids = torch.randint(1, VOCABULARY, (2, 12), device=DEVICE)
+    labels = ids.where(torch.arange(12, device=DEVICE) > 6, -100)
+    return model, {"input_ids": ids, "labels": labels, "use_cache": False}
+
+
+def trained(model):
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model):
+    """Those of a model's numbers, and forgotten there; zeros for none."""
+    found = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in trained(model).items()
+    }
+    model.zero_grad()
+    return found
+
+
+def compare(run, without, **options):
+    """What a function makes of a model and a batch, with the kernels and without."""
+    got = run(*build_training(**options))
+    without()
+    assert_close(got, run(*build_training(**options)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("_memory_full_of_nan")
+def test_each_backward_is_one_of_its_own(without):
+    def run(model, batch):
+        states = model(**batch, output_hidden_states=True).hidden_states
+        lower, upper = states[1].square().sum(), states[LAYERS].square().sum()
+        # Of the hidden states alone: what layers keep for the numbers is not taken.
+        torch.autograd.grad(upper, states[1], retain_graph=True)
+        lower.backward(retain_graph=True)
+        first = gradients(model)
+        upper.backward(retain_graph=True)
+        second = gradients(model)
+        upper.backward()
+        return first, second, gradients(model)
+
+    compare(run, without)
+
+
+def test_rotations_are_one_computation(monkeypatch):
+    from axolotl_reft import interventions
+
+    def refuse(*_):
+        raise AssertionError("an intervention makes a rotation of its own")
+
+    model, batch = build_training()
+    monkeypatch.setattr(interventions, "rotation", refuse)
+    model(**batch).loss.backward()
+
+
+def test_numbers_of_some_layers_alone(without):
+    def run(model, batch):
+        found = list(trained(model).values())
+        return torch.autograd.grad(model(**batch).loss, found[-3:])
+
+    compare(run, without)
+
+
+def test_a_layer_that_comes_twice(without, together):
+    def run(model, batch):
+        base = model.base_model.model.model
+        base.layers = torch.nn.ModuleList([base.layers[0], base.layers[1]] * 2)
+        base.config.num_hidden_layers = 4
+        loss = model(**batch).loss
+        loss.backward()
+        return loss, gradients(model)
+
+    compare(run, without)
+    # The second time by itself.
+    assert together == [LAYERS, 1, 1]
+
+
+def test_several_adapters_at_once(without, together):
+    def run(model, batch):
+        model.add_adapter("other", LoreftConfig(positions="l1", layers="0"))
+        model.base_model.set_adapter(["default", "other"])
+        loss = model.train()(**batch).loss
+        loss.backward()
+        return loss, gradients(model)
+
+    compare(run, without)
+    # The first layer by itself, by each.
+    assert together == [1, 1, LAYERS - 1]
+
+
+def test_adapters_of_different_layers(without, together):
+    def run(model, batch):
+        model.add_adapter("other", LoreftConfig(positions="l1", layers="1", rank=4))
+        model.base_model.set_adapter(["default", "other"])
+        loss = model.train()(**batch).loss
+        loss.backward()
+        return loss, gradients(model)
+
+    compare(run, without, layers="0,2", positions="f2+l2", rank=4)
+    assert together == [2, 1]
+
+
+def test_adapters_by_row(without):
+    def run(model, batch):
+        model.add_adapter("other", LoreftConfig(positions="l1"))
+        names = ["other", "default"]
+        with torch.no_grad():
+            return model.eval()(input_ids=batch["input_ids"], adapter_names=names)[0]
+
+    compare(run, without)
+
+
+@pytest.mark.usefixtures("_memory_full_of_nan")
+def test_beside_a_layer_that_is_compiled(together):
+    def run(**compiling):
+        model, batch = build_training()
+        if compiling:
+            model.base_model.model.model.layers[1].compile(**compiling)
+        loss = model(**batch).loss
+        loss.backward()
+        return loss, gradients(model)
+
+    torch._dynamo.reset()
+    got = run(fullgraph=True, backend="eager")
+    assert together == [LAYERS]
+    assert_close(got, run(), atol=1e-4, rtol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_many_rows_are_each_layer_s_own(without, together, monkeypatch):
+    def run(model, batch):
+        loss = model(**batch).loss
+        loss.backward()
+        return loss, gradients(model)
+
+    monkeypatch.setattr(fused, "_MOST_TOGETHER", 0)
+    compare(run, without)
+    assert together == [1] * LAYERS
+
+
+def test_hidden_states_of_another_kind_than_expected():
+    interventions = build_interventions("loreft", 1)
+    indices = [torch.tensor([1], device=DEVICE)]
+    hidden = random(1, 4, 70)
+    ready = launches.Edits(fused._kernels(), hidden, indices, [interventions])
+    other = hidden.to(torch.bfloat16)
+    expected = editing.edit(other, indices, interventions)
+    assert torch.equal(ready.edit(0, other), expected)
+
+
+def test_numbers_that_changed_before_backward_are_refused():
+    model, batch = build_training()
+    loss = model(**batch).loss
+    with torch.no_grad():
+        for number in trained(model).values():
+            number.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_step_leaves_nothing_behind(backward, monkeypatch):
+    """And not only once Python looks for cycles, which is too late on a GPU."""
+    rooms, made = [], launches._Room.__init__
+
+    def note(room, *given):
+        rooms.append(weakref.ref(room))
+        made(room, *given)
+
+    monkeypatch.setattr(launches._Room, "__init__", note)
+    model, batch = build_training()
+    gc.collect()
+    gc.disable()
+    try:
+        loss = model(**batch).loss
+        assert [room() is not None for room in rooms] == [True]
+        if backward:
+            loss.backward()
+        del loss
+        assert rooms[0]() is None
+    finally:
+        gc.enable()

@@ -113,12 +113,16 @@ class _Intervention(AdapterLeaf):
         """Whether its numbers can be used past its own forward: no hook is on it, as
         DeepSpeed, FSDP2 and accelerate have them to bring the numbers, and others to
         see what comes out."""
-        return not (
+        if (
             self._forward_hooks
             or self._forward_pre_hooks
-            or hasattr(self, "_hf_hook")
-            or any(isinstance(p, DTensor) for p in self._parameters.values())
-        )
+            or "_hf_hook" in self.__dict__
+        ):
+            return False
+        for parameter in self._parameters.values():
+            if isinstance(parameter, DTensor):
+                return False
+        return True
 
     def forward(
         self, base: Tensor, source: object = None, subspaces: object = None

@@ -2,14 +2,15 @@
 
 On a GPU an operation costs its launch, whatever its size, and interventions.py and
 editing.py take some sixty for an edit of two sides and its derivative. Here they are
-three. Those modules are the reference; see fused.py for who calls these.
+one forward and one backward, and one more for the numbers of all layers. Those modules
+are the reference; see fused.py for who calls these.
 
 M is W − P, W, −P or nothing: what HAS_WEIGHT and SUBTRACT say. A side is one of the one
 or two interventions of a hidden state, the prefix's and the suffix's; an index of S
 marks an unused slot. All sums are in float32.
 
-Shapes: S tokens, D hidden size, N rows of both sides, those of side 0 first, R rank, RP
-the next power of two.
+Shapes: S tokens, D hidden size, L layers, N rows of both sides, those of side 0 first,
+R rank, RP the next power of two.
 """
 
 # Types are Triton's own.
@@ -47,7 +48,7 @@ def _rows_of(index_0, index_1, rows_0, rows_1, tokens, ROWS: tl.constexpr):
     block -= side * tl.cdiv(rows_0, ROWS)
     n = block * ROWS + tl.arange(0, ROWS)
     token = tl.load(index + n, mask=n < rows, other=tokens)
-    return side, side * rows_0 + n, n < rows, token
+    return side, (side * rows_0 + n).to(tl.int64), n < rows, token
 
 
 @triton.jit
@@ -87,9 +88,10 @@ def edit_rows(
     BLOCK: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     SUBTRACT: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """``out`` (S, D) at the rows; for the backward, ``taken`` (N, D), which they were,
-    zero in unused slots, and ``sources`` (N, R), which is Mh + b."""
+    """``out`` (S, D) at the rows, and ``sources`` (N, R), which is Mh + b; where KEEP
+    asks for it, ``taken`` (N, D), which the rows were, zero in unused slots."""
     side, n, there, token = _rows_of(index_0, index_1, rows_0, rows_1, tokens, ROWS)
     bias = _of(side, bias_0, bias_1)
     weight, matrix = _of(side, weight_0, weight_1), _of(side, matrix_0, matrix_1)
@@ -113,8 +115,9 @@ def edit_rows(
         at = token[:, None] * D + columns
         inside = used[:, None] & (columns < D)
         row = tl.load(h + at, mask=inside, other=0.0)
-        kept = taken + n[:, None] * D + columns
-        tl.store(kept, row, mask=there[:, None] & (columns < D))
+        if KEEP:
+            kept = taken + n[:, None] * D + columns
+            tl.store(kept, row, mask=there[:, None] & (columns < D))
         new = row.to(tl.float32)
         for one in tl.static_range(R):
             p = tl.load(matrix + one * D + columns, mask=columns < D, other=0.0)
@@ -126,6 +129,7 @@ def edit_rows(
 def edit_rows_backward(
     grad,
     out,
+    kept_grad,
     grad_sources,
     index_0,
     index_1,
@@ -144,9 +148,11 @@ def edit_rows_backward(
     HAS_WEIGHT: tl.constexpr,
     SUBTRACT: tl.constexpr,
     WRITE: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """From ``grad`` (S, D): ``grad_sources`` (N, R), zero in unused slots; and, where
-    WRITE asks for it, the gradient of h at the rows, ``out`` (S, D)."""
+    """From ``grad`` (S, D): ``grad_sources`` (N, R), zero in unused slots; where WRITE
+    asks for it, the gradient of h at the rows, ``out`` (S, D); and where KEEP does,
+    ``kept_grad`` (N, D), which is ``grad`` at the rows, zero in unused slots."""
     side, n, there, token = _rows_of(index_0, index_1, rows_0, rows_1, tokens, ROWS)
     weight, matrix = _of(side, weight_0, weight_1), _of(side, matrix_0, matrix_1)
     used = token < tokens
@@ -163,35 +169,37 @@ def edit_rows_backward(
     all_sources = grad_sources + n[:, None] * R + r[None, :]
     source = tl.sum(sums, axis=2)
     tl.store(all_sources, source, mask=there[:, None] & (r < R)[None, :])
-    if WRITE:
+    if WRITE or KEEP:
         tl.debug_barrier()
         for start in range(0, D, BLOCK):
             columns = (start + d)[None, :]
             at = token[:, None] * D + columns
             inside = used[:, None] & (columns < D)
-            new = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-            for one in tl.static_range(R):
-                at_m = one * D + columns
-                m = _m_tile(weight, matrix, at_m, columns < D, HAS_WEIGHT, SUBTRACT)
-                own = tl.load(grad_sources + n * R + one, mask=there, other=0.0)
-                new += own[:, None] * m
-            tl.store(out + at, new.to(out.dtype.element_ty), mask=inside)
+            row = tl.load(grad + at, mask=inside, other=0.0)
+            if KEEP:
+                kept = kept_grad + n[:, None] * D + columns
+                tl.store(kept, row, mask=there[:, None] & (columns < D))
+            if WRITE:
+                new = row.to(tl.float32)
+                for one in tl.static_range(R):
+                    at_m = one * D + columns
+                    m = _m_tile(weight, matrix, at_m, columns < D, HAS_WEIGHT, SUBTRACT)
+                    own = tl.load(grad_sources + n * R + one, mask=there, other=0.0)
+                    new += own[:, None] * m
+                tl.store(out + at, new.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows_0", "rows_1", "tokens"])
+@triton.jit(do_not_specialize=["rows_0", "rows_1"])
 def edit_weights_backward(
     grad,
     taken,
     sources,
     grad_sources,
-    index_0,
-    index_1,
     grad_weight,
     grad_bias,
     grad_matrix,
     rows_0,
     rows_1,
-    tokens,
     D: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
@@ -200,11 +208,13 @@ def edit_weights_backward(
     HAS_WEIGHT: tl.constexpr,
     SUBTRACT: tl.constexpr,
 ):
-    """Gradients of each side's W and P (sides, R, D) and b (sides, R); a program for
-    each block of columns and each side, and no RP below 16."""
-    side = tl.program_id(1)
-    index, rows = _of(side, index_0, index_1), _of(side, rows_0, rows_1)
-    first = side * rows_0
+    """Gradients of all layers' W and P (L, sides, R, D) and b (L, sides, R), from what
+    the other two kernels kept of each layer, ``grad`` and ``taken`` (L, N, D), and from
+    ``sources`` and ``grad_sources`` (L, N, R); a program for each block of columns,
+    side and layer, and no RP below 16."""
+    side, layer = tl.program_id(1), tl.program_id(2)
+    rows = _of(side, rows_0, rows_1)
+    first = layer.to(tl.int64) * (rows_0 + rows_1) + side * rows_0
     r = tl.arange(0, RP)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     by_weight = tl.zeros((RP, BLOCK), dtype=tl.float32)
@@ -212,21 +222,20 @@ def edit_weights_backward(
     by_bias = tl.zeros((RP,), dtype=tl.float32)
     for start in range(0, rows, ROWS):
         n = start + tl.arange(0, ROWS)
-        token = tl.load(index + n, mask=n < rows, other=tokens)
         narrow = (r < R)[:, None] & (n < rows)[None, :]
         at = (first + n)[None, :] * R + r[:, None]
-        wide = (token < tokens)[:, None] & (columns < D)[None, :]
-        at_grad = token[:, None] * D + columns[None, :]
-        row = tl.load(grad + at_grad, mask=wide, other=0.0).to(tl.float32)
+        wide = (n < rows)[:, None] & (columns < D)[None, :]
+        at_row = (first + n)[:, None] * D + columns[None, :]
+        row = tl.load(grad + at_row, mask=wide, other=0.0).to(tl.float32)
         source = tl.load(sources + at, mask=narrow, other=0.0)
         by_matrix = tl.dot(source, row, by_matrix, input_precision="ieee")
         grad_source = tl.load(grad_sources + at, mask=narrow, other=0.0)
         by_bias += tl.sum(grad_source, axis=1)
         if HAS_WEIGHT or SUBTRACT:
-            at_taken = (first + n)[:, None] * D + columns[None, :]
-            was = tl.load(taken + at_taken, mask=wide, other=0.0).to(tl.float32)
+            was = tl.load(taken + at_row, mask=wide, other=0.0).to(tl.float32)
             by_weight = tl.dot(grad_source, was, by_weight, input_precision="ieee")
-    at_out = side * R * D + r[:, None] * D + columns[None, :]
+    own = layer * tl.num_programs(1) + side
+    at_out = (own * R + r)[:, None] * D + columns[None, :]
     inside = (r < R)[:, None] & (columns < D)[None, :]
     if SUBTRACT:
         by_matrix -= by_weight
@@ -234,4 +243,4 @@ def edit_weights_backward(
     if HAS_WEIGHT:
         tl.store(grad_weight + at_out, by_weight, mask=inside)
     if tl.program_id(0) == 0:
-        tl.store(grad_bias + side * R + r, by_bias, mask=r < R)
+        tl.store(grad_bias + own * R + r, by_bias, mask=r < R)

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from axolotl_reft import fused
@@ -193,6 +195,9 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         if self.tracker.prompt_has_gone_by and not self._everywhere:
             base_layer: Any = self._modules["base_layer"]
             return base_layer(*args, **kwargs)
+        planned = None if is_compiling() else self.tracker.planned(self)
+        if planned is not None:
+            return self._edit_as_planned(planned, self.base_layer(*args, **kwargs))
         args, kwargs = self._edit_input(_INPUT, self, args, kwargs)
         # Not by the handles: torch.compile cannot look a site up among them.
         within = [
@@ -206,10 +211,39 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         else:
             output = self.base_layer(*args, **kwargs)
         before_BTD = _first(output)
+        planned = None if is_compiling() else self.tracker.plan(self, before_BTD)
+        if planned is not None:
+            return self._edit_as_planned(planned, output)
         output = self._edit_output(_OUTPUT, self, args, output)
         if _first(output) is not before_BTD:
             self.tracker.record(before_BTD, _first(output))
         return output
+
+    def only_edit(self) -> tuple[list[Any], tuple[Tensor, ...]] | None:
+        """Interventions and what they edit, where all that happens to the layer in this
+        forward is an edit of its output by one adapter at some positions."""
+        names = [
+            name
+            for name in self._adapters()
+            if name in self.sites or name in self.intv_lora
+        ]
+        if len(names) != 1 or names[0] in self.intv_lora:
+            return None
+        (name,) = names
+        if self.sites[name] != _OUTPUT or self.positions[name].everywhere:
+            return None
+        interventions = self._interventions(name)
+        tied = len(interventions) == 1
+        indices = self.tracker.indices(
+            self.positions[name], self.turns[name], tied, name
+        )
+        return None if indices is None else (interventions, indices)
+
+    def _edit_as_planned(self, planned: Callable[[Tensor], Tensor], output: Any) -> Any:
+        before_BTD = _first(output)
+        edited_BTD = planned(before_BTD)
+        self.tracker.record(before_BTD, edited_BTD)
+        return _with_first(output, edited_BTD)
 
     def _find_positions(self, names: list[str]) -> None:
         """Ask for positions ahead of the layer: compiled checkpointing lets what is
@@ -228,7 +262,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             return layer(*args, **kwargs)
 
         def checkpoint_with_batch(function: Any, *inputs: Any, **options: Any) -> Any:
-            if _is_reentrant(checkpoint) and not torch.compiler.is_compiling():
+            if _is_reentrant(checkpoint) and not is_compiling():
                 inputs = _with_gradient(inputs)
             return checkpoint(self.tracker.replayable(function), *inputs, **options)
 
@@ -253,9 +287,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     ) -> Any:
         if not self._editing(site):
             return output
-        if isinstance(output, tuple):
-            return (self._edit(output[0], site), *output[1:])
-        return self._edit(output, site)
+        return _with_first(output, self._edit(_first(output), site))
 
     def _editing(self, site: Site) -> list[str]:
         """The adapters that edit a site in this forward, in the order of edits."""
@@ -330,6 +362,10 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _with_first(output: Any, h_BTD: Tensor) -> Any:
+    return (h_BTD, *output[1:]) if isinstance(output, tuple) else h_BTD
 
 
 def _is_reentrant(checkpoint: Any) -> bool:

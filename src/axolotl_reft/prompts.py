@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from axolotl_reft import fused
 from axolotl_reft.adapter_rows import AdapterRows, wrong_length
 from axolotl_reft.conversations import Conversations, Generation, Tokens
 from axolotl_reft.positions import (
@@ -46,6 +47,8 @@ class _Batch:
         one_sample_rows: no row holds several packed samples.
         past: columns in the cache before it.
         most: how many prompts there are at most, where that was told.
+        planned: by layer, what edits its hidden states, where it was made ready.
+        planned_on: the devices on whose layers that was tried.
     """
 
     shape: tuple[int, int]
@@ -61,6 +64,8 @@ class _Batch:
     tokens: dict[str, Tensor] = field(default_factory=dict)
     gone_by: bool | None = None
     rotations: dict[Any, Tensor] | None = None
+    planned: dict[Any, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    planned_on: set[torch.device] = field(default_factory=set)
 
     def prompts(self, turns: Turns) -> PromptSpans | None:
         if turns not in self.spans:
@@ -275,6 +280,26 @@ class PromptTracker:
             some = [one for layer in self.layers for one in layer.outer_interventions()]
             batch.rotations = shared_rotations(some)
         return batch.rotations
+
+    def plan(self, layer: Any, h_BTD: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What :meth:`planned` returns, made ready with the other layers' on the device
+        if the layer is the first there to be edited; None without the kernels.
+
+        Called once a device is at work on the layer itself, which takes it longer."""
+        batch, device = self._now.batch, h_BTD.device
+        if batch is None or device in batch.planned_on or not fused.run_on(device):
+            return None
+        if layer.only_edit() is None:
+            return None
+        batch.planned_on.add(device)
+        batch.planned |= fused.plan(h_BTD, self.layers, self.rotations())
+        return self.planned(layer)
+
+    def planned(self, layer: Any) -> Callable[[Tensor], Tensor] | None:
+        """What edits a layer's hidden states in the forward under way, where that is
+        all that happens to it and is ready; once."""
+        batch = self._now.batch
+        return None if batch is None else batch.planned.pop(layer, None)
 
     def prompts(self, turns: Turns) -> PromptSpans | None:
         """The prompts in the forward under way; None when there is none in it."""

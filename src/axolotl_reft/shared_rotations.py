@@ -26,14 +26,17 @@ def shared_rotations(interventions: Iterable[Any]) -> dict[Any, Tensor]:
     brings."""
     alike = defaultdict(list)
     for one in interventions:
-        if hasattr(one, "rotation") and one.unwatched:
-            alike[one.rotation.shape, one.rotation.device].append(one)
+        # Past nn.Module's getattr: there may be hundreds, in every step.
+        vectors_DR = one._parameters.get("rotation")
+        if vectors_DR is not None and one.unwatched:
+            own = (one, vectors_DR, one._buffers["rotation_base"])
+            alike[vectors_DR.shape, vectors_DR.device].append(own)
     found: dict[Any, Tensor] = {}
     for some in alike.values():
-        vectors_KDR = torch.stack([one.rotation.float() for one in some])
-        bases_KDR = torch.stack([one.rotation_base for one in some])
+        owners, vectors, bases = zip(*some, strict=True)
+        vectors_KDR, bases_KDR = torch.stack(vectors).float(), torch.stack(bases)
         matrices = rotation(vectors_KDR, bases_KDR).mT.unbind(0)
-        found |= dict(zip(some, matrices, strict=True))
+        found |= dict(zip(owners, matrices, strict=True))
     return found
 
 

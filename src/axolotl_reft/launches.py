@@ -1,0 +1,275 @@
+"""Edits by the kernels of kernels.py, as functions of autograd's.
+
+Forward and backward, a layer is a copy and a launch. The gradients of all layers'
+numbers are one launch, once backward has been through the layers: each has a token for
+an input that a function of the numbers made, which autograd therefore calls last. What
+the layers keep for it is in a place of their own and not saved with autograd, for which
+it would be tensors of each.
+
+Shapes: B batch, T tokens, N edited rows of all sides, L layers, D hidden size, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from axolotl_reft import editing
+
+# A kernel's registers hold this many products at once, and so few rows and ranks.
+_PRODUCTS = 8192
+# Up to so many, each row gets a multiprocessor of its own.
+_FEW_ROWS = 256
+_SMALLEST_DOT = 16
+
+
+class Edits:
+    """The edits of one or several layers' hidden states in one forward.
+
+    Args:
+        kernels: the module kernels.py.
+        h_BTD: hidden states that those to be edited are like.
+        indices: for each of one or two sides, as editing.py's ``edit`` has them; the
+            layers'.
+        interventions: for each layer, one of interventions.py's for each side; all
+            alike, and of one rank.
+    """
+
+    def __init__(
+        self,
+        kernels: Any,
+        h_BTD: Tensor,
+        indices: Sequence[Tensor],
+        interventions: Sequence[Sequence[Any]],
+    ) -> None:
+        self._like = _kind(h_BTD)
+        self._index = [one.to(h_BTD.device).contiguous() for one in indices]
+        self._interventions = interventions
+        everyone = [one for layer in interventions for one in layer]
+        matrices = [one.matrix_RD().contiguous() for one in everyone]
+        biases = [one.bias.float().contiguous() for one in everyone]
+        numbers = [biases, matrices]
+        if everyone[0].has_weight:
+            numbers.insert(0, [one.weight.float().contiguous() for one in everyone])
+        flat = [number for kind in numbers for number in kind]
+        keeps = torch.is_grad_enabled() and any(one.requires_grad for one in flat)
+        self._room = _Room(
+            kernels, h_BTD, self._index, everyone[0], len(interventions), keeps
+        )
+        self._token = _Numbers.apply(self._room, *flat)
+        # Where there is no W, the kernels do not read what stands in its place.
+        sides, kinds = len(indices), (numbers[0], biases, matrices)
+        self._numbers = [
+            [_two(kind[start : start + sides]) for kind in kinds]
+            for start in range(0, len(everyone), sides)
+        ]
+
+    def edit(self, layer: int, h_BTD: Tensor) -> Tensor:
+        """A layer's hidden states, edited; once a layer.
+
+        Args:
+            layer: which of the interventions'.
+        """
+        interventions = self._interventions[layer]
+        if _kind(h_BTD) != self._like:
+            return editing.edit(h_BTD, self._index, interventions)
+        edited_BTD: Tensor = _Edit.apply(
+            h_BTD, self._token, self._room, layer, self._numbers[layer]
+        )
+        for one, index_N in zip(interventions, self._index, strict=True):
+            if one.on_edit is not None:
+                both = (h.detach().flatten(0, -2) for h in (h_BTD, edited_BTD))
+                one.on_edit(*(editing.rows_at(flat_SD, index_N) for flat_SD in both))
+        return edited_BTD
+
+
+class _Room:
+    """What the layers' kernels share, and where they leave what backward needs.
+
+    Attributes:
+        index: indices of the two sides.
+        counts: rows of each side, and tokens.
+        blocks, how: of a launch by rows.
+        keeps: whether the numbers' gradients will be asked for.
+        sources: for each layer, Mh + b (N, R).
+        taken: for each layer, the rows as they were (N, D).
+    """
+
+    def __init__(
+        self,
+        kernels: Any,
+        h_BTD: Tensor,
+        index: Sequence[Tensor],
+        intervention: Any,
+        layers: int,
+        keeps: bool,
+    ) -> None:
+        width, rank = intervention.hidden_size, intervention.rank
+        self.kernels, self.index, self.keeps = kernels, _two(index), keeps
+        self.rows = [one.shape[0] for one in index]
+        self.counts = (self.rows[0], sum(self.rows[1:]), h_BTD.numel() // width)
+        self.sizes = {
+            "D": width,
+            "R": rank,
+            "HAS_WEIGHT": intervention.has_weight,
+            "SUBTRACT": intervention.subtracts,
+        }
+        self.blocks, self.how = by_rows(self.rows, width, rank)
+        rows = sum(self.rows)
+        # Zeros where a forward or a backward may leave some of the layers out.
+        blank = torch.zeros if layers > 1 else torch.empty
+        self._blank = partial(blank, device=h_BTD.device)
+        # Where nothing is kept, one layer's is the next one's too.
+        each = layers if keeps else 1
+        size = (each, rows if keeps else 0, width)
+        self._sources_LNR = self._blank((each, rows, rank), dtype=torch.float32)
+        self._taken_LND = self._blank(size, dtype=h_BTD.dtype)
+        self.sources = self._sources_LNR.unbind(0) * (layers // each)
+        self.taken = self._taken_LND.unbind(0) * (layers // each)
+        self._backward = -1
+        self._grads: tuple[Tensor, Tensor] | None = None
+        self._grads_by_layer: list[tuple[Tensor, Tensor]] = []
+
+    def grads(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Where to leave gradients of a layer's rows (N, D), and of Mh + b (N, R)."""
+        backward = torch._C._current_graph_task_id()
+        if self._grads is None or self._backward != backward:
+            self._backward = backward
+            taken_LND, sources_LNR = self._taken_LND, self._sources_LNR
+            self._grads = (
+                self._blank(taken_LND.shape, dtype=taken_LND.dtype),
+                self._blank(sources_LNR.shape, dtype=sources_LNR.dtype),
+            )
+            by_layer = (one.unbind(0) for one in self._grads)
+            self._grads_by_layer = list(zip(*by_layer, strict=True))
+        return self._grads_by_layer[layer]
+
+    def number_gradients(self) -> list[Tensor]:
+        """Of each layer's and side's W, where there are any, then of b, then of P, from
+        what this backward left."""
+        grads, self._grads = self._grads, None
+        assert grads is not None, "a layer comes first"
+        layers, sides = len(self._taken_LND), len(self.rows)
+        width, rank = self.sizes["D"], self.sizes["R"]
+        has_weight = self.sizes["HAS_WEIGHT"]
+        grad_P = self._sources_LNR.new_empty(layers * sides, rank, width)
+        grad_W = torch.empty_like(grad_P) if has_weight else grad_P
+        grad_b = self._sources_LNR.new_empty(layers * sides, rank)
+        blocks, how = by_columns(self.rows, width, rank, layers)
+        with on(grad_P.device):
+            self.kernels.edit_weights_backward[blocks](
+                grads[0], self._taken_LND, self._sources_LNR, grads[1],
+                grad_W, grad_b, grad_P, *self.counts[:2], **self.sizes, **how,
+            )  # fmt: skip
+        kinds = (grad_W, grad_b, grad_P) if has_weight else (grad_b, grad_P)
+        return [gradient for kind in kinds for gradient in kind.unbind(0)]
+
+
+class _Numbers(torch.autograd.Function):
+    """A token for the layers, of all their numbers: W where there are any, b and P."""
+
+    @staticmethod
+    def forward(ctx: Any, room: _Room, *numbers: Tensor) -> Tensor:
+        ctx.room = room
+        ctx.set_materialize_grads(False)
+        return numbers[0].new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.room.number_gradients()
+
+
+class _Edit(torch.autograd.Function):
+    """A layer's hidden states with h + Pᵀ(Mh + b) at the rows of each side; ``numbers``
+    are W, b and P of both sides."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_BTD: Tensor,
+        token: Tensor,
+        room: _Room,
+        layer: int,
+        numbers: Sequence[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        weights, biases, matrices = numbers
+        h_BTD = h_BTD.contiguous()
+        out_BTD = h_BTD.clone()
+        if any(room.rows):
+            with on(h_BTD.device):
+                room.kernels.edit_rows[room.blocks](
+                    h_BTD, out_BTD, room.taken[layer], room.sources[layer],
+                    *room.index, *weights, *biases, *matrices, *room.counts,
+                    KEEP=room.keeps, **room.sizes, **room.how,
+                )  # fmt: skip
+        ctx.save_for_backward(*weights, *matrices)
+        ctx.room, ctx.layer = room, layer
+        return out_BTD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
+        room, (passed_on, keeps, *_) = ctx.room, ctx.needs_input_grad
+        grad_BTD = grad_BTD.contiguous()
+        out_BTD = grad_BTD.clone() if passed_on else grad_BTD
+        if keeps:
+            kept_ND, grad_sources_NR = room.grads(ctx.layer)
+        else:
+            kept_ND, grad_sources_NR = grad_BTD, torch.empty_like(room.sources[0])
+        if any(room.rows):
+            with on(grad_BTD.device):
+                room.kernels.edit_rows_backward[room.blocks](
+                    grad_BTD, out_BTD, kept_ND, grad_sources_NR,
+                    *room.index, *ctx.saved_tensors, *room.counts,
+                    WRITE=passed_on, KEEP=keeps, **room.sizes, **room.how,
+                )  # fmt: skip
+        # None for the token: that there is one is what makes autograd go on to it.
+        return out_BTD if passed_on else None, None, None, None, None
+
+
+def by_rows(
+    rows: Sequence[int], width: int, rank: int
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    """How many programs of a kernel take how many rows, and columns at once."""
+    several = 1 if sum(rows) <= _FEW_ROWS else 4
+    padded = _power_of_two(rank)
+    block = min(_PRODUCTS // (padded * several), _power_of_two(width))
+    blocks = sum(-(-count // several) for count in rows)
+    return (blocks,), {"RP": padded, "ROWS": several, "BLOCK": block, "num_warps": 8}
+
+
+def by_columns(
+    rows: Sequence[int], width: int, rank: int, layers: int = 1
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    """The same, of the kernel whose programs take all rows of some columns."""
+    padded = max(_power_of_two(rank), _SMALLEST_DOT)
+    several = min(max(_power_of_two(max(rows)), _SMALLEST_DOT), 512 // padded)
+    blocks = (-(-width // 64), len(rows), layers)
+    return blocks, {"RP": padded, "ROWS": several, "BLOCK": 64, "num_warps": 4}
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever its arguments are on."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _kind(h_BTD: Tensor) -> tuple[Any, ...]:
+    return h_BTD.dtype, h_BTD.device, h_BTD.numel()
+
+
+def _two(sides: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """A kernel's arguments for two sides; of one it never reads the second."""
+    return sides[0], sides[-1]
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
