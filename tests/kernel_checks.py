@@ -11,7 +11,14 @@ import torch
 from conftest import LAYERS, VOCABULARY, build_adapter, build_model
 from torch.testing import assert_close
 
-from axolotl_reft import LoreftConfig, editing, fused, launches
+from axolotl_reft import (
+    LoreftConfig,
+    editing,
+    fused,
+    interventions,
+    launches,
+    shared_rotations,
+)
 from axolotl_reft.config import INTERVENTIONS
 from axolotl_reft.edit_size import edit_sizes
 from axolotl_reft.interventions import INTERVENTION_CLASSES
@@ -229,7 +236,7 @@ def together(monkeypatch):
     """Of how many layers edits were made ready at once, in the order of that."""
     counts, edits = [], fused.Edits
     monkeypatch.setattr(
-        fused, "Edits", lambda *given: counts.append(len(given[-1])) or edits(*given)
+        fused, "Edits", lambda *given: counts.append(len(given[3])) or edits(*given)
     )
     return counts
 
@@ -311,7 +318,7 @@ def compare(run, without, **options):
 def test_each_backward_is_one_of_its_own(without):
     def run(model, batch):
         states = model(**batch, output_hidden_states=True).hidden_states
-        lower, upper = states[1].square().sum(), states[LAYERS].square().sum()
+        lower, upper = states[1].pow(3).sum(), states[LAYERS].pow(3).sum()
         # Of the hidden states alone: what layers keep for the numbers is not taken.
         torch.autograd.grad(upper, states[1], retain_graph=True)
         lower.backward(retain_graph=True)
@@ -324,15 +331,30 @@ def test_each_backward_is_one_of_its_own(without):
     compare(run, without)
 
 
-def test_rotations_are_one_computation(monkeypatch):
-    from axolotl_reft import interventions
+@pytest.fixture
+def rotated(monkeypatch):
+    """How many rotations were made at once, in the order of that."""
+    counts, rotation = [], shared_rotations.rotation
+    monkeypatch.setattr(
+        shared_rotations,
+        "rotation",
+        lambda vectors, bases: counts.append(len(vectors)) or rotation(vectors, bases),
+    )
+    return counts
 
+
+@pytest.mark.parametrize("several", [False, True])
+def test_rotations_are_one_computation(several, rotated, monkeypatch):
     def refuse(*_):
         raise AssertionError("an intervention makes a rotation of its own")
 
-    model, batch = build_training()
+    model, batch = build_training(tied_weights=True)
+    if several:
+        model.add_adapter("other", LoreftConfig(positions="l1", layers="0"))
+        model.base_model.set_adapter(["default", "other"])
     monkeypatch.setattr(interventions, "rotation", refuse)
     model(**batch).loss.backward()
+    assert rotated == [LAYERS + several]
 
 
 def test_numbers_of_some_layers_alone(without):
@@ -343,7 +365,7 @@ def test_numbers_of_some_layers_alone(without):
     compare(run, without)
 
 
-def test_a_layer_that_comes_twice(without, together):
+def test_a_layer_that_comes_twice(without, together, rotated):
     def run(model, batch):
         base = model.base_model.model.model
         base.layers = torch.nn.ModuleList([base.layers[0], base.layers[1]] * 2)
@@ -352,9 +374,10 @@ def test_a_layer_that_comes_twice(without, together):
         loss.backward()
         return loss, gradients(model)
 
-    compare(run, without)
+    compare(run, without, tied_weights=True)
     # The second time by itself.
     assert together == [LAYERS, 1, 1]
+    assert rotated == [LAYERS] * 2
 
 
 def test_several_adapters_at_once(without, together):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from axolotl_reft.launches import Edits
-from axolotl_reft.shared_rotations import lent
+from axolotl_reft.shared_rotations import shared_rotations
 
 MOST_RANK = 32
 # Above so many numbers of edited rows, each layer's gradients are a launch of its own:
@@ -64,14 +64,18 @@ def run_on(device: torch.device) -> bool:
 
 def can_edit(h_BTD: Tensor, interventions: Sequence[Any]) -> bool:
     """Whether :func:`edit` takes these."""
-    device = h_BTD.device
-    return run_on(device) and all(
-        one.affine
-        and one.unwatched
-        and one.rank <= MOST_RANK
-        and one.bias.device == device  # a kernel would read what is not there
-        for one in interventions
-    )
+    return run_on(h_BTD.device) and _are_plain(h_BTD.device, interventions)
+
+
+def _are_plain(device: torch.device, interventions: Sequence[Any]) -> bool:
+    for one in interventions:
+        if one.rank > MOST_RANK or not (one.affine and one.unwatched):
+            return False
+        # Elsewhere, a kernel would read what is not there.
+        bias = one._parameters.get("bias")
+        if bias is None or bias.device != device:
+            return False
+    return True
 
 
 def edit(
@@ -83,14 +87,16 @@ def edit(
 
 
 def plan(
-    h_BTD: Tensor, layers: Iterable[Any], matrices: Mapping[Any, Tensor]
-) -> dict[Any, Callable[[Tensor], Tensor]]:
+    h_BTD: Tensor, layers: Iterable[Any], matrices: Mapping[Any, Tensor] | None = None
+) -> dict[Any, Callable[[Tensor], Tensor] | None]:
     """Edits of layers that are alike, made ready together.
 
+    In tight loops: a device that has one layer to compute waits for it.
+
     Args:
-        h_BTD: the hidden states of one of them.
+        h_BTD: the hidden states of one of them, on a device that :func:`run_on` takes.
         layers: layer.py's.
-        matrices: those of shared_rotations.py.
+        matrices: those of shared_rotations.py, where they are computed already.
 
     Returns:
         By layer, what edits its hidden states, once; without the layers of which
@@ -98,20 +104,26 @@ def plan(
     """
     alike = defaultdict(list)
     for layer in layers:
-        interventions, indices = layer.only_edit() or ((), ())
-        if interventions and can_edit(h_BTD, interventions):
-            one = interventions[0]
-            alike[type(one), one.rank, id(indices)].append(
-                (layer, interventions, indices)
-            )
-    planned: dict[Any, Callable[[Tensor], Tensor]] = {}
-    for some in alike.values():
-        own_layers, interventions, (indices, *_) = zip(*some, strict=True)
-        rows = sum(one.shape[0] for one in indices)
-        if len(some) * rows * h_BTD.shape[-1] > _MOST_TOGETHER:
-            continue
-        with lent([one for own in interventions for one in own], matrices):
-            edits = Edits(_kernels(), h_BTD, indices, interventions)
+        edit = layer.only_edit()
+        if edit is not None and _are_plain(h_BTD.device, edit[1]):
+            alike[edit[0], edit[1][0].rank].append((layer, edit[1]))
+    groups = []
+    for (name, _), some in alike.items():
+        own_layers, interventions = zip(*some, strict=True)
+        indices = own_layers[0].indices(name)
+        if indices is not None and _few(h_BTD, indices, own_layers):
+            groups.append((own_layers, indices, interventions))
+    if matrices is None and torch.is_grad_enabled():  # else each keeps its own
+        everyone = [one for *_, some in groups for own in some for one in own]
+        matrices = shared_rotations(everyone)
+    planned: dict[Any, Callable[[Tensor], Tensor] | None] = {}
+    for own_layers, indices, interventions in groups:
+        edits = Edits(_kernels(), h_BTD, indices, interventions, matrices)
         for number, layer in enumerate(own_layers):
             planned[layer] = partial(edits.edit, number)
     return planned
+
+
+def _few(h_BTD: Tensor, indices: Sequence[Tensor], layers: Sequence[Any]) -> bool:
+    rows = sum(index.shape[0] for index in indices)
+    return len(layers) * rows * h_BTD.shape[-1] <= _MOST_TOGETHER

@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, N edited rows of all sides, L layers, D hidden size, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -39,6 +39,7 @@ class Edits:
             layers'.
         interventions: for each layer, one of interventions.py's for each side; all
             alike, and of one rank.
+        matrices: P (R, D) by intervention, of those whose is computed already.
     """
 
     def __init__(
@@ -47,16 +48,20 @@ class Edits:
         h_BTD: Tensor,
         indices: Sequence[Tensor],
         interventions: Sequence[Sequence[Any]],
+        matrices: Mapping[Any, Tensor] | None = None,
     ) -> None:
         self._like = _kind(h_BTD)
         self._index = [one.to(h_BTD.device).contiguous() for one in indices]
         self._interventions = interventions
         everyone = [one for layer in interventions for one in layer]
-        matrices = [one.matrix_RD().contiguous() for one in everyone]
-        biases = [one.bias.float().contiguous() for one in everyone]
-        numbers = [biases, matrices]
+        known = matrices or {}
+        biases = _as_read([one.bias for one in everyone])
+        projections = _as_read(
+            [known[one] if one in known else one.matrix_RD() for one in everyone]
+        )
+        numbers = [biases, projections]
         if everyone[0].has_weight:
-            numbers.insert(0, [one.weight.float().contiguous() for one in everyone])
+            numbers.insert(0, _as_read([one.weight for one in everyone]))
         flat = [number for kind in numbers for number in kind]
         keeps = torch.is_grad_enabled() and any(one.requires_grad for one in flat)
         self._room = _Room(
@@ -64,7 +69,7 @@ class Edits:
         )
         self._token = _Numbers.apply(self._room, *flat)
         # Where there is no W, the kernels do not read what stands in its place.
-        sides, kinds = len(indices), (numbers[0], biases, matrices)
+        sides, kinds = len(indices), (numbers[0], biases, projections)
         self._numbers = [
             [_two(kind[start : start + sides]) for kind in kinds]
             for start in range(0, len(everyone), sides)
@@ -260,6 +265,16 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def _as_read(numbers: Sequence[Tensor]) -> list[Tensor]:
+    """As kernels read them."""
+    return [
+        one
+        if one.dtype is torch.float32 and one.is_contiguous()
+        else one.float().contiguous()
+        for one in numbers
+    ]
 
 
 def _kind(h_BTD: Tensor) -> tuple[Any, ...]:

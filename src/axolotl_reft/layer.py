@@ -219,25 +219,27 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             self.tracker.record(before_BTD, _first(output))
         return output
 
-    def only_edit(self) -> tuple[list[Any], tuple[Tensor, ...]] | None:
-        """Interventions and what they edit, where all that happens to the layer in this
-        forward is an edit of its output by one adapter at some positions."""
-        names = [
-            name
-            for name in self._adapters()
-            if name in self.sites or name in self.intv_lora
-        ]
-        if len(names) != 1 or names[0] in self.intv_lora:
+    def only_edit(self) -> tuple[str, list[Any]] | None:
+        """The adapter and its interventions, where all that happens to the layer in
+        this forward is an edit of its output by one adapter at some positions."""
+        # Past nn.Module's getattr: it is asked of all layers while a device waits.
+        own: Any = self._modules
+        prefix, suffix = own["intv_0"]._modules, own["intv_1"]._modules
+        lora = own["intv_lora"]._modules
+        names = [one for one in self._adapters() if one in prefix or one in lora]
+        if len(names) != 1 or names[0] in lora:
             return None
         (name,) = names
-        if self.sites[name] != _OUTPUT or self.positions[name].everywhere:
+        site = self.sites[name]
+        if site.path or site.side != "output" or self.positions[name].everywhere:
             return None
-        interventions = self._interventions(name)
-        tied = len(interventions) == 1
-        indices = self.tracker.indices(
-            self.positions[name], self.turns[name], tied, name
-        )
-        return None if indices is None else (interventions, indices)
+        return name, [side[name] for side in (prefix, suffix) if name in side]
+
+    def indices(self, name: str) -> tuple[Tensor, ...] | None:
+        """What of the forward under way an adapter edits at its positions, by
+        intervention."""
+        tied = name not in self.intv_1
+        return self.tracker.indices(self.positions[name], self.turns[name], tied, name)
 
     def _edit_as_planned(self, planned: Callable[[Tensor], Tensor], output: Any) -> Any:
         before_BTD = _first(output)
@@ -251,8 +253,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         for name in names:
             positions = self.positions.get(name)
             if positions is not None and not positions.everywhere:
-                tied = name not in self.intv_1
-                self.tracker.indices(positions, self.turns[name], tied, name)
+                self.indices(name)
 
     def _call_replayably(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward; gradient checkpointing replays it with this batch."""
@@ -347,8 +348,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     def _edit_by(self, name: str, interventions: list[Any], h_BTD: Tensor) -> Tensor:
         positions = self.positions[name]
         if not positions.everywhere:
-            tied = len(interventions) == 1
-            indices = self.tracker.indices(positions, self.turns[name], tied, name)
+            indices = self.indices(name)
             if indices is None:
                 return h_BTD
             if fused.can_edit(h_BTD, interventions):

@@ -47,7 +47,8 @@ class _Batch:
         one_sample_rows: no row holds several packed samples.
         past: columns in the cache before it.
         most: how many prompts there are at most, where that was told.
-        planned: by layer, what edits its hidden states, where it was made ready.
+        planned: by layer, what edits its hidden states, where it was made ready; None
+            once it has.
         planned_on: the devices on whose layers that was tried.
     """
 
@@ -64,7 +65,7 @@ class _Batch:
     tokens: dict[str, Tensor] = field(default_factory=dict)
     gone_by: bool | None = None
     rotations: dict[Any, Tensor] | None = None
-    planned: dict[Any, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    planned: dict[Any, Callable[[Tensor], Tensor] | None] = field(default_factory=dict)
     planned_on: set[torch.device] = field(default_factory=set)
 
     def prompts(self, turns: Turns) -> PromptSpans | None:
@@ -270,14 +271,17 @@ class PromptTracker:
 
     def rotations(self) -> dict[Any, Tensor]:
         """By intervention, the matrices (R, D) of all layers' outer edits in a forward
-        with gradients; none in others, where interventions keep their own, nor in
-        compiled ones, which may have a graph for each layer."""
+        with gradients, without those that are planned; none in others, where
+        interventions keep their own, nor in compiled ones, which may have a graph for
+        each layer."""
         batch = self._now.batch
         gradients = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if batch is None or not gradients:
             return {}
         if batch.rotations is None:
-            some = [one for layer in self.layers for one in layer.outer_interventions()]
+            planned = batch.planned
+            others = [layer for layer in self.layers if layer not in planned]
+            some = [one for layer in others for one in layer.outer_interventions()]
             batch.rotations = shared_rotations(some)
         return batch.rotations
 
@@ -292,14 +296,19 @@ class PromptTracker:
         if layer.only_edit() is None:
             return None
         batch.planned_on.add(device)
-        batch.planned |= fused.plan(h_BTD, self.layers, self.rotations())
+        batch.planned |= fused.plan(h_BTD, self.layers, batch.rotations)
         return self.planned(layer)
 
     def planned(self, layer: Any) -> Callable[[Tensor], Tensor] | None:
         """What edits a layer's hidden states in the forward under way, where that is
         all that happens to it and is ready; once."""
         batch = self._now.batch
-        return None if batch is None else batch.planned.pop(layer, None)
+        if batch is None:
+            return None
+        ready = batch.planned.get(layer)
+        if ready is not None:
+            batch.planned[layer] = None
+        return ready
 
     def prompts(self, turns: Turns) -> PromptSpans | None:
         """The prompts in the forward under way; None when there is none in it."""
