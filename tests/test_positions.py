@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from axolotl_reft.positions import Positions, flat_indices, prompt_spans
+from axolotl_reft.positions import (
+    Positions,
+    count_in_sample,
+    flat_indices,
+    prompt_spans,
+    total_in_sample,
+)
 
 
 @pytest.mark.parametrize(
@@ -152,3 +158,19 @@ def test_indices_with_a_capacity_are_those_that_counting_finds():
     assert reserved[: len(counted)].tolist() == counted.tolist()
     assert set(reserved[len(counted) :].tolist()) == {mask.numel()}
     assert flat_indices(torch.zeros(2, 3, dtype=torch.bool)).tolist() == []
+
+
+def test_counts_of_samples_are_those_that_a_loop_finds():
+    generator = torch.Generator().manual_seed(0)
+    mask, starts = torch.rand(2, 40, 9, generator=generator) < 0.4
+    counts, totals = torch.zeros(2, 40, 9, dtype=torch.long)
+    for row in range(40):
+        ends = [*starts[row].nonzero().flatten().tolist(), 9]
+        for start, stop in zip([0, *ends], ends, strict=False):
+            own = mask[row, start:stop].long()
+            counts[row, start:stop] = own.cumsum(0)
+            totals[row, start:stop] = own.sum()
+    assert torch.equal(count_in_sample(mask, starts), counts)
+    assert torch.equal(total_in_sample(mask, starts), totals)
+    assert torch.equal(count_in_sample(mask, None), mask.long().cumsum(1))
+    assert torch.equal(total_in_sample(mask, None), mask.sum(1, True).expand(40, 9))

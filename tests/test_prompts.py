@@ -329,8 +329,9 @@ def test_reserved_slots_compute_what_counted_ones_do(samples, monkeypatch):
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         results.append((output.logits, gradients))
     (logits, gradients), (other_logits, other_gradients) = results
-    assert torch.equal(logits, other_logits)
-    assert_same(gradients, other_gradients)
+    # To rounding: rotations are one computation in the one, and each its own in the
+    # other, and on several threads a sum's order depends on its shape.
+    assert_same([logits, *gradients], [other_logits, *other_gradients])
 
 
 @torch.no_grad()

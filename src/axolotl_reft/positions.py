@@ -132,38 +132,41 @@ def prompt_spans(
     """
     inside_BT = real_BT
     if answer_BT is not None and every:
-        inside_BT = real_BT & ~answer_BT
-        begins_BT = inside_BT & ~F.pad(inside_BT, (1, -1))
+        # a > b is a & ~b, as one operation.
+        inside_BT = real_BT > answer_BT
+        begins_BT = inside_BT > F.pad(inside_BT, (1, -1))
         starts_BT = begins_BT if starts_BT is None else begins_BT | starts_BT
     elif answer_BT is not None:
         inside_BT = real_BT & (count_in_sample(answer_BT, starts_BT) == 0)
-    rank_BT = count_in_sample(inside_BT, starts_BT) - 1
-    return PromptSpans(inside_BT, rank_BT, total_in_sample(inside_BT, starts_BT))
+    count_BT, total_BT = _counts_in_sample(inside_BT, starts_BT)
+    return PromptSpans(inside_BT, count_BT - 1, total_BT)
 
 
 def count_in_sample(mask_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
     """Running count of ``mask_BT``, this token included, anew in each sample."""
-    count_BT = mask_BT.long().cumsum(1)
-    if starts_BT is None:
-        return count_BT
-    before_BT = (count_BT - mask_BT.long()) * starts_BT
-    return count_BT - before_BT.cummax(1).values
+    return _counts_in_sample(mask_BT, starts_BT)[0]
 
 
 def total_in_sample(mask_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
     """How many tokens of its sample ``mask_BT`` marks, at every token."""
-    # What the sample still has to the right of a token, plus what it has had.
-    right_BT = count_in_sample(
-        mask_BT.flip(1), None if starts_BT is None else _ends(starts_BT).flip(1)
-    ).flip(1)
-    return count_in_sample(mask_BT, starts_BT) + right_BT - mask_BT.long()
+    return _counts_in_sample(mask_BT, starts_BT)[1]
 
 
-def _ends(starts_BT: Tensor) -> Tensor:
-    """True on the last token of each sample."""
-    ends_BT = torch.ones_like(starts_BT)
-    ends_BT[:, :-1] = starts_BT[:, 1:]
-    return ends_BT
+def _counts_in_sample(
+    mask_BT: Tensor, starts_BT: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`count_in_sample` and :func:`total_in_sample`: in few operations, as on a
+    GPU each is a launch that the first layer waits for."""
+    count_BT = mask_BT.cumsum(1)
+    total_B1 = count_BT[:, -1:]
+    if starts_BT is None:
+        return count_BT, total_B1.expand_as(count_BT)
+    # What the row counts before a token; at its sample's start, and at the next one's.
+    earlier_BT = count_BT.add(mask_BT, alpha=-1)
+    start_BT = (earlier_BT * starts_BT).cummax(1).values
+    next_BT = torch.cat([earlier_BT.where(starts_BT, total_B1)[:, 1:], total_B1], 1)
+    end_BT = next_BT.flip(1).cummin(1).values.flip(1)
+    return count_BT - start_BT, end_BT - start_BT
 
 
 def flat_indices(mask_BT: Tensor, capacity: int | None = None) -> Tensor:
@@ -180,7 +183,8 @@ def flat_indices(mask_BT: Tensor, capacity: int | None = None) -> Tensor:
     mask = mask_BT.reshape(-1)
     if capacity is None:
         return mask.nonzero().squeeze(1)
-    slot = mask.long().cumsum(0) - 1
+    # One slot before the others takes the tokens that the mask leaves out.
+    slot = mask.cumsum(0) * mask
     out = mask.new_full((capacity + 1,), mask.numel(), dtype=torch.long)
     tokens = torch.arange(mask.numel(), device=mask.device)
-    return out.scatter_(0, slot.where(mask, capacity), tokens)[:capacity]
+    return out.scatter_(0, slot, tokens)[1:]
