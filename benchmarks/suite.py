@@ -208,7 +208,7 @@ SUITE: dict[str, Benchmark] = {
         "decode",
         ("base", "ours"),
         _TOKEN_BY_TOKEN,
-        repetitions=_repetitions(full=31, gpu=15),
+        repetitions=_repetitions(full=61, gpu=15),
     ),
     "generate": Benchmark(
         "generate",

@@ -102,13 +102,14 @@ def plan(
         By layer, what edits its hidden states, once; without the layers of which
         something else happens, or that :func:`can_edit` does not take.
     """
-    alike = defaultdict(list)
+    alike: dict[tuple[str, int, int], list[Any]] = defaultdict(list)
     for layer in layers:
-        edit = layer.only_edit()
-        if edit is not None and _are_plain(h_BTD.device, edit[1]):
-            alike[edit[0], edit[1][0].rank].append((layer, edit[1]))
+        name, interventions = layer.only_edit() or ("", [])
+        if interventions and _are_plain(h_BTD.device, interventions):
+            one = interventions[0]
+            alike[name, one.hidden_size, one.rank].append((layer, interventions))
     groups = []
-    for (name, _), some in alike.items():
+    for (name, *_), some in alike.items():
         own_layers, interventions = zip(*some, strict=True)
         indices = own_layers[0].indices(name)
         if indices is not None and _few(h_BTD, indices, own_layers):
