@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from axolotl_reft import LoreftConfig
+from axolotl_reft import LoreftConfig, shared_rotations
 
 VOCABULARY = 64
 HIDDEN = 32
@@ -76,6 +76,19 @@ def build_adapter(
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rotations each computation made, in the order of the computations."""
+    counts: list[int] = []
+    rotation = shared_rotations.rotation
+    monkeypatch.setattr(
+        shared_rotations,
+        "rotation",
+        lambda vectors, bases: counts.append(len(vectors)) or rotation(vectors, bases),
+    )
+    return counts
 
 
 @pytest.fixture(autouse=True)

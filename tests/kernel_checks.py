@@ -17,7 +17,6 @@ from axolotl_reft import (
     fused,
     interventions,
     launches,
-    shared_rotations,
 )
 from axolotl_reft.config import INTERVENTIONS
 from axolotl_reft.edit_size import edit_sizes
@@ -331,20 +330,8 @@ def test_each_backward_is_one_of_its_own(without):
     compare(run, without)
 
 
-@pytest.fixture
-def rotated(monkeypatch):
-    """How many rotations were made at once, in the order of that."""
-    counts, rotation = [], shared_rotations.rotation
-    monkeypatch.setattr(
-        shared_rotations,
-        "rotation",
-        lambda vectors, bases: counts.append(len(vectors)) or rotation(vectors, bases),
-    )
-    return counts
-
-
 @pytest.mark.parametrize("several", [False, True])
-def test_rotations_are_one_computation(several, rotated, monkeypatch):
+def test_rotations_are_one_computation(several, computed, monkeypatch):
     def refuse(*_):
         raise AssertionError("an intervention makes a rotation of its own")
 
@@ -354,7 +341,7 @@ def test_rotations_are_one_computation(several, rotated, monkeypatch):
         model.base_model.set_adapter(["default", "other"])
     monkeypatch.setattr(interventions, "rotation", refuse)
     model(**batch).loss.backward()
-    assert rotated == [LAYERS + several]
+    assert computed == [LAYERS + several]
 
 
 def test_numbers_of_some_layers_alone(without):
@@ -365,7 +352,7 @@ def test_numbers_of_some_layers_alone(without):
     compare(run, without)
 
 
-def test_a_layer_that_comes_twice(without, together, rotated):
+def test_a_layer_that_comes_twice(without, together, computed):
     def run(model, batch):
         base = model.base_model.model.model
         base.layers = torch.nn.ModuleList([base.layers[0], base.layers[1]] * 2)
@@ -377,7 +364,7 @@ def test_a_layer_that_comes_twice(without, together, rotated):
     compare(run, without, tied_weights=True)
     # The second time by itself.
     assert together == [LAYERS, 1, 1]
-    assert rotated == [LAYERS] * 2
+    assert computed == [LAYERS] * 2
 
 
 def test_several_adapters_at_once(without, together):

@@ -11,18 +11,6 @@ from axolotl_reft.shared_rotations import lent
 
 
 @pytest.fixture
-def computed(monkeypatch):
-    """How many rotations each computation made, in the order of the computations."""
-    counts, rotation = [], shared_rotations.rotation
-    monkeypatch.setattr(
-        shared_rotations,
-        "rotation",
-        lambda vectors, bases: counts.append(len(vectors)) or rotation(vectors, bases),
-    )
-    return counts
-
-
-@pytest.fixture
 def without(monkeypatch):
     return lambda: monkeypatch.setattr(prompts, "shared_rotations", lambda some: {})
 
