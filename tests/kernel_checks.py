@@ -306,6 +306,13 @@ def gradients(model):
     return found
 
 
+def step(model, batch):
+    """The loss and the gradients of a training step."""
+    loss = model(**batch).loss
+    loss.backward()
+    return loss, gradients(model)
+
+
 def compare(run, without, **options):
     """What a function makes of a model and a batch, with the kernels and without."""
     got = run(*build_training(**options))
@@ -357,9 +364,7 @@ def test_a_layer_that_comes_twice(without, together, computed):
         base = model.base_model.model.model
         base.layers = torch.nn.ModuleList([base.layers[0], base.layers[1]] * 2)
         base.config.num_hidden_layers = 4
-        loss = model(**batch).loss
-        loss.backward()
-        return loss, gradients(model)
+        return step(model, batch)
 
     compare(run, without, tied_weights=True)
     # The second time by itself.
@@ -371,9 +376,7 @@ def test_several_adapters_at_once(without, together):
     def run(model, batch):
         model.add_adapter("other", LoreftConfig(positions="l1", layers="0"))
         model.base_model.set_adapter(["default", "other"])
-        loss = model.train()(**batch).loss
-        loss.backward()
-        return loss, gradients(model)
+        return step(model.train(), batch)
 
     compare(run, without)
     # The first layer by itself, by each.
@@ -384,9 +387,7 @@ def test_adapters_of_different_layers(without, together):
     def run(model, batch):
         model.add_adapter("other", LoreftConfig(positions="l1", layers="1", rank=4))
         model.base_model.set_adapter(["default", "other"])
-        loss = model.train()(**batch).loss
-        loss.backward()
-        return loss, gradients(model)
+        return step(model.train(), batch)
 
     compare(run, without, layers="0,2", positions="f2+l2", rank=4)
     assert together == [2, 1]
@@ -408,9 +409,7 @@ def test_beside_a_layer_that_is_compiled(together):
         model, batch = build_training()
         if compiling:
             model.base_model.model.model.layers[1].compile(**compiling)
-        loss = model(**batch).loss
-        loss.backward()
-        return loss, gradients(model)
+        return step(model, batch)
 
     torch._dynamo.reset()
     got = run(fullgraph=True, backend="eager")
@@ -420,13 +419,8 @@ def test_beside_a_layer_that_is_compiled(together):
 
 
 def test_many_rows_are_each_layer_s_own(without, together, monkeypatch):
-    def run(model, batch):
-        loss = model(**batch).loss
-        loss.backward()
-        return loss, gradients(model)
-
     monkeypatch.setattr(fused, "_MOST_TOGETHER", 0)
-    compare(run, without)
+    compare(step, without)
     assert together == [1] * LAYERS
 
 

@@ -291,9 +291,9 @@ class PromptTracker:
 
         Called once a device is at work on the layer itself, which takes it longer."""
         batch, device = self._now.batch, h_BTD.device
-        if batch is None or device in batch.planned_on or not fused.run_on(device):
+        if batch is None or not self._turns or device in batch.planned_on:
             return None
-        if layer.only_edit() is None:
+        if not fused.run_on(device) or layer.only_edit() is None:
             return None
         batch.planned_on.add(device)
         batch.planned |= fused.plan(h_BTD, self.layers, batch.rotations)
