@@ -82,11 +82,11 @@ def build_adapter(
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rotations each computation made, in the order of the computations."""
     counts: list[int] = []
-    rotation = shared_rotations.rotation
+    rotations = shared_rotations.rotations
     monkeypatch.setattr(
         shared_rotations,
-        "rotation",
-        lambda vectors, bases: counts.append(len(vectors)) or rotation(vectors, bases),
+        "rotations",
+        lambda vectors, bases: counts.append(len(vectors)) or rotations(vectors, bases),
     )
     return counts
 

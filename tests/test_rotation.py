@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch.nn.utils import parametrizations
 
-from axolotl_reft.rotation import compact_base, random_base, rotation, square_base
+from axolotl_reft.rotation import (
+    compact_base,
+    random_base,
+    rotation,
+    rotations,
+    square_base,
+)
 
 SHAPES = [(64, 4), (16, 16), (8, 1), (4096, 8)]
 
@@ -75,16 +81,18 @@ def test_gradient_is_that_of_finite_differences():
 
 def test_several_at_once_are_each_what_they_are_alone():
     torch.manual_seed(0)
-    bases = torch.stack([random_base(12, 3) for _ in range(4)])
-    vectors = torch.randn(4, 12, 3, requires_grad=True)
-    weights = torch.randn(4, 12, 3)
-    (rotation(vectors, bases) * weights).sum().backward()
-    for one, base, weight, gradient in zip(
-        vectors.detach(), bases, weights, vectors.grad, strict=True
+    bases = [random_base(12, 3) for _ in range(4)]
+    vectors = [torch.randn(12, 3, requires_grad=True) for _ in range(4)]
+    weights = torch.randn(4, 3, 12)
+    matrices = rotations(vectors, bases)
+    (torch.stack(matrices) * weights).sum().backward()
+    for one, base, weight, matrix in zip(
+        vectors, bases, weights, matrices, strict=True
     ):
-        alone = one.clone().requires_grad_()
-        (rotation(alone, base) * weight).sum().backward()
-        assert torch.allclose(gradient, alone.grad, atol=1e-6)
+        alone = one.detach().clone().requires_grad_()
+        assert torch.allclose(matrix, rotation(alone, base).T, atol=1e-6)
+        (rotation(alone, base).T * weight).sum().backward()
+        assert torch.allclose(one.grad, alone.grad, atol=1e-6)
 
 
 def test_a_second_derivative_is_refused_and_not_wrong():

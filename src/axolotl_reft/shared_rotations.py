@@ -1,10 +1,10 @@
 """The rotations of all edits of a forward as one computation.
 
-A rotation is some fifty operations on few numbers (rotation.py), and a model has two a
+A rotation is some thirty operations on few numbers (rotation.py), and a model has two a
 layer. In a training step they are made for all layers at once, when the first layer is
 to be edited, and lent to the interventions for their edits. Torch only.
 
-Shapes: K interventions, D hidden size, R rank.
+Shapes: D hidden size, R rank.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from axolotl_reft.rotation import rotation
+from axolotl_reft.rotation import rotations
 
 
 def shared_rotations(interventions: Iterable[Any]) -> dict[Any, Tensor]:
@@ -34,9 +33,7 @@ def shared_rotations(interventions: Iterable[Any]) -> dict[Any, Tensor]:
     found: dict[Any, Tensor] = {}
     for some in alike.values():
         owners, vectors, bases = zip(*some, strict=True)
-        vectors_KDR, bases_KDR = torch.stack(vectors).float(), torch.stack(bases)
-        matrices = rotation(vectors_KDR, bases_KDR).mT.unbind(0)
-        found |= dict(zip(owners, matrices, strict=True))
+        found |= dict(zip(owners, rotations(vectors, bases), strict=True))
     return found
 
 
