@@ -10,10 +10,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_reft import LoreftConfig, shared_rotations
@@ -76,6 +78,20 @@ def build_adapter(
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
+
+
+class Operations(TorchDispatchMode):
+    """The names of those that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names += [] if function.is_view else [str(function)]
+        return function(*args, **kwargs or {})
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@ import torch
 
 from axolotl_reft.positions import (
     Positions,
+    any_in_sample,
     count_in_sample,
     flat_indices,
-    prompt_spans,
-    total_in_sample,
+    prompt_runs,
 )
 
 
@@ -48,16 +48,15 @@ def edited_by_the_paper(length, positions):
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 14, 15, 30])
 def test_short_prompts_truncate_as_in_the_paper(length, text):
     positions = Positions.parse(text)
-    spans = prompt_spans(torch.ones(1, length, dtype=torch.bool))
+    spans = prompt_runs(torch.ones(1, length, dtype=torch.bool)).spans()
     prefix, suffix = spans.edited(positions)
     got = prefix[0].nonzero().flatten().tolist(), suffix[0].nonzero().flatten().tolist()
     assert got == edited_by_the_paper(length, positions)
 
 
 def test_the_example_of_five_tokens():
-    prefix, suffix = prompt_spans(torch.ones(1, 5, dtype=torch.bool)).edited(
-        Positions(7, 7)
-    )
+    spans = prompt_runs(torch.ones(1, 5, dtype=torch.bool)).spans()
+    prefix, suffix = spans.edited(Positions(7, 7))
     assert prefix.tolist() == [[True, True, False, False, False]]
     assert suffix.tolist() == [[False, False, False, True, True]]
 
@@ -92,7 +91,7 @@ def drawn(spans, positions, width):
 
 def test_padding_on_either_side_moves_the_edit_along():
     real, _, answer = rows("ppppppaa   ", "   ppppppaa")
-    spans = prompt_spans(real, None, answer)
+    spans = prompt_runs(real, None, answer).spans()
     assert drawn(spans, Positions(2, 1), 11) == ["ff...l.....", "...ff...l.."]
 
 
@@ -101,7 +100,7 @@ def test_packed_samples_have_a_prompt_each():
         "ppppaa|ppppppa|ppa|ppp",
         "ppa|pppppppppaaa|pppp|",
     )
-    spans = prompt_spans(real, start, answer)
+    spans = prompt_runs(real, start, answer).spans()
     assert drawn(spans, Positions(2, 2), 19) == [
         "ffll..ff..ll.fl.f.l",
         "fl.ff.....ll...ffll",
@@ -110,14 +109,16 @@ def test_packed_samples_have_a_prompt_each():
 
 def test_later_turns_are_not_part_of_the_first_prompt():
     real, _, answer = rows("ppppaauuuuaa")
-    assert drawn(prompt_spans(real, None, answer), Positions(1, 1), 12) == [
+    assert drawn(prompt_runs(real, None, answer).spans(), Positions(1, 1), 12) == [
         "f..l........"
     ]
 
 
 def test_a_sample_without_prompt_is_not_edited():
     real, _, answer = rows("aaaa")
-    assert drawn(prompt_spans(real, None, answer), Positions(2, 2), 4) == ["...."]
+    assert drawn(prompt_runs(real, None, answer).spans(), Positions(2, 2), 4) == [
+        "...."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -134,12 +135,12 @@ def test_a_sample_without_prompt_is_not_edited():
 )
 def test_every_turn_has_a_prompt_of_its_own(row, expected):
     real, start, answer = rows(row)
-    spans = prompt_spans(real, start, answer, every=True)
+    spans = prompt_runs(real, start, answer, every=True).spans()
     assert drawn(spans, Positions(1, 1), len(expected)) == [expected]
 
 
 def test_columns_of_a_row_keep_their_places_in_the_prompt():
-    spans = prompt_spans(torch.ones(1, 9, dtype=torch.bool))
+    spans = prompt_runs(torch.ones(1, 9, dtype=torch.bool)).spans()
     whole = drawn(spans, Positions(3, 2), 9)
     chunks = ""
     for start, stop in ((0, 4), (4, 8), (8, 9)):
@@ -163,14 +164,42 @@ def test_indices_with_a_capacity_are_those_that_counting_finds():
 def test_counts_of_samples_are_those_that_a_loop_finds():
     generator = torch.Generator().manual_seed(0)
     mask, starts = torch.rand(2, 40, 9, generator=generator) < 0.4
-    counts, totals = torch.zeros(2, 40, 9, dtype=torch.long)
+    counts = torch.zeros(40, 9, dtype=torch.long)
+    found = torch.zeros(40, 9, dtype=torch.bool)
     for row in range(40):
         ends = [*starts[row].nonzero().flatten().tolist(), 9]
         for start, stop in zip([0, *ends], ends, strict=False):
             own = mask[row, start:stop].long()
             counts[row, start:stop] = own.cumsum(0)
-            totals[row, start:stop] = own.sum()
+            found[row, start:stop] = own.any()
     assert torch.equal(count_in_sample(mask, starts), counts)
-    assert torch.equal(total_in_sample(mask, starts), totals)
+    assert torch.equal(any_in_sample(mask, starts), found)
     assert torch.equal(count_in_sample(mask, None), mask.long().cumsum(1))
-    assert torch.equal(total_in_sample(mask, None), mask.sum(1, True).expand(40, 9))
+    assert torch.equal(any_in_sample(mask, None), mask.any(1, True).expand(40, 9))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("text", ["f2+l3", "f3+l1", "f2", "l2", "f20+l20"])
+@pytest.mark.parametrize("width", [1, 2, 13])
+def test_reserved_indices_are_those_of_the_masks(text, width, packed):
+    """In random rows, some prompts of which end where the next one begins."""
+    positions = Positions.parse(text)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        real, answer, starts = torch.rand(3, 6, width, generator=generator).lt(
+            torch.tensor([0.9, 0.3, 0.2]).view(3, 1, 1)
+        )
+        runs = prompt_runs(real, starts if packed else None, answer, every=True)
+        spans = runs.spans()
+        prompts = int((spans.inside_BT & (spans.rank_BT == 0)).sum())
+        sides = zip(
+            (positions.first, positions.last), spans.edited(positions), strict=True
+        )
+        expected = [(count, flat_indices(mask)) for count, mask in sides if count]
+        for spare in (0, 3):
+            got = runs.reserved_indices(positions, prompts + spare)
+            for side, (count, indices) in zip(got, expected, strict=True):
+                assert len(side) == count * (prompts + spare)
+                used = side[side < real.numel()].sort().values
+                assert torch.equal(used, indices)
+                assert set(side.tolist()) <= {*indices.tolist(), real.numel()}

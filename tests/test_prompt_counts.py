@@ -4,10 +4,10 @@ import pickle
 
 import pytest
 import torch
-from conftest import build_adapter, build_model
+from conftest import Operations, build_adapter, build_model
 from transformers import BatchEncoding
 
-from axolotl_reft import PromptCounter
+from axolotl_reft import PromptCounter, prompts
 from axolotl_reft.prompt_counts import count_prompts
 from axolotl_reft.prompts import PROMPTS, _Batch, _slots
 from axolotl_reft.turns import Turns
@@ -68,7 +68,14 @@ def test_the_collator_adds_the_number_and_can_go_to_another_process(tokens):
     assert {key: got[key] for key in some} == some
 
 
-def forward(model, inputs, monkeypatch, reserve):
+# What is patched to have a CPU reserve slots as others do.
+RESERVES = {
+    "compiled": (torch.compiler, "is_compiling", lambda: True),
+    "accelerator": (prompts, "_counting_is_free", lambda device: False),
+}
+
+
+def forward(model, inputs, monkeypatch, reserves=None):
     """Loss, logits, gradients, and how many slots were reserved for each side."""
     shapes = []
     tracker = model.base_model.model.loreft_tracker
@@ -81,7 +88,8 @@ def forward(model, inputs, monkeypatch, reserve):
 
     with monkeypatch.context() as patch:
         patch.setattr(tracker, "indices", listen)
-        patch.setattr(torch.compiler, "is_compiling", lambda: reserve)
+        if reserves:
+            patch.setattr(*RESERVES[reserves])
         output = model(**inputs, use_cache=False)
         output.loss.backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
@@ -92,36 +100,63 @@ def forward(model, inputs, monkeypatch, reserve):
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("turns", ["every", "first"])
 @pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("where", list(RESERVES))
+@pytest.mark.parametrize("tied", [True, False])
 def test_slots_for_what_was_counted_compute_the_same(
-    tokens, monkeypatch, packed, turns, told
+    tokens, monkeypatch, packed, turns, told, where, tied
 ):
     """Conversations too, of which a row has more prompts than one."""
     model = build_adapter(
-        build_model(), positions="f2+l3", turns=turns, tied_weights=False
+        build_model(), positions="f2+l3", turns=turns, tied_weights=tied
     )
     inputs = batch(tokens, packed)
-    expected, gradients, _ = forward(model, inputs, monkeypatch, reserve=False)
+    expected, gradients, counted = forward(model, inputs, monkeypatch)
     if told:
         inputs = PromptCounter.of(model, dict)(inputs)
-    output, got, slots = forward(model, inputs, monkeypatch, reserve=True)
-    assert torch.equal(output.logits, expected.logits)
-    for one, other in zip(got, gradients, strict=True):
-        torch.testing.assert_close(one, other)
+    output, got, slots = forward(model, inputs, monkeypatch, where)
+    # Not to the bit: a product's rounding may depend on its number of rows.
+    torch.testing.assert_close(
+        [output.logits, *got], [expected.logits, *gradients], rtol=1e-5, atol=1e-5
+    )
     rows, width = inputs["input_ids"].shape
-    prompts = {"every": 8, "first": 4}[turns]
-    if told:
-        assert slots == [prompts * 2, prompts * 3]
-    elif turns == "first" and not packed:
-        assert slots == [rows * 2, rows * 3]
+    sides = [5] if tied else [2, 3]
+    if told or (turns == "first" and not packed):
+        most = {"every": 8, "first": 4}[turns] if told else rows
+        assert slots == [most * side for side in sides]
+    elif where == "compiled":
+        assert slots == [rows * width] * len(sides)
     else:
-        assert slots == [rows * width] * 2
+        assert slots == counted
 
 
-def test_too_small_a_number_loses_no_edit_silently(tokens, monkeypatch):
+def test_an_accelerator_is_asked_for_twenty_operations(tokens, monkeypatch):
+    """Each is a launch that the first edited layer waits for; from masks, 35."""
+    model = build_adapter(build_model(), tied_weights=False)
+    inputs = PromptCounter.of(model, dict)(batch(tokens, packed=False))
+    tracker = model.base_model.model.loreft_tracker
+    counts = []
+    ask = tracker.indices
+
+    def count(*args):
+        with Operations() as operations:
+            found = ask(*args)
+        counts.append(len(operations.names))
+        return found
+
+    monkeypatch.setattr(tracker, "indices", count)
+    monkeypatch.setattr(*RESERVES["accelerator"])
+    model(**inputs)  # the first batch is checked for prompts
+    counts.clear()
+    model(**inputs)
+    assert counts[0] == 20
+
+
+@pytest.mark.parametrize("where", list(RESERVES))
+def test_too_small_a_number_loses_no_edit_silently(tokens, monkeypatch, where):
     model = build_adapter(build_model(), tied_weights=False)
     inputs = batch(tokens, packed=True) | {PROMPTS: 2}
     with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
-        forward(model, inputs, monkeypatch, reserve=True)
+        forward(model, inputs, monkeypatch, where)
 
 
 def test_a_number_is_of_one_forward(tokens):

@@ -4,8 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import build_adapter, build_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import Operations, build_adapter, build_model
 from transformers import (
     AutoModelForTokenClassification,
     ContinuousBatchingConfig,
@@ -137,18 +136,6 @@ def test_a_training_forward_agrees_with_prefill_and_decode(samples, positions):
             step = model(token[None, None], past_key_values=step.past_key_values)
             logits.append(step.logits[0])
         assert_same([torch.cat(logits)], alone(model, [(ids, labels)]))
-
-
-class Operations(TorchDispatchMode):
-    """The names of those that are no views."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names += [] if function.is_view else [str(function)]
-        return function(*args, **kwargs or {})
 
 
 @torch.no_grad()

@@ -112,12 +112,71 @@ class PromptSpans:
         return self.inside_BT & (self.length_BT // 2 < longest)
 
 
-def prompt_spans(
+@dataclass(frozen=True)
+class PromptRuns:
+    """The tokens of a batch's prompts, which a prompt's own places are counted from.
+
+    Attributes:
+        inside_BT: the token belongs to a prompt.
+        starts_BT: True where a packed sample begins, and a prompt with it; None for one
+            sample a row.
+        unbroken: a prompt ends with its first token's last neighbour inside; otherwise
+            there is one in a sample, in which tokens may be missing.
+    """
+
+    inside_BT: Tensor
+    starts_BT: Tensor | None
+    unbroken: bool
+
+    def spans(self) -> PromptSpans:
+        """Where each token stands in its prompt."""
+        inside_BT, starts_BT = self.inside_BT, self.starts_BT
+        if self.unbroken:
+            begins_BT = inside_BT > F.pad(inside_BT, (1, -1))
+            starts_BT = begins_BT if starts_BT is None else begins_BT | starts_BT
+        count_BT, start_BT, end_BT = _counts(inside_BT, starts_BT)
+        return PromptSpans(inside_BT, count_BT - start_BT - 1, end_BT - start_BT)
+
+    def reserved_indices(self, positions: Positions, prompts: int) -> list[Tensor]:
+        """For each side, what :func:`flat_indices` gives for the masks of
+        :meth:`PromptSpans.edited` with a slot for every position of so many unbroken
+        prompts, in another order. In half the operations: a device that has one layer
+        to compute waits for them.
+
+        Args:
+            prompts: P, at least as many as there are.
+        """
+        tokens = self.inside_BT.numel()
+        padded_BT = F.pad(self.inside_BT, (1, 1))
+        # Whether a token goes on with the prompt of the one before it; T + 1 columns.
+        goes_on_BT = padded_BT[:, 1:] & padded_BT[:, :-1]
+        if self.starts_BT is not None:
+            goes_on_BT = goes_on_BT > F.pad(self.starts_BT, (0, 1))
+        # For each token, whether it is its prompt's first, and its last: in one row,
+        # firsts and lasts take turns.
+        edge_E = (self.inside_BT.unsqueeze(2) > goes_on_BT.unfold(1, 2, 1)).flatten()
+        twice_E = torch.arange(edge_E.numel(), device=edge_E.device)
+        slots = _compacted(edge_E, twice_E, 2 * prompts) >> 1
+        first_P, last_P = slots.view(prompts, 2).unbind(1)
+        most = max(positions.first, positions.last)
+        place_K1 = torch.arange(most, device=edge_E.device).unsqueeze(1)
+        # place >= length // 2, of a length of last - first + 1.
+        beyond_KP = 2 * place_K1 >= last_P - first_P
+        prefix_KP = first_P + place_K1[: positions.first]
+        suffix_KP = last_P - place_K1[: positions.last]
+        return [
+            side.masked_fill_(beyond_KP[: len(side)], tokens).flatten()
+            for side in (prefix_KP, suffix_KP)
+            if len(side)
+        ]
+
+
+def prompt_runs(
     real_BT: Tensor,
     starts_BT: Tensor | None = None,
     answer_BT: Tensor | None = None,
     every: bool = False,
-) -> PromptSpans:
+) -> PromptRuns:
     """Find the prompts of every sample in a batch of rows.
 
     The first prompt of a sample runs from its first real token to its first answer
@@ -130,43 +189,42 @@ def prompt_spans(
         answer_BT: True for tokens of answers; None if there are none.
         every: find the prompts of all turns, not the first turn's alone.
     """
-    inside_BT = real_BT
-    if answer_BT is not None and every:
+    if answer_BT is None:
+        return PromptRuns(real_BT, starts_BT, unbroken=False)
+    if every:
         # a > b is a & ~b, as one operation.
-        inside_BT = real_BT > answer_BT
-        begins_BT = inside_BT > F.pad(inside_BT, (1, -1))
-        starts_BT = begins_BT if starts_BT is None else begins_BT | starts_BT
-    elif answer_BT is not None:
-        inside_BT = real_BT & (count_in_sample(answer_BT, starts_BT) == 0)
-    count_BT, total_BT = _counts_in_sample(inside_BT, starts_BT)
-    return PromptSpans(inside_BT, count_BT - 1, total_BT)
+        return PromptRuns(real_BT > answer_BT, starts_BT, unbroken=True)
+    before_BT = count_in_sample(answer_BT, starts_BT) == 0
+    return PromptRuns(real_BT & before_BT, starts_BT, unbroken=False)
 
 
 def count_in_sample(mask_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
     """Running count of ``mask_BT``, this token included, anew in each sample."""
-    return _counts_in_sample(mask_BT, starts_BT)[0]
+    count_BT, start_BT, _ = _counts(mask_BT, starts_BT)
+    return count_BT - start_BT
 
 
-def total_in_sample(mask_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
-    """How many tokens of its sample ``mask_BT`` marks, at every token."""
-    return _counts_in_sample(mask_BT, starts_BT)[1]
+def any_in_sample(mask_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
+    """Whether ``mask_BT`` marks a token of the same sample."""
+    _, start_BT, end_BT = _counts(mask_BT, starts_BT)
+    return end_BT > start_BT
 
 
-def _counts_in_sample(
+def _counts(
     mask_BT: Tensor, starts_BT: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """:func:`count_in_sample` and :func:`total_in_sample`: in few operations, as on a
-    GPU each is a launch that the first layer waits for."""
+) -> tuple[Tensor, Tensor | int, Tensor]:
+    """A row's running counts: at each token, before the first of its sample, and at the
+    last."""
     count_BT = mask_BT.cumsum(1)
     total_B1 = count_BT[:, -1:]
     if starts_BT is None:
-        return count_BT, total_B1.expand_as(count_BT)
+        return count_BT, 0, total_B1.expand_as(count_BT)
     # What the row counts before a token; at its sample's start, and at the next one's.
     earlier_BT = count_BT.add(mask_BT, alpha=-1)
     start_BT = (earlier_BT * starts_BT).cummax(1).values
     next_BT = torch.cat([earlier_BT.where(starts_BT, total_B1)[:, 1:], total_B1], 1)
     end_BT = next_BT.flip(1).cummin(1).values.flip(1)
-    return count_BT - start_BT, end_BT - start_BT
+    return count_BT, start_BT, end_BT
 
 
 def flat_indices(mask_BT: Tensor, capacity: int | None = None) -> Tensor:
@@ -183,8 +241,12 @@ def flat_indices(mask_BT: Tensor, capacity: int | None = None) -> Tensor:
     mask = mask_BT.reshape(-1)
     if capacity is None:
         return mask.nonzero().squeeze(1)
-    # One slot before the others takes the tokens that the mask leaves out.
-    slot = mask.cumsum(0) * mask
-    out = mask.new_full((capacity + 1,), mask.numel(), dtype=torch.long)
-    tokens = torch.arange(mask.numel(), device=mask.device)
-    return out.scatter_(0, slot, tokens)[1:]
+    return _compacted(mask, torch.arange(mask.numel(), device=mask.device), capacity)
+
+
+def _compacted(mask_E: Tensor, values_E: Tensor, capacity: int) -> Tensor:
+    """The values at the True entries of a mask, in order, and then E (capacity,)."""
+    # One slot before the others takes the values that the mask leaves out.
+    slot_E = mask_E.cumsum(0) * mask_E
+    out = values_E.new_full((capacity + 1,), mask_E.numel())
+    return out.scatter_(0, slot_E, values_E)[1:]

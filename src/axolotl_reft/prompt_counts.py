@@ -62,8 +62,9 @@ def count_prompts(batch: Mapping[str, Any], turns: frozenset[Turns]) -> int | No
         return None
     real_BT = real_tokens(batch.get("attention_mask"), shape, ids_BT.device)
     starts_BT, answer_BT = sample_starts(dict(batch), shape), labels_BT != -100
-    spans = [
+    runs = [
         answered_prompts(one, ids_BT, real_BT, starts_BT, answer_BT) for one in turns
     ]
+    spans = [one.spans() for one in runs]
     most = max(int((s.inside_BT & (s.rank_BT == 0)).sum()) for s in spans)
     return 1 << max(most - 1, 0).bit_length()

@@ -26,9 +26,10 @@ from axolotl_reft.adapter_rows import AdapterRows, wrong_length
 from axolotl_reft.conversations import Conversations, Generation, Tokens
 from axolotl_reft.positions import (
     Positions,
+    PromptRuns,
     PromptSpans,
+    any_in_sample,
     flat_indices,
-    total_in_sample,
 )
 from axolotl_reft.shared_rotations import shared_rotations
 from axolotl_reft.turns import Turns
@@ -43,7 +44,7 @@ class _Batch:
 
     Attributes:
         shape: B and T.
-        make_spans: the prompts of such turns; None for none.
+        find: the prompts of such turns; None for none.
         one_sample_rows: no row holds several packed samples.
         past: columns in the cache before it.
         most: how many prompts there are at most, where that was told.
@@ -53,12 +54,12 @@ class _Batch:
     """
 
     shape: tuple[int, int]
-    make_spans: Callable[[Turns], PromptSpans | None]
+    find: Callable[[Turns], PromptRuns | PromptSpans | None]
     one_sample_rows: bool
     past: int = 0
     most: int | None = None
     adapter_rows: AdapterRows | None = None
-    spans: dict[Turns, PromptSpans | None] = field(default_factory=dict)
+    found: dict[Turns, PromptRuns | PromptSpans | None] = field(default_factory=dict)
     indices: dict[
         tuple[Positions, Turns, bool, str | None], tuple[Tensor, ...] | None
     ] = field(default_factory=dict)
@@ -68,10 +69,18 @@ class _Batch:
     planned: dict[Any, Callable[[Tensor], Tensor] | None] = field(default_factory=dict)
     planned_on: set[torch.device] = field(default_factory=set)
 
+    def runs(self, turns: Turns) -> PromptRuns | PromptSpans | None:
+        """The prompts, as they were found."""
+        if turns not in self.found:
+            self.found[turns] = self.find(turns)
+        return self.found[turns]
+
     def prompts(self, turns: Turns) -> PromptSpans | None:
-        if turns not in self.spans:
-            self.spans[turns] = self.make_spans(turns)
-        return self.spans[turns]
+        """The prompts, with the place of every token."""
+        found = self.runs(turns)
+        if isinstance(found, PromptRuns):
+            found = self.found[turns] = found.spans()
+        return found
 
 
 class _UnderWay(threading.local):
@@ -484,7 +493,7 @@ class PromptTracker:
         starts = sample_starts(inputs, shape)
         pages = inputs.get("cache")
 
-        def make_spans(turns: Turns) -> PromptSpans | None:
+        def find(turns: Turns) -> PromptRuns | PromptSpans:
             if pages is not None:
                 raise _cannot_batch_continuously()
             real_BT = real_tokens(mask, shape, device)
@@ -494,12 +503,12 @@ class PromptTracker:
                 answer_BT = self.find_answers(tokens).expand(shape).to(device) != 0
             else:
                 self._warn_without_labels(training)
-                return turns.prompts(real_BT, ids_BT, starts)
-            spans = answered_prompts(turns, ids_BT, real_BT, starts, answer_BT)
-            self._warn_without_prompt(spans)
-            return spans
+                return turns.runs(real_BT, ids_BT, starts)
+            runs = answered_prompts(turns, ids_BT, real_BT, starts, answer_BT)
+            self._warn_without_prompt(runs)
+            return runs
 
-        return _Batch(shape, make_spans, one_sample_rows=starts is None)
+        return _Batch(shape, find, one_sample_rows=starts is None)
 
     def _read_step(
         self,
@@ -515,10 +524,10 @@ class PromptTracker:
         else:
             past = _cached(cache)
 
-        def make_spans(turns: Turns) -> PromptSpans | None:
+        def find(turns: Turns) -> PromptSpans | None:
             return generation.step(turns, rows, tokens, past, device)
 
-        return _Batch(shape, make_spans, one_sample_rows=True, past=past)
+        return _Batch(shape, find, one_sample_rows=True, past=past)
 
     def _read_chunk(
         self,
@@ -530,7 +539,7 @@ class PromptTracker:
     ) -> _Batch:
         """A forward on a filled cache: marks tell, read with what is cached."""
 
-        def make_spans(turns: Turns) -> PromptSpans | None:
+        def find(turns: Turns) -> PromptSpans | None:
             if ids_BT is None or not turns.generation_prompts:
                 return None
             known = self._conversations.before(cache, past, shape[0])
@@ -542,7 +551,7 @@ class PromptTracker:
             spans = turns.prompts(real_BW, seen.ids_BW, None, seen.answer_BW)
             return spans.columns(past, width[1])
 
-        return _Batch(shape, make_spans, one_sample_rows=True, past=past)
+        return _Batch(shape, find, one_sample_rows=True, past=past)
 
     def _warn_without_labels(self, training: bool) -> None:
         if training and torch.is_grad_enabled() and self._labels_mark_answers:
@@ -555,12 +564,12 @@ class PromptTracker:
                 stacklevel=2,
             )
 
-    def _warn_without_prompt(self, spans: PromptSpans) -> None:
+    def _warn_without_prompt(self, runs: PromptRuns) -> None:
         """Once, on the first batch with labels: later ones must not wait for it."""
         if self._checked or torch.compiler.is_compiling():
             return
         self._checked = True
-        if not spans.inside_BT.any():
+        if not runs.inside_BT.any():
             warnings.warn(
                 "LoReFT: every token of the first batch is trained, so it has no "
                 "prompt and nothing is edited. Set the labels of prompt tokens to "
@@ -601,6 +610,11 @@ def _cut_back(cache: Any, past: int, keep: int, new_alone: bool) -> None:
 def _indices(
     batch: _Batch, positions: Positions, turns: Turns, tied: bool, adapter: str | None
 ) -> tuple[Tensor, ...] | None:
+    runs = batch.runs(turns)
+    if isinstance(runs, PromptRuns) and adapter is None:
+        sides = _reserved(batch, runs, positions)
+        if sides:
+            return (torch.cat(sides),) if tied and len(sides) > 1 else (*sides,)
     spans = batch.prompts(turns)
     if spans is None:
         return None
@@ -621,6 +635,25 @@ def _indices(
     return (indices(prefix_BT | suffix_BT, positions.first + positions.last),)
 
 
+def _reserved(batch: _Batch, runs: PromptRuns, positions: Positions) -> list[Tensor]:
+    """Slots for every position of the prompts that were counted before; none where
+    they are better made from masks: where they may be counted, in a graph, whose
+    operations are few kernels, and where they would be more than tokens."""
+    most, compiling = batch.most, torch.compiler.is_compiling()
+    free = _counting_is_free(runs.inside_BT.device.type)
+    if most is None or not runs.unbroken or free or compiling:
+        return []
+    rows, tokens = batch.shape
+    if most * (positions.first + positions.last) > rows * tokens:
+        return []
+    return runs.reserved_indices(positions, most)
+
+
+def _counting_is_free(device: str) -> bool:
+    """Whether the host need not wait for what edits are counted by."""
+    return device == "cpu" and not torch.compiler.is_compiling()
+
+
 def _slots(
     batch: _Batch, turns: Turns, rows: int, per_prompt: int, device: str
 ) -> int | None:
@@ -630,15 +663,14 @@ def _slots(
     forward; a graph cannot wait. It is not needed where the batch's prompts were
     counted before, or a row has one of them.
     """
-    compiling = torch.compiler.is_compiling()
-    if device == "cpu" and not compiling:
+    if _counting_is_free(device):
         return None
     everything = rows * batch.shape[1]
     if batch.most is not None:
         return min(batch.most * per_prompt, everything)
     if batch.one_sample_rows and not turns.every:
         return min(rows * per_prompt, everything)
-    return everything if compiling else None
+    return everything if torch.compiler.is_compiling() else None
 
 
 def _cached(cache: Any) -> int:
@@ -652,12 +684,12 @@ def answered_prompts(
     real_BT: Tensor,
     starts_BT: Tensor | None,
     answer_BT: Tensor,
-) -> PromptSpans:
+) -> PromptRuns:
     """The prompts of samples whose answers are known, packed or not."""
     if starts_BT is not None:
         # The padded end of a packed row looks like one more sample.
-        real_BT = real_BT & (total_in_sample(answer_BT, starts_BT) > 0)
-    return turns.prompts(real_BT, ids_BT, starts_BT, answer_BT)
+        real_BT = real_BT & any_in_sample(answer_BT, starts_BT)
+    return turns.runs(real_BT, ids_BT, starts_BT, answer_BT)
 
 
 def sample_starts(inputs: dict[str, Any], shape: tuple[int, int]) -> Tensor | None:

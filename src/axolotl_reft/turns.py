@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from axolotl_reft.positions import (
+    PromptRuns,
     PromptSpans,
+    any_in_sample,
     count_in_sample,
-    prompt_spans,
-    total_in_sample,
+    prompt_runs,
 )
 from axolotl_reft.wording import shown
 
@@ -96,7 +97,7 @@ class Turns:
         number_BT = number_BT - opens_BT.long()
         closed_BT = F.pad(closed_BT, (1, -1))
         opened_BT = count_in_sample(opens_BT, starts_BT) > opens_BT.long()
-        found_BT = total_in_sample(opens_BT, starts_BT) > 0
+        found_BT = any_in_sample(opens_BT, starts_BT)
         return opened_BT & (number_BT > closed_BT), found_BT
 
     def prompts(
@@ -106,6 +107,16 @@ class Turns:
         starts_BT: Tensor | None = None,
         answer_BT: Tensor | None = None,
     ) -> PromptSpans:
+        """Where each token stands in the prompts of :meth:`runs`."""
+        return self.runs(real_BT, ids_BT, starts_BT, answer_BT).spans()
+
+    def runs(
+        self,
+        real_BT: Tensor,
+        ids_BT: Tensor | None = None,
+        starts_BT: Tensor | None = None,
+        answer_BT: Tensor | None = None,
+    ) -> PromptRuns:
         """The prompts of a batch: by the marks where a sample has them.
 
         Args:
@@ -120,7 +131,7 @@ class Turns:
                 answer_BT = marked_BT
             else:
                 answer_BT = marked_BT.where(found_BT, answer_BT)
-        return prompt_spans(real_BT, starts_BT, answer_BT, self.every)
+        return prompt_runs(real_BT, starts_BT, answer_BT, self.every)
 
 
 def _list(items: Any) -> list[Any]:
