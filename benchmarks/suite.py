@@ -206,9 +206,9 @@ SUITE: dict[str, Benchmark] = {
     # Its ratios are within a few hundredths of 1, and turns short.
     "decode": Benchmark(
         "decode",
-        ("base", "ours"),
+        ("base", "ours", "by-peft"),
         _TOKEN_BY_TOKEN,
-        repetitions=_repetitions(full=61, gpu=15),
+        repetitions=_repetitions(full=121, gpu=61),
     ),
     "generate": Benchmark(
         "generate",

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from conftest import LAYERS, build_adapter, build_model
@@ -64,6 +66,39 @@ def test_the_wrapper_answers_for_its_layer():
 
 
 @torch.no_grad()
+def note_forward(layer, note):
+    """As accelerate's hooks do: the instance gets a forward of its own."""
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: note() or forward(*args, **kwargs)
+
+
+def note_compiled(layer, note):
+    """As ``layer.compile()`` does."""
+    call = layer._call_impl
+    layer._compiled_call_impl = lambda *args, **kwargs: note() or call(*args, **kwargs)
+
+
+HANGS_ON = {
+    "hook": lambda layer, note: layer.register_forward_hook(lambda *_: note()),
+    "pre-hook": lambda layer, note: layer.register_forward_pre_hook(lambda *_: note()),
+    "forward": note_forward,
+    "compiled": note_compiled,
+}
+
+
+@pytest.mark.parametrize("way", list(HANGS_ON))
+@torch.no_grad()
+def test_what_hangs_on_the_wrapper_is_not_passed_over_in_a_decode_step(tokens, way):
+    model = build_adapter(build_model())
+    cache = model(tokens(1, 6), use_cache=True).past_key_values
+    expected = model(tokens(1, 1), past_key_values=copy.deepcopy(cache)).logits
+    noted = []
+    layer = model.base_model.model.model.layers[1]
+    HANGS_ON[way](layer, lambda: noted.append(way))
+    assert torch.equal(model(tokens(1, 1), past_key_values=cache).logits, expected)
+    assert noted == [way]
+
+
 def test_layers_that_are_not_named_are_left_alone(tokens):
     plain = build_model()
     expected = plain(tokens(1, 8), output_hidden_states=True).hidden_states

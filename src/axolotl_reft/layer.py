@@ -189,12 +189,21 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             return None
         return self.tracker.prompts(self.turns[name])
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # A decode step: not a dictionary is built before the layer runs, nor asked
-        # nn.Module's __getattr__, which takes as long as everything else here.
-        if self.tracker.prompt_has_gone_by and not self._everywhere:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """In a decode step the base layer's own, unless something hangs on this one:
+        nn.Module's, and its __getattr__, would take as long as everything else here."""
+        if self.tracker.prompt_has_gone_by and not (
+            self._everywhere
+            or self._forward_hooks
+            or self._forward_pre_hooks
+            or self._compiled_call_impl
+            or "forward" in self.__dict__  # accelerate's hooks
+        ):
             base_layer: Any = self._modules["base_layer"]
             return base_layer(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         planned = None if is_compiling() else self.tracker.planned(self)
         if planned is not None:
             return self._edit_as_planned(planned, self.base_layer(*args, **kwargs))

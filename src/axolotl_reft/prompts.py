@@ -387,21 +387,26 @@ class PromptTracker:
     def _after_backbone(
         self, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
-        self._now.batch = None
+        batch, self._now.batch = self._now.batch, None
         edited, self._now.edited_outputs = self._now.edited_outputs, None
-        states = getattr(output, "hidden_states", None)
+        states = getattr(output, "hidden_states", None) if edited else None
         if edited and states is not None:
             output.hidden_states = tuple(edited.get(id(h), h) for h in states)
-        self._note_forward(args, kwargs, output)
+        if self._now.generation is None:  # else noted as a whole, when it has ended
+            self._note_forward(self._inputs(args, kwargs), output, batch)
 
-    def _note_forward(self, args: Any, kwargs: Any, output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
-        ids_BT = self._inputs(args, kwargs).get("input_ids")
+    def _note_forward(
+        self, inputs: dict[str, Any], output: Any, batch: _Batch | None
+    ) -> None:
+        cache, ids_BT = (
+            getattr(output, "past_key_values", None),
+            inputs.get("input_ids"),
+        )
         if cache is None or ids_BT is None or torch.compiler.is_compiling():
             return
-        if self._now.generation is None:  # else noted as a whole, when it has ended
-            past = _cached(cache) - ids_BT.shape[1]
-            self._conversations.note_forward(cache, past, ids_BT)
+        past = batch.past if batch else 0
+        past = past or _cached(cache) - ids_BT.shape[1]
+        self._conversations.note_forward(cache, past, ids_BT)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         generation = self._begin(args, kwargs)
@@ -472,7 +477,9 @@ class PromptTracker:
     # --- reading a batch -----------------------------------------------------------
 
     def _inputs(self, args: Any, kwargs: Any) -> dict[str, Any]:
-        return dict(zip(self._parameters, args, strict=False)) | kwargs
+        return (
+            dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
+        )
 
     def _read(
         self, inputs: dict[str, Any], labels: Tensor | None, training: bool
@@ -538,6 +545,10 @@ class PromptTracker:
         shape: tuple[int, int],
     ) -> _Batch:
         """A forward on a filled cache: marks tell, read with what is cached."""
+        if not any(turns.generation_prompts for turns in self._turns.values()):
+            return _Batch(
+                shape, _nothing, one_sample_rows=True, past=past, gone_by=True
+            )
 
         def find(turns: Turns) -> PromptSpans | None:
             if ids_BT is None or not turns.generation_prompts:
@@ -577,6 +588,10 @@ class PromptTracker:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _nothing(turns: Turns) -> None:
+    """Of a forward without prompts."""
 
 
 def _cannot_batch_continuously() -> ValueError:
