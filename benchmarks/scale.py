@@ -94,8 +94,8 @@ def backward_flops(shape: Shape, step: Step, layers: int) -> int:
 
 def edit_flops(d: int, rank: int, positions: int) -> int:
     """One LoReFT intervention: six products with the hidden states, forward and
-    backward, and ten of the rotation with itself."""
-    return 12 * positions * d * rank + 20 * d * rank**2 + 2 * rank**3
+    backward, and eleven of the rotation with itself."""
+    return 12 * positions * d * rank + 22 * d * rank**2 + 8 * rank**3
 
 
 def loreft_flops(shape: Shape, step: Step) -> int:

@@ -129,6 +129,36 @@ def test_slots_for_what_was_counted_compute_the_same(
         assert slots == counted
 
 
+def test_an_accelerator_edits_what_is_left_of_a_prompt_with_a_hole(tokens, monkeypatch):
+    """Of the first turns alone, a prompt is what is real before the answer."""
+    model = build_adapter(build_model(), turns="first")
+    inputs = batch(tokens, packed=False)
+    inputs["attention_mask"][:, 3] = 0
+    expected, *_ = forward(model, inputs, monkeypatch)
+    inputs = PromptCounter.of(model, dict)(inputs)
+    output, _, slots = forward(model, inputs, monkeypatch, "accelerator")
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    assert slots == [4 * 5]
+
+
+def test_an_accelerator_edits_the_rows_of_an_adapter_alone(tokens, monkeypatch):
+    model = build_adapter(build_model())
+    inputs = batch(tokens, packed=False)
+    inputs["adapter_names"] = ["default", "__base__"] * (len(inputs["labels"]) // 2)
+    expected, *_ = forward(model, inputs, monkeypatch)
+    output, _, slots = forward(model, inputs | {PROMPTS: 8}, monkeypatch, "accelerator")
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    assert slots == [8 * 5]
+
+
+@pytest.mark.parametrize("where", list(RESERVES))
+def test_no_more_slots_are_reserved_than_there_are_tokens(tokens, monkeypatch, where):
+    model = build_adapter(build_model(), tied_weights=False)
+    inputs = batch(tokens, packed=True) | {PROMPTS: 4096}
+    _, _, slots = forward(model, inputs, monkeypatch, where)
+    assert slots == [inputs["labels"].numel()] * 2
+
+
 def test_an_accelerator_is_asked_for_twenty_operations(tokens, monkeypatch):
     """Each is a launch that the first edited layer waits for; from masks, 35."""
     model = build_adapter(build_model(), tied_weights=False)
