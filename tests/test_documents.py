@@ -6,6 +6,7 @@ first one's keys. A block that begins with ``# refused`` shows what is refused.
 
 import re
 import runpy
+import shutil
 
 import pytest
 import yaml
@@ -124,3 +125,12 @@ def test_links_to_files_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
         file = (path.parent / target).resolve()
         assert file.exists() and file.is_relative_to(inside), target
+
+
+def test_the_figures_are_drawn_anew(tmp_path):
+    """By a copy of the script, which draws beside itself."""
+    figures = ROOT / "docs" / "figures"
+    script = shutil.copy(figures / "positions.py", tmp_path)
+    runpy.run_path(script, run_name="__main__")
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {path.name for path in figures.glob("*.png")}
