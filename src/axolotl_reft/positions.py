@@ -114,14 +114,13 @@ class PromptSpans:
 
 @dataclass(frozen=True)
 class PromptRuns:
-    """The tokens of a batch's prompts, which a prompt's own places are counted from.
+    """Which tokens of a batch belong to prompts, and where prompts begin.
 
     Attributes:
         inside_BT: the token belongs to a prompt.
-        starts_BT: True where a packed sample begins, and a prompt with it; None for one
-            sample a row.
-        unbroken: a prompt ends with its first token's last neighbour inside; otherwise
-            there is one in a sample, in which tokens may be missing.
+        starts_BT: True where a packed sample begins; None for one sample a row.
+        unbroken: the tokens of a prompt are neighbours, and a sample may have several
+            prompts; otherwise it has one, in which padding may stand.
     """
 
     inside_BT: Tensor
@@ -138,10 +137,10 @@ class PromptRuns:
         return PromptSpans(inside_BT, count_BT - start_BT - 1, end_BT - start_BT)
 
     def reserved_indices(self, positions: Positions, prompts: int) -> list[Tensor]:
-        """For each side, what :func:`flat_indices` gives for the masks of
-        :meth:`PromptSpans.edited` with a slot for every position of so many unbroken
-        prompts, in another order. In half the operations: a device that has one layer
-        to compute waits for them.
+        """For each side that is edited, the indices of :func:`flat_indices` for the
+        mask of :meth:`PromptSpans.edited`, in another order, with a slot for every
+        position of so many prompts; of unbroken ones. In few operations: on a GPU each
+        is a launch that the first layer waits for.
 
         Args:
             prompts: P, at least as many as there are.
@@ -152,8 +151,8 @@ class PromptRuns:
         goes_on_BT = padded_BT[:, 1:] & padded_BT[:, :-1]
         if self.starts_BT is not None:
             goes_on_BT = goes_on_BT > F.pad(self.starts_BT, (0, 1))
-        # For each token, whether it is its prompt's first, and its last: in one row,
-        # firsts and lasts take turns.
+        # For each token, whether it is its prompt's first, and its last; of all that
+        # are, firsts and lasts take turns.
         edge_E = (self.inside_BT.unsqueeze(2) > goes_on_BT.unfold(1, 2, 1)).flatten()
         twice_E = torch.arange(edge_E.numel(), device=edge_E.device)
         slots = _compacted(edge_E, twice_E, 2 * prompts) >> 1

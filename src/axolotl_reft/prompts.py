@@ -398,14 +398,14 @@ class PromptTracker:
     def _note_forward(
         self, inputs: dict[str, Any], output: Any, batch: _Batch | None
     ) -> None:
-        cache, ids_BT = (
-            getattr(output, "past_key_values", None),
+        ids_BT, cache = (
             inputs.get("input_ids"),
+            getattr(output, "past_key_values", None),
         )
         if cache is None or ids_BT is None or torch.compiler.is_compiling():
             return
-        past = batch.past if batch else 0
-        past = past or _cached(cache) - ids_BT.shape[1]
+        # Asking a cache takes longer than the rest of this.
+        past = (batch and batch.past) or _cached(cache) - ids_BT.shape[1]
         self._conversations.note_forward(cache, past, ids_BT)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
