@@ -215,9 +215,9 @@ def launches(name: str, base: nn.Module, setting: Setting) -> Callable[[], float
 
     def turn() -> float:
         if setting.device == "cpu":
-            with _Operations() as operations:
+            with Operations() as operations:
                 _train(contestant, optimizer, [batch])
-            return float(operations.count)
+            return float(len(operations.names))
         with torch.profiler.profile() as profile:
             _train(contestant, optimizer, [batch])
             torch.cuda.synchronize()
@@ -229,17 +229,17 @@ def launches(name: str, base: nn.Module, setting: Setting) -> Callable[[], float
     return turn
 
 
-class _Operations(TorchDispatchMode):
-    """Counts what reaches a backend and is not a view."""
+class Operations(TorchDispatchMode):
+    """The names of what reaches a backend and is not a view."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.names: list[str] = []
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.count += not function.is_view
+        self.names += [] if function.is_view else [str(function)]
         return function(*args, **kwargs or {})
 
 

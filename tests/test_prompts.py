@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import Operations, build_adapter, build_model
+from conftest import build_adapter, build_model
 from transformers import (
     AutoModelForTokenClassification,
     ContinuousBatchingConfig,
@@ -13,6 +13,7 @@ from transformers import (
 
 from axolotl_reft.conversations import Conversations
 from axolotl_reft.turns import Turns
+from benchmarks.tasks import Operations
 
 PROMPTS = (9, 4, 7)
 ANSWERS = (3, 5, 2)
@@ -304,16 +305,7 @@ def test_a_cache_filled_by_who_knows_whom_is_not_edited_again(tokens):
     assert_same([got], [base])
 
 
-@pytest.fixture
-def _one_thread():
-    """On several, the order of a sum depends on the shape that it is part of."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.usefixtures("one_thread")
 def test_reserved_slots_compute_what_counted_ones_do(samples, monkeypatch):
     """Off the CPU indices are not counted but reserved: same logits, same gradients."""
     results = []

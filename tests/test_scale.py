@@ -7,11 +7,13 @@ from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from axolotl_reft.editing import edit
 from axolotl_reft.interventions import LoreftIntervention
 from benchmarks import scale
 from benchmarks.base import Setting, build_base, rectangle
 from benchmarks.contestants import CONTESTANTS, our_config
 from benchmarks.scale import LLAMAS, Shape, Step
+from benchmarks.tasks import Operations
 
 SETTING = Setting(
     hidden_size=64, layers=4, rank=2, first=3, last=3, batch=2, length=24, prompt=12
@@ -57,6 +59,17 @@ def test_an_edit_costs_what_it_costs_on_paper():
     hidden = torch.randn(10, 96, requires_grad=True)
     got = counted(lambda: intervention(hidden).sum().backward())
     assert got == scale.edit_flops(96, 4, 10)
+
+
+def test_a_layer_asks_for_as_many_operations_as_the_page_says():
+    both = [LoreftIntervention(embed_dim=96, low_rank_dimension=4) for _ in range(2)]
+    hidden = torch.randn(2, 40, 96, requires_grad=True)
+    indices = [torch.arange(5), torch.arange(5, 9)]
+    with Operations() as operations:
+        edited = edit(hidden, indices, both)
+        edited.backward(torch.ones_like(edited))
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert f"small operations: {len(operations.names)} for the two sides" in page
 
 
 def training_flops(name, setting):

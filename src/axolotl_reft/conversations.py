@@ -149,7 +149,7 @@ class Generation:
         elif self.continued:
             # Nothing is known of what is cached: the prompt has gone by.
             answer_BP = torch.ones_like(real_BP)
-        return turns.prompts(real_BP, ids_BP, None, answer_BP)
+        return turns.runs(real_BP, ids_BP, None, answer_BP).spans()
 
     def step(
         self, turns: Turns, rows: int, tokens: int, past: int, device: torch.device

@@ -559,8 +559,8 @@ class PromptTracker:
             seen = known.followed_by(ids_BT)
             width = (shape[0], past + shape[1])
             real_BW = real_tokens(mask, width, ids_BT.device)
-            spans = turns.prompts(real_BW, seen.ids_BW, None, seen.answer_BW)
-            return spans.columns(past, width[1])
+            runs = turns.runs(real_BW, seen.ids_BW, None, seen.answer_BW)
+            return runs.spans().columns(past, width[1])
 
         return _Batch(shape, find, one_sample_rows=True, past=past)
 

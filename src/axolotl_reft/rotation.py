@@ -6,7 +6,7 @@ loses R altogether under weight decay. The map is the same one: with the same ba
 the same vectors, R and its gradient agree with torch's to rounding. Torch only.
 
 The products run in float64: float32 sums over a hidden size of 4096 left R up to 7e-6
-from orthonormal, float64 ones rounded at the end 2e-9 (4096×8, on a CPU); nor do TF32
+from orthonormal, float64 ones rounded at the end 3e-9 (4096×8, on a CPU); nor do TF32
 and autocast reach them.
 
 Shapes: D rows (hidden size), R columns (rank), K matrices at once.
@@ -73,7 +73,8 @@ def _leading_columns(
 
 class _Rotations(torch.autograd.Function):
     """R = B·Q(X) for several X, and its derivative, in two dozen operations; autograd's
-    own record of the same steps takes three times as many and keeps every product.
+    own record of the same steps takes nearly three times as many, and keeps every
+    product.
 
     The reflections of B and of X are one sequence of N = 2R: the signs S in B = H·S
     are moved to its left, S·(SHS)·Q, and SHS reflects along B's vectors times S.

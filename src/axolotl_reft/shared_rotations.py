@@ -1,6 +1,6 @@
 """The rotations of all edits of a forward as one computation.
 
-A rotation is some thirty operations on few numbers (rotation.py), and a model has two a
+A rotation is two dozen operations on few numbers (rotation.py), and a model has two a
 layer. In a training step they are made for all layers at once, when the first layer is
 to be edited, and lent to the interventions for their edits. Torch only.
 

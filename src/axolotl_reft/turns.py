@@ -19,7 +19,6 @@ from torch import Tensor
 
 from axolotl_reft.positions import (
     PromptRuns,
-    PromptSpans,
     any_in_sample,
     count_in_sample,
     prompt_runs,
@@ -99,16 +98,6 @@ class Turns:
         opened_BT = count_in_sample(opens_BT, starts_BT) > opens_BT.long()
         found_BT = any_in_sample(opens_BT, starts_BT)
         return opened_BT & (number_BT > closed_BT), found_BT
-
-    def prompts(
-        self,
-        real_BT: Tensor,
-        ids_BT: Tensor | None = None,
-        starts_BT: Tensor | None = None,
-        answer_BT: Tensor | None = None,
-    ) -> PromptSpans:
-        """Where each token stands in the prompts of :meth:`runs`."""
-        return self.runs(real_BT, ids_BT, starts_BT, answer_BT).spans()
 
     def runs(
         self,
