@@ -64,11 +64,31 @@ def _plain(
 
 
 def ours(base: nn.Module, setting: Setting) -> Contestant:
-    """LoReFT as a PEFT method, its batches as the plugin gives them."""
+    """LoReFT as a PEFT method, with the logits of every token, as the others have."""
     from peft import get_peft_model
 
     model = get_peft_model(base, our_config(setting)).train()
     return _plain(model, setting, counts_prompts=True)
+
+
+def labelled(base: nn.Module, setting: Setting) -> Contestant:
+    """Ours with the logits of labelled tokens alone, as the plugin trains it."""
+    from axolotl_reft.labelled_logits import labelled_logits
+
+    contestant = ours(base, setting)
+    # By a batch's id, beside it, so that no other gets that id.
+    known: dict[int, tuple[Batch, Batch]] = {}
+
+    def loss(batch: Batch) -> Tensor:
+        if id(batch) not in known:
+            # A collator's work, done while the device is at the step before.
+            on_host = {name: tensor.cpu() for name, tensor in batch.inputs.items()}
+            added = labelled_logits(on_host)
+            moved = {name: tensor.to(setting.device) for name, tensor in added.items()}
+            known[id(batch)] = batch, replace(batch, inputs=batch.inputs | moved)
+        return contestant.loss(known[id(batch)][1])
+
+    return replace(contestant, loss=loss)
 
 
 def operations(base: nn.Module, setting: Setting) -> Contestant:
@@ -184,6 +204,7 @@ def adapters(base: nn.Module, setting: Setting) -> Contestant:
 CONTESTANTS: dict[str, Callable[[nn.Module, Setting], Contestant]] = {
     "floor": floor,
     "ours": ours,
+    "labelled": labelled,
     "operations": operations,
     "lora": lora,
     "pyreft": pyreft,

@@ -13,6 +13,7 @@ _LABELS = {
     "layers": "layers",
     "first": "positions on each side",
     "length": "length",
+    "prompt": "tokens of the prompt",
 }
 
 

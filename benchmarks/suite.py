@@ -83,6 +83,18 @@ _TOKEN_BY_TOKEN = _sizes(
     gpu=[_ON_GPU[0]],
 )
 
+# Where the head is a fifth of the model, as in Llama 3's 1B, or a fifteenth, as in 8B,
+# and a quarter, half, or nine tenths of the tokens are prompt.
+_BY_LABELS = _sizes(
+    quick=[Setting(vocabulary=32000, prompt=128)],
+    full=[Setting(vocabulary=32000, prompt=prompt) for prompt in (64, 128, 230)],
+    gpu=[
+        llama.but(batch=8, length=1024, prompt=prompt)
+        for llama in (_LLAMA_1B, _LLAMA_8B)
+        for prompt in (256, 922)
+    ],
+)
+
 SUITE: dict[str, Benchmark] = {
     "step-by-size": Benchmark(
         "training_step",
@@ -150,9 +162,23 @@ SUITE: dict[str, Benchmark] = {
         ),
         repetitions=_repetitions(quick=3, full=9),
     ),
+    "step-by-labels": Benchmark(
+        "training_step",
+        ("floor", "ours", "labelled", "lora"),
+        _BY_LABELS,
+        repetitions=_repetitions(full=9, gpu=5),
+    ),
+    "memory-by-labels": Benchmark(
+        "peak_memory",
+        ("floor", "ours", "labelled", "lora"),
+        _BY_LABELS,
+        unit="B",
+        fresh=True,
+        repetitions={"toy": 1, "quick": 1, "full": 3, "gpu": 1},
+    ),
     "packed-against-padded": Benchmark(
         "ragged",
-        ("pyreft", "ours"),
+        ("pyreft", "ours", "labelled"),
         _sizes(
             toy=_TOY.but(samples=4),
             quick=[Setting(samples=16, batch=8, length=512)],

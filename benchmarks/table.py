@@ -15,6 +15,7 @@ _SHOWN = {
     "last": "l",
     "batch": "batch",
     "length": "length",
+    "prompt": "prompt",
     "samples": "samples",
     "dtype": "dtype",
 }

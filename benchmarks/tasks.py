@@ -64,8 +64,8 @@ def training_step(name: str, base: nn.Module, setting: Setting) -> Callable[[], 
 
 
 def ragged(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
-    """Seconds an epoch of ragged samples takes, ``ours`` packed and others padded."""
-    batches = packed(setting) if name == "ours" else padded(setting)
+    """Seconds an epoch of ragged samples takes, pyreft's padded and others packed."""
+    batches = padded(setting) if name == "pyreft" else packed(setting)
     return _training(name, base, setting, batches)
 
 

@@ -66,7 +66,7 @@ SECTIONS = [
         "Models and adapters in plain Python",
         "The model is of a kind that is not supported, or is asked for something that "
         "edits of hidden states cannot do.",
-        "model layer adapter_rows chat_template",
+        "model layer adapter_rows chat_template labelled_logits",
     ),
     (
         "In a forward",

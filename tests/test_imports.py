@@ -34,6 +34,7 @@ ORDER = [
     "adapter_rows",
     "prompts",
     "prompt_counts",
+    "labelled_logits",
     "interventions",
     "lora",
     "adapter_directory",

@@ -29,12 +29,20 @@ def read_data(file: Path) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def train(config: Path, steps: int = 12, **changes: object):
-    """Train for so many steps; returns the model and the losses of the steps."""
-    defaults = {"max_steps": steps, "num_epochs": 1, "test_datasets": None}
+def train(config: Path, steps: int = 12, evaluates: bool = False, **changes: object):
+    """Train for so many steps; returns the model and the losses of the steps, those of
+    evaluations among them."""
+    defaults: dict[str, object] = {"max_steps": steps, "num_epochs": 1}
+    defaults |= {} if evaluates else {"test_datasets": None}
     cfg = load_cfg(str(config), **defaults | changes)
     LoreftPlugin().load_datasets(cfg)
-    data = TrainDatasetMeta(read_data(config.parent / "train.jsonl"), None, steps)
+    tests = read_data(config.parent / "test.jsonl") if evaluates else None
+    data = TrainDatasetMeta(read_data(config.parent / "train.jsonl"), tests, steps)
     model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=data)
-    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    losses = [
+        entry[name]
+        for entry in trainer.state.log_history
+        for name in ("loss", "eval_loss")
+        if name in entry
+    ]
     return model, losses

@@ -90,12 +90,17 @@ def train_with_transformers(base, tokenizer, config, settings):
         model,
         TrainingArguments(**settings),
         train_dataset=list(tokenized(tokenizer)),
-        # Counts prompts on the host, so that it need not wait for a GPU at each step.
-        data_collator=axolotl_reft.PromptCounter.of(
-            model, DataCollatorForSeq2Seq(tokenizer)
-        ),
+        data_collator=collator(model, tokenizer),
     )
     return trainer
+
+
+def collator(model, tokenizer):
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    # Counts prompts on the host, so that it need not wait for a GPU at each step.
+    collate = axolotl_reft.PromptCounter.of(model, collate)
+    # Has the model compute no logits but those that the loss is computed from.
+    return axolotl_reft.LabelledLogits.of(model, collate)
 
 
 def train_with_trl(base, tokenizer, config, settings):

@@ -9,12 +9,14 @@ from typing import Any
 
 from axolotl_reft.chat_template import turn_markers
 from axolotl_reft.config import LoreftConfig
+from axolotl_reft.labelled_logits import LabelledLogits
 from axolotl_reft.model import LoreftModel
 from axolotl_reft.prompt_counts import PromptCounter
 from axolotl_reft.registration import register_loreft
 from axolotl_reft.wording import did_you_mean
 
 __all__ = [
+    "LabelledLogits",
     "LoreftConfig",
     "LoreftModel",
     "LoreftPlugin",

@@ -134,3 +134,101 @@ def test_the_loader_of_a_training_tells_how_many_prompts_there_are(
     with torch.no_grad():
         logits = model(**got).logits
         assert torch.equal(logits[:2], model(**batch).logits)
+
+
+KEPT = ["logits_to_keep", "shift_labels"]
+
+
+class OwnLoss(Trainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+
+@pytest.fixture
+def loaded(tmp_path, model, tokens):
+    """Which keys a batch of the trainer's training and one of its evaluation has."""
+    place, ids = torch.arange(24), tokens(8, 24)
+    labels = ids.where(place > 19, -100)
+    rows = [{"input_ids": i, "labels": n} for i, n in zip(ids, labels, strict=True)]
+
+    def keys(asked=None, trainer=Trainer, smoothing=0.0, data=rows, **settings):
+        arguments = TrainingArguments(
+            tmp_path,
+            use_cpu=True,
+            report_to=[],
+            max_steps=1,
+            label_smoothing_factor=smoothing,
+        )
+        data = {"train_dataset": data, "eval_dataset": data}
+        made = trainer(model, arguments, **data | settings)
+        collate = made.data_collator
+        LoreftPlugin().add_callbacks_post_trainer(
+            DictDefault({"adapter": "loreft", "loreft_labelled_logits": asked}), made
+        )
+        found = made.get_train_dataloader(), made.get_eval_dataloader()
+        found += (made.get_eval_dataloader(made.eval_dataset),)
+        assert made.data_collator is collate
+        trained, *evaluated = ([*next(iter(loader))] for loader in found)
+        assert evaluated[0] == evaluated[1]
+        return trained, evaluated[0]
+
+    keys.rows = rows
+    return keys
+
+
+@pytest.mark.parametrize("asked", [None, True])
+def test_training_and_evaluation_compute_the_logits_of_labelled_tokens(
+    loaded, caplog, asked
+):
+    trained, evaluated = loaded(asked)
+    assert trained == ["input_ids", "labels", *KEPT, PROMPTS]
+    assert evaluated == ["input_ids", "labels", *KEPT]
+    assert "has no effect" not in caplog.text
+
+
+def test_metrics_of_ones_own_see_every_token(loaded):
+    trained, evaluated = loaded(compute_metrics=lambda prediction: {})
+    assert set(KEPT) < set(trained)
+    assert evaluated == ["input_ids", "labels"]
+
+
+def test_streamed_data_is_left_as_it_is(loaded):
+    stream = Stream(loaded.rows)
+    assert loaded(data=stream) == (["input_ids", "labels"],) * 2
+    trained, evaluated = loaded(eval_dataset=stream)
+    assert set(KEPT) < set(trained) and evaluated == ["input_ids", "labels"]
+    trained, evaluated = loaded(train_dataset=stream)
+    assert trained == ["input_ids", "labels"] and set(KEPT) < set(evaluated)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"trainer": OwnLoss}, "OwnLoss computes the loss itself"),
+        ({"compute_loss_func": eaft_loss}, "Trainer computes the loss itself"),
+        ({"smoothing": 0.1}, "label_smoothing_factor has the trainer compute the loss"),
+        ({"forward": True}, "LlamaForCausalLM's forward is not transformers' own"),
+    ],
+)
+def test_a_loss_of_all_logits_has_them_and_a_wish_for_fewer_is_answered(
+    loaded, model, caplog, monkeypatch, settings, reason
+):
+    if settings.pop("forward", None):
+
+        def forward(self, input_ids, labels):
+            raise AssertionError
+
+        monkeypatch.setattr(type(model.get_base_model()), "forward", forward)
+    for asked in (None, True):
+        trained, evaluated = loaded(asked, **settings)
+        assert trained == ["input_ids", "labels", PROMPTS]
+        assert evaluated == ["input_ids", "labels"]
+        expected = f"loreft_labelled_logits: true has no effect: {reason}"
+        assert (expected in caplog.text) is bool(asked)
+
+
+def test_it_can_be_turned_off(loaded, caplog):
+    trained, evaluated = loaded(False)
+    assert trained == ["input_ids", "labels", PROMPTS]
+    assert evaluated == ["input_ids", "labels"]
+    assert "has no effect" not in caplog.text

@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM
 from transformers.loss import loss_utils
 from workspace import build_workspace
 
+from axolotl_reft import LoreftModel
+
+KEEP = "logits_to_keep"
 LORA = {"layers": "all", "rank": 4, "lora": {"r": 4, "target_modules": ["q_proj"]}}
 
 
@@ -109,3 +112,48 @@ def test_samples_in_the_order_of_a_curriculum(config, tmp_path):
     assert losses[-1] < 0.7 * losses[0]
     # Both begin with the bare base; only the first batch can tell them apart.
     assert losses[0] != run("shuffled")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_logits_of_labelled_tokens_alone_change_no_loss(
+    config, tmp_path, monkeypatch, packed
+):
+    """Of trainings and their evaluations."""
+    kept = []
+    forward = LoreftModel.forward
+
+    def recorded(self, *args, **batch):
+        width = batch["input_ids"].shape[1]
+        count = len(batch[KEEP]) if KEEP in batch else width
+        output = forward(self, *args, **batch)
+        assert output.logits.shape[1] == count
+        kept.append((self.training, count < width))
+        return output
+
+    monkeypatch.setattr(LoreftModel, "forward", recorded)
+    # Packed in this process, and by no pool of others.
+    packing = {"sample_packing": True, "sample_packing_sequentially": True}
+    settings = {**packing, "micro_batch_size": 2} if packed else {}
+    runs = []
+    for labelled in (False, True):
+        kept.clear()
+        model, losses = train(
+            config,
+            3,
+            evaluates=True,
+            eval_steps=3,
+            dataloader_num_workers=0,
+            loreft_labelled_logits=labelled,
+            sequence_len=64,
+            output_dir=str(tmp_path / str(labelled)),
+            **settings,
+        )
+        runs.append((losses, adapter_numbers(model)))
+        # Some batches have too few tokens without labels.
+        for training in (True, False):
+            assert ((training, True) in kept) is labelled
+    (expected, numbers), (losses, got) = runs
+    assert len(losses) >= 4
+    assert losses == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(got, numbers, atol=1e-4, rtol=1e-3)

@@ -63,6 +63,12 @@ class LoreftArgs(BaseModel):
         "and show before the first step which tokens are edited. Default: true.",
     )
 
+    loreft_labelled_logits: bool | None = Field(
+        default=None,
+        description="Compute the logits of tokens with labels alone, where the loss "
+        "is the same: less time and memory. Default: true.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def check_keys(cls, data: Any) -> Any:

@@ -1,19 +1,28 @@
-"""What a trainer's batches say of prompts, where the model would not get to know it.
+"""What a trainer's batches say of prompts and labels, where the model would not get to
+know it.
 
 Label smoothing, EAFT and KD compute the loss themselves, and take the labels, which
-tell prompt from answer, out of the batch first. And how many prompts there are is
-counted before a batch goes to an accelerator.
+tell prompt from answer, out of the batch first. How many prompts there are is counted
+before a batch goes to an accelerator, and so is which tokens' logits the loss needs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from axolotl.utils.logging import get_logger
 from torch import Tensor
 from torch.utils.data import IterableDataset
+from transformers import Trainer
 
+from axolotl_reft.labelled_logits import LabelledLogits, why_all_logits
 from axolotl_reft.prompt_counts import PromptCounter
+
+LOG = get_logger(__name__)
+
+_COLLATORS = ("data_collator", "eval_data_collator")
 
 
 def show_labels(trainer: Any) -> None:
@@ -36,25 +45,66 @@ def show_labels(trainer: Any) -> None:
     trainer.compute_loss = with_labels
 
 
-def count_prompts(trainer: Any) -> None:
-    """Let the batches of the training say how many prompts they have.
+def complete_batches(trainer: Any, labelled_logits: bool | None) -> None:
+    """Let the batches of the training say how many prompts they have, and those of its
+    evaluations too which tokens' logits their loss is computed from.
 
-    In the loader alone: axolotl's callbacks set attributes of the trainer's collator.
+    In the loaders alone: axolotl's callbacks set attributes of the trainer's collators.
     Not of streamed data, which one process may read for all, laying tensors together.
+
+    Args:
+        labelled_logits: of labelled tokens alone, where the loss allows it (None and
+            true, which warns where it does not); or of all.
     """
-    get_train_dataloader = trainer.get_train_dataloader
+    reason = "it is off" if labelled_logits is False else _why_all_logits(trainer)
+    if labelled_logits and reason:
+        LOG.warning("loreft_labelled_logits: true has no effect: %s", reason)
 
-    @wraps(get_train_dataloader)
-    def counting() -> Any:
-        collate = trainer.data_collator
-        if not isinstance(trainer.train_dataset, IterableDataset):
-            trainer.data_collator = PromptCounter.of(trainer.model, collate)
+    def completed(collate: Any) -> Any:
+        return collate if reason else LabelledLogits(collate)
+
+    def counted(collate: Any) -> Any:
+        return PromptCounter.of(trainer.model, completed(collate))
+
+    _collate(trainer, "train", counted)
+    # Of the logits, metrics of one's own see those of every token.
+    if trainer.compute_metrics is None:
+        _collate(trainer, "eval", completed)
+
+
+def _why_all_logits(trainer: Any) -> str | None:
+    from axolotl.core.trainers import AxolotlTrainer
+
+    left_to_model = (AxolotlTrainer.compute_loss, Trainer.compute_loss)
+    method = getattr(trainer.compute_loss, "__func__", None)
+    if method not in left_to_model or trainer.compute_loss_func:
+        return f"{type(trainer).__name__} computes the loss itself"
+    if trainer.label_smoother:
+        return "label_smoothing_factor has the trainer compute the loss"
+    return why_all_logits(trainer.model.get_base_model())
+
+
+def _collate(trainer: Any, which: str, complete: Callable[[Any], Any]) -> None:
+    """Have the method that makes the trainer's loader of ``train`` or ``eval`` meet
+    other collators."""
+    make = getattr(trainer, f"get_{which}_dataloader")
+
+    @wraps(make)
+    def making(*args: Any, **kwargs: Any) -> Any:
+        data = [*args, *kwargs.values()] or [getattr(trainer, f"{which}_dataset")]
+        if isinstance(data[0], IterableDataset):
+            return make(*args, **kwargs)
+        found = {name: getattr(trainer, name, None) for name in _COLLATORS}
+        collators = {name: one for name, one in found.items() if one is not None}
+        for name, collate in collators.items():
+            setattr(trainer, name, complete(collate))
         try:
-            return get_train_dataloader()
+            return make(*args, **kwargs)
         finally:
-            trainer.data_collator = collate
+            for name, collate in collators.items():
+                setattr(trainer, name, collate)
 
-    trainer.get_train_dataloader = counting
+    setattr(trainer, f"get_{which}_dataloader", making)
 
 
 def _answers_of(labels: Tensor) -> Any:

@@ -24,7 +24,7 @@ from axolotl_reft.plugin import observation, quantised
 from axolotl_reft.plugin.args import check_as_written
 from axolotl_reft.plugin.chat import markers_of_data
 from axolotl_reft.plugin.checks import check_against_base
-from axolotl_reft.plugin.labels import count_prompts, show_labels
+from axolotl_reft.plugin.labels import complete_batches, show_labels
 from axolotl_reft.plugin.running import (
     answers,
     check_command,
@@ -167,8 +167,8 @@ class LoreftPlugin(BasePlugin):
             if not evaluates and cfg.rl in _ADAPTED_BY_TRL:
                 _print_trainable_parameters(trainer.model)
         elif cfg.adapter == "loreft" and not cfg.reward_model:
+            complete_batches(trainer, cfg.loreft_labelled_logits)
             show_labels(trainer)
-            count_prompts(trainer)
         return observation.callbacks(cfg, trainer)
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
