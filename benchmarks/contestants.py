@@ -24,11 +24,13 @@ class Contestant:
     Attributes:
         loss: of a batch.
         trained: parameters an optimizer steps; none for the floor.
+        collate: what its data collator makes of a batch, before the step.
     """
 
     loss: Callable[[Batch], Tensor]
     trained: list[nn.Parameter]
     model: nn.Module
+    collate: Callable[[Batch], Batch] = lambda batch: batch
 
 
 def floor(base: nn.Module, setting: Setting) -> Contestant:
@@ -75,20 +77,13 @@ def labelled(base: nn.Module, setting: Setting) -> Contestant:
     """Ours with the logits of labelled tokens alone, as the plugin trains it."""
     from axolotl_reft.labelled_logits import labelled_logits
 
-    contestant = ours(base, setting)
-    # By a batch's id, beside it, so that no other gets that id.
-    known: dict[int, tuple[Batch, Batch]] = {}
+    def collate(batch: Batch) -> Batch:
+        on_host = {name: tensor.cpu() for name, tensor in batch.inputs.items()}
+        added = labelled_logits(on_host)
+        moved = {name: tensor.to(setting.device) for name, tensor in added.items()}
+        return replace(batch, inputs=batch.inputs | moved)
 
-    def loss(batch: Batch) -> Tensor:
-        if id(batch) not in known:
-            # A collator's work, done while the device is at the step before.
-            on_host = {name: tensor.cpu() for name, tensor in batch.inputs.items()}
-            added = labelled_logits(on_host)
-            moved = {name: tensor.to(setting.device) for name, tensor in added.items()}
-            known[id(batch)] = batch, replace(batch, inputs=batch.inputs | moved)
-        return contestant.loss(known[id(batch)][1])
-
-    return replace(contestant, loss=loss)
+    return replace(ours(base, setting), collate=collate)
 
 
 def operations(base: nn.Module, setting: Setting) -> Contestant:

@@ -190,6 +190,26 @@ SUITE: dict[str, Benchmark] = {
         ),
         repetitions=_repetitions(quick=3, full=5, gpu=3),
     ),
+    # The same with a head that is a fifth of the model, as in Llama 3's 1B.
+    "packed-with-a-head": Benchmark(
+        "ragged",
+        ("pyreft", "ours", "labelled"),
+        _sizes(
+            toy=_TOY.but(samples=4),
+            full=[
+                Setting(
+                    hidden_size=2048,
+                    layers=4,
+                    samples=48,
+                    batch=16,
+                    length=512,
+                    vocabulary=32000,
+                )
+            ],
+            gpu=[_LLAMA_1B.but(samples=128, batch=16, length=4096)],
+        ),
+        repetitions=_repetitions(quick=3, full=5, gpu=3),
+    ),
     "kernels": Benchmark(
         "training_step",
         ("floor", "ours", "operations"),

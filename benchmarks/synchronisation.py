@@ -17,6 +17,7 @@ from benchmarks.contestants import CONTESTANTS, Contestant
 from benchmarks.harness import Result, Series, hardware, now, versions
 from benchmarks.suite import SUITE
 
+_CONTESTANTS = ("floor", "ours", "labelled")
 _WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "DtoH")
 
 
@@ -43,9 +44,9 @@ def _batch(setting: Setting) -> Batch:
 
 def _on_gpu(setting: Setting) -> Series:
     base, values = build_base(setting), {}
-    for name in ("floor", "ours"):
+    for name in _CONTESTANTS:
         contestant = CONTESTANTS[name](share(base), setting)
-        step = _step(contestant, _batch(setting))
+        step = _step(contestant, contestant.collate(_batch(setting)))
         step()
         torch.cuda.synchronize()
         with torch.profiler.profile() as profile:
@@ -66,9 +67,9 @@ def _without(setting: Setting) -> Series:
     """Rows apart by position ids alone: transformers asks for numbers to mask them."""
     one = Series(setting.asdict() | {"device": "meta"})
     base = build_base(setting)
-    for name in ("floor", "ours"):
+    for name in _CONTESTANTS:
         contestant = CONTESTANTS[name](share(base), setting)
-        batch = _batch(setting)
+        batch = contestant.collate(_batch(setting))
         _step(contestant, batch)()
         batch.inputs = {k: v.to("meta") for k, v in batch.inputs.items()}
         _to_meta(contestant.model)

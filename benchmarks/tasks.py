@@ -49,6 +49,7 @@ def _training(
 ) -> Callable[[], float]:
     contestant = CONTESTANTS[name](share(base), setting)
     optimizer, now = _optimizer(contestant), clock(setting)
+    batches = [contestant.collate(batch) for batch in batches]
 
     def turn() -> float:
         start = now()
@@ -183,7 +184,7 @@ def peak_memory(name: str, base: nn.Module, setting: Setting) -> Callable[[], fl
     # Once at a tiny size, so that what libraries take is not counted.
     tiny = setting.but(hidden_size=64, layers=2, vocabulary=64)
     contestant = CONTESTANTS[name](build_base(tiny), tiny)
-    _train(contestant, _optimizer(contestant), [rectangle(tiny)])
+    _train(contestant, _optimizer(contestant), [contestant.collate(rectangle(tiny))])
     del contestant
     gc.collect()
     # Begins the high-water mark anew: building the base may have been higher.
@@ -193,7 +194,8 @@ def peak_memory(name: str, base: nn.Module, setting: Setting) -> Callable[[], fl
         Path("/proc/self/clear_refs").write_text("5")
     before = torch.cuda.memory_allocated() if cuda else _resident("VmRSS")
     contestant = CONTESTANTS[name](share(base), setting)
-    _train(contestant, _optimizer(contestant), [rectangle(setting)] * 3)
+    batch = contestant.collate(rectangle(setting))
+    _train(contestant, _optimizer(contestant), [batch] * 3)
     peak = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")
     return lambda: float(peak - before)
 
@@ -209,8 +211,8 @@ def _resident(which: str) -> int:
 def launches(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
     """What a training step launches on a GPU, once everything is compiled; elsewhere
     the operations it asks for, views left out."""
-    contestant, batch = CONTESTANTS[name](share(base), setting), rectangle(setting)
-    optimizer = _optimizer(contestant)
+    contestant = CONTESTANTS[name](share(base), setting)
+    batch, optimizer = contestant.collate(rectangle(setting)), _optimizer(contestant)
     _train(contestant, optimizer, [batch])
 
     def turn() -> float:

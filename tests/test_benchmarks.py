@@ -112,6 +112,20 @@ def test_contestants_start_from_the_same_loss_but_for_their_edits():
     assert losses["ours"] != losses["floor"] != losses["pyreft"]
 
 
+def test_fewer_logits_have_the_loss_of_all():
+    base = build_base(TOY)
+    losses, seen = [], []
+    for name in ("ours", "labelled"):
+        torch.manual_seed(0)
+        contestant = CONTESTANTS[name](share(base), TOY)
+        contestant.model.get_output_embeddings().register_forward_pre_hook(
+            lambda module, args: seen.append(args[0].shape[1])
+        )
+        losses.append(contestant.loss(contestant.collate(rectangle(TOY))))
+    torch.testing.assert_close(*losses)
+    assert seen == [40, 24]
+
+
 def test_the_floor_goes_back_to_the_first_edited_layer_and_no_further():
     setting = replace(TOY, edited="last")
     reached = []

@@ -151,13 +151,9 @@ def loaded(tmp_path, model, tokens):
     labels = ids.where(place > 19, -100)
     rows = [{"input_ids": i, "labels": n} for i, n in zip(ids, labels, strict=True)]
 
-    def keys(asked=None, trainer=Trainer, smoothing=0.0, data=rows, **settings):
+    def keys(asked=None, trainer=Trainer, data=rows, arguments=None, **settings):
         arguments = TrainingArguments(
-            tmp_path,
-            use_cpu=True,
-            report_to=[],
-            max_steps=1,
-            label_smoothing_factor=smoothing,
+            tmp_path, use_cpu=True, report_to=[], max_steps=1, **arguments or {}
         )
         data = {"train_dataset": data, "eval_dataset": data}
         made = trainer(model, arguments, **data | settings)
@@ -176,11 +172,16 @@ def loaded(tmp_path, model, tokens):
     return keys
 
 
+def compiled(mode):
+    return {"torch_compile": True, "torch_compile_mode": mode}
+
+
 @pytest.mark.parametrize("asked", [None, True])
+@pytest.mark.parametrize("arguments", [{}, compiled("default")])
 def test_training_and_evaluation_compute_the_logits_of_labelled_tokens(
-    loaded, caplog, asked
+    loaded, caplog, asked, arguments
 ):
-    trained, evaluated = loaded(asked)
+    trained, evaluated = loaded(asked, arguments=arguments)
     assert trained == ["input_ids", "labels", *KEPT, PROMPTS]
     assert evaluated == ["input_ids", "labels", *KEPT]
     assert "has no effect" not in caplog.text
@@ -206,7 +207,18 @@ def test_streamed_data_is_left_as_it_is(loaded):
     [
         ({"trainer": OwnLoss}, "OwnLoss computes the loss itself"),
         ({"compute_loss_func": eaft_loss}, "Trainer computes the loss itself"),
-        ({"smoothing": 0.1}, "label_smoothing_factor has the trainer compute the loss"),
+        (
+            {"arguments": {"label_smoothing_factor": 0.1}},
+            "label_smoothing_factor has the trainer compute the loss",
+        ),
+        (
+            {"arguments": compiled("reduce-overhead")},
+            "torch_compile_mode: reduce-overhead makes CUDA graphs, each of one size",
+        ),
+        (
+            {"arguments": compiled("max-autotune")},
+            "torch_compile_mode: max-autotune makes CUDA graphs",
+        ),
         ({"forward": True}, "LlamaForCausalLM's forward is not transformers' own"),
     ],
 )

@@ -22,6 +22,7 @@ from axolotl_reft.prompt_counts import PromptCounter
 
 LOG = get_logger(__name__)
 
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 _COLLATORS = ("data_collator", "eval_data_collator")
 
 
@@ -81,6 +82,9 @@ def _why_all_logits(trainer: Any) -> str | None:
         return f"{type(trainer).__name__} computes the loss itself"
     if trainer.label_smoother:
         return "label_smoothing_factor has the trainer compute the loss"
+    mode = trainer.args.torch_compile_mode
+    if trainer.args.torch_compile and mode in _CUDA_GRAPHS:
+        return f"torch_compile_mode: {mode} makes CUDA graphs, each of one size"
     return why_all_logits(trainer.model.get_base_model())
 
 
