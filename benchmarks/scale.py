@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.base import Setting, llama_config, packed, padded
+from axolotl_reft.labelled_logits import labelled_logits
+from benchmarks.base import Setting, llama_config, packed, padded, rectangle
 from benchmarks.harness import RESULTS, Series, read, summary
 from benchmarks.table import row
 
@@ -90,6 +91,11 @@ def backward_flops(shape: Shape, step: Step, layers: int) -> int:
     """Through the head and so many layers, activations alone."""
     attention = 8 * step.tokens * step.length * shape.d
     return 2 * step.tokens * (layers * shape.layer + shape.head) + layers * attention
+
+
+def head_flops(shape: Shape, tokens: int) -> int:
+    """Forward and backward of the logits of so many tokens, the head being frozen."""
+    return 4 * tokens * shape.head
 
 
 def edit_flops(d: int, rank: int, positions: int) -> int:
@@ -174,14 +180,19 @@ def _size_table(step: Step) -> str:
 
 
 def _step_table(step: Step) -> str:
-    header = ["Llama 3", "floor, FLOPs", "LoReFT adds", "LoRA adds"]
-    header += ["full finetuning adds", "LoReFT copies"]
+    header = ["Llama 3", "floor, FLOPs", "of it for logits", "LoReFT adds"]
+    header += ["LoRA adds", "full finetuning adds", "LoReFT copies"]
     rows = []
     for name, shape in LLAMAS.items():
         floor = floor_flops(shape, step, shape.layers)
         weights = 2 * step.tokens * (shape.layers * shape.layer + shape.head)
-        added = (loreft_flops(shape, step), lora_flops(shape, step), weights)
-        shares = [_share(value / floor) for value in added]
+        parts = (
+            head_flops(shape, step.tokens),
+            loreft_flops(shape, step),
+            lora_flops(shape, step),
+            weights,
+        )
+        shares = [_share(value / floor) for value in parts]
         rows.append([name, _short(floor), *shares, _bytes(edit_bytes(shape, step))])
     return _table(header, rows)
 
@@ -265,6 +276,18 @@ def _check_step(series: Series) -> list[tuple[str, str, str]]:
     ]
 
 
+def _check_labels(series: Series) -> list[tuple[str, str, str]]:
+    setting = Setting.read(series.setting)
+    shape, step = _of(setting)
+    # Counted here, wherever it was measured.
+    inputs = rectangle(setting.but(device="cpu")).inputs
+    kept = setting.batch * len(labelled_logits(inputs)["logits_to_keep"])
+    added = loreft_flops(shape, step) - head_flops(shape, step.tokens - kept)
+    paper = 1 + added / floor_flops(shape, step, shape.layers)
+    what = f"step, labelled to floor, {setting.prompt} of {setting.length} prompt"
+    return [(what, f"{paper:.3f}", _ratio(series, "labelled", "floor"))]
+
+
 def _check_backward(series: Series) -> list[tuple[str, str, str]]:
     setting = Setting.read(series.setting)
     shape, step = _of(setting)
@@ -296,6 +319,7 @@ def _check_packing(series: Series) -> list[tuple[str, str, str]]:
 _CHECKS = {
     "adapter-bytes": _check_bytes,
     "step-by-size": _check_step,
+    "step-by-labels": _check_labels,
     "backward-by-layers": _check_backward,
     "packed-against-padded": _check_packing,
 }

@@ -174,7 +174,7 @@ SUITE: dict[str, Benchmark] = {
         _BY_LABELS,
         unit="B",
         fresh=True,
-        repetitions={"toy": 1, "quick": 1, "full": 3, "gpu": 1},
+        repetitions={"toy": 1, "quick": 1, "full": 1, "gpu": 1},
     ),
     "packed-against-padded": Benchmark(
         "ragged",

@@ -76,7 +76,8 @@ def training_flops(name, setting):
     base = build_base(setting)
     base.set_attn_implementation("eager")
     contestant = CONTESTANTS[name](base, setting)
-    return counted(lambda: contestant.loss(rectangle(setting)).backward())
+    batch = contestant.collate(rectangle(setting))
+    return counted(lambda: contestant.loss(batch).backward())
 
 
 @pytest.mark.parametrize(("edited", "layers"), [("all", 4), ("upper", 2), ("last", 1)])
@@ -92,6 +93,14 @@ def test_an_adapter_adds_what_it_adds_on_paper(name):
     added = {"ours": scale.loreft_flops, "lora": scale.lora_flops}[name]
     got = training_flops(name, SETTING) - training_flops("floor", SETTING)
     assert got == added(*scale._of(SETTING))
+
+
+def test_logits_of_labelled_tokens_save_what_they_save_on_paper():
+    saved = training_flops("ours", SETTING) - training_flops("labelled", SETTING)
+    shape, step = scale._of(SETTING)
+    # Of 24 tokens a row 12 have labels, and 16 are kept, a multiple of eight.
+    assert saved == scale.head_flops(shape, step.samples * 8)
+    assert scale.head_flops(shape, step.tokens) == 3 * saved
 
 
 def test_the_page_shows_these_tables():
