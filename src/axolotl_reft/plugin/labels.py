@@ -83,7 +83,7 @@ def _why_all_logits(trainer: Any) -> str | None:
     if trainer.label_smoother:
         return "label_smoothing_factor has the trainer compute the loss"
     mode = trainer.args.torch_compile_mode
-    if trainer.args.torch_compile and mode in _CUDA_GRAPHS:
+    if mode in _CUDA_GRAPHS:
         return f"torch_compile_mode: {mode} makes CUDA graphs, each of one size"
     return why_all_logits(trainer.model.get_base_model())
 
