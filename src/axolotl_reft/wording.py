@@ -31,10 +31,10 @@ def shown(value: object) -> str:
     return _SHORTENED.repr(value)
 
 
-def did_you_mean(value: object, choices: tuple[str, ...]) -> str:
+def did_you_mean(value: object, choices: tuple[str, ...], likeness: float = 0.6) -> str:
     """`` Did you mean 'rank'?``, or nothing where nothing is near."""
     if not isinstance(value, str) or len(value) > _LONGEST_NAME:
         return ""
     as_written = {choice.lower(): choice for choice in choices}
-    near = get_close_matches(value.lower(), as_written, n=1)
+    near = get_close_matches(value.lower(), as_written, n=1, cutoff=likeness)
     return f" Did you mean {as_written[near[0]]!r}?" if near else ""

@@ -118,7 +118,11 @@ BESIDE_IT = [
     ({"adapter": "LoReFT"}, "adapter: 'LoReFT' is written adapter: loreft"),
     ({"adapter": ...}, "loreft: the block is set, but adapter is None; set adapter: l"),
     ({"adapter": "lora", "lora_r": 8}, "the block is set, but adapter is 'lora'"),
-    ({"loreft_rank": 8}, "loreft_rank: is not a key at the top of the config"),
+    ({"loreft_rank": 8}, "loreft_rank: is not a key at the top of the config. The ad"),
+    ({"loreft_layers": "all"}, "loreft_layers: is not a key at the top of the config. "
+     "The adapter's settings go into a block"),
+    ({"loreft_labeled_logits": True}, "loreft_labeled_logits: is not a key at the top "
+     "of the config. Did you mean 'loreft_labelled_logits'"),
     ({"reft": {"rank": 8}}, "reft: is not a key at the top of the config"),
     ({"positions": "f1"}, "positions: is not a key at the top of the config. The ada"),
     ({"share_weights": True}, "share_weights: is not a key at the top of the config. "

@@ -14,7 +14,7 @@ from axolotl_reft.foreign_names import hint
 from axolotl_reft.plugin.checks import check_component, check_settings
 from axolotl_reft.plugin.parallel import check_parallel
 from axolotl_reft.plugin.quantised import check_quantisation, with_quantization
-from axolotl_reft.wording import shown
+from axolotl_reft.wording import did_you_mean, shown
 
 _FIELDS = {field.name: field for field in fields(LoreftConfig)}
 
@@ -141,9 +141,12 @@ def _check_keys_at_the_top(settings: dict[str, Any]) -> None:
                 "\nA sweep lists whole blocks:\nloreft:\n"
                 "  - {positions: f7+l7, rank: 4}\n  - {positions: f7+l7, rank: 8}"
             )
+            # Names that all begin alike.
+            known = tuple(LoreftArgs.model_fields)
+            advice = hint(key, ()) or did_you_mean(key, known, likeness=0.8)
             raise ValueError(
-                f"{key}: is not a key at the top of the config.{hint(key, ())} The "
-                "adapter's settings go into a block, for example\nloreft:\n"
+                f"{key}: is not a key at the top of the config.{advice} The adapter's "
+                "settings go into a block, for example\nloreft:\n"
                 "  positions: f7+l7\n  rank: 8" + (sweep if "." in str(key) else "")
             )
 
