@@ -34,8 +34,9 @@ class Contestant:
 
 
 def floor(base: nn.Module, setting: Setting) -> Contestant:
-    """The least that a frozen base costs: its forward, and the backward through its
-    activations down to the first edited layer, whose output is made a leaf."""
+    """The least that a frozen base costs with the logits of every token: its forward,
+    and the backward through its activations down to the first edited layer, whose
+    output is made a leaf."""
     layer: Any = base.get_submodule(f"model.layers.{setting.edited_layers[0]}")
 
     def leaf(module: nn.Module, args: Any, output: Any) -> Any:

@@ -196,16 +196,7 @@ SUITE: dict[str, Benchmark] = {
         ("pyreft", "ours", "labelled"),
         _sizes(
             toy=_TOY.but(samples=4),
-            full=[
-                Setting(
-                    hidden_size=2048,
-                    layers=4,
-                    samples=48,
-                    batch=16,
-                    length=512,
-                    vocabulary=32000,
-                )
-            ],
+            full=[_LARGE.but(samples=48, batch=16, length=512, vocabulary=32000)],
             gpu=[_LLAMA_1B.but(samples=128, batch=16, length=4096)],
         ),
         repetitions=_repetitions(quick=3, full=5, gpu=3),
