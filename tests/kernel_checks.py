@@ -233,10 +233,13 @@ def train_a_step(**options):
 @pytest.fixture
 def together(monkeypatch):
     """Of how many layers edits were made ready at once, in the order of that."""
-    counts, edits = [], fused.Edits
-    monkeypatch.setattr(
-        fused, "Edits", lambda *given: counts.append(len(given[3])) or edits(*given)
-    )
+    counts, at = [], launches.Edits.at
+
+    def note(edits, *given):
+        counts.append(len(edits._interventions))
+        return at(edits, *given)
+
+    monkeypatch.setattr(launches.Edits, "at", note)
     return counts
 
 
@@ -351,6 +354,25 @@ def test_rotations_are_one_computation(several, computed, monkeypatch):
     assert computed == [LAYERS + several]
 
 
+def test_a_training_step_begins_with_the_rotations(computed):
+    """A device is at work on the step before then. Elsewhere they wait to be asked
+    for."""
+    model, batch = build_training()
+    before = []
+    first = model.base_model.model.model.layers[0].base_layer
+    first.register_forward_pre_hook(lambda *_: before.append(list(computed)))
+    model(**batch)
+    with torch.no_grad():
+        model(**batch)
+    with model.disable_adapter():
+        model(**batch)
+    assert before == [[LAYERS]] * 3
+    assert computed == [LAYERS]
+    cache = model(input_ids=batch["input_ids"]).past_key_values
+    model(input_ids=batch["input_ids"][:, :1], past_key_values=cache)
+    assert before[3:] == [[LAYERS] * 2] * 2
+
+
 def test_numbers_of_some_layers_alone(without):
     def run(model, batch):
         found = list(trained(model).values())
@@ -428,7 +450,7 @@ def test_hidden_states_of_another_kind_than_expected():
     interventions = build_interventions("loreft", 1)
     indices = [torch.tensor([1], device=DEVICE)]
     hidden = random(1, 4, 70)
-    ready = launches.Edits(fused._kernels(), hidden, indices, [interventions])
+    ready = launches.Edits(fused._kernels(), [interventions]).at(hidden, indices)
     other = hidden.to(torch.bfloat16)
     expected = editing.edit(other, indices, interventions)
     assert torch.equal(ready.edit(0, other), expected)

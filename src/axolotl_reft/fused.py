@@ -16,13 +16,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from axolotl_reft.launches import Edits
-from axolotl_reft.shared_rotations import shared_rotations
 
 MOST_RANK = 32
 # Above so many numbers of edited rows, each layer's gradients are a launch of its own:
@@ -64,18 +63,19 @@ def run_on(device: torch.device) -> bool:
 
 def can_edit(h_BTD: Tensor, interventions: Sequence[Any]) -> bool:
     """Whether :func:`edit` takes these."""
-    return run_on(h_BTD.device) and _are_plain(h_BTD.device, interventions)
+    return run_on(h_BTD.device) and _place(interventions) == h_BTD.device
 
 
-def _are_plain(device: torch.device, interventions: Sequence[Any]) -> bool:
+def _place(interventions: Sequence[Any]) -> torch.device | None:
+    """Where the interventions' numbers are that kernels can read; None where they must
+    not."""
+    places = set()
     for one in interventions:
         if one.rank > MOST_RANK or not (one.affine and one.unwatched):
-            return False
-        # Elsewhere, a kernel would read what is not there.
+            return None
         bias = one._parameters.get("bias")
-        if bias is None or bias.device != device:
-            return False
-    return True
+        places.add(None if bias is None else bias.device)
+    return places.pop() if len(places) == 1 else None
 
 
 def edit(
@@ -83,44 +83,67 @@ def edit(
 ) -> Tensor:
     """What editing.py's ``edit`` returns, for one or two of interventions.py's, alike
     and of one rank, that :func:`can_edit` took."""
-    return Edits(_kernels(), h_BTD, indices, [interventions]).edit(0, h_BTD)
+    return Edits(_kernels(), [interventions]).at(h_BTD, indices).edit(0, h_BTD)
+
+
+class Alike(NamedTuple):
+    """Layers that one adapter edits alike, on one device."""
+
+    device: torch.device
+    adapter: str
+    layers: Sequence[Any]
+    edits: Edits
+
+
+def prepare(
+    edited: Mapping[Any, tuple[str, Sequence[Any]]], matrices: Mapping[Any, Tensor]
+) -> list[Alike]:
+    """What of the edits of a forward can be made ready before there are hidden states,
+    for layers that are alike together.
+
+    Args:
+        edited: by layer of layer.py's, what its ``only_edit`` said.
+        matrices: those of shared_rotations.py; of other interventions, their own.
+
+    Returns:
+        Without the layers whose numbers kernels must not read.
+    """
+    alike: dict[Any, list[Any]] = defaultdict(list)
+    for layer, (name, interventions) in edited.items():
+        device = _place(interventions)
+        if device is not None:
+            one = interventions[0]
+            own = (layer, interventions)
+            alike[device, name, one.hidden_size, one.rank].append(own)
+    groups = []
+    for (device, name, *_), some in alike.items():
+        layers, interventions = zip(*some, strict=True)
+        edits = Edits(_kernels(), interventions, matrices)
+        groups.append(Alike(device, name, layers, edits))
+    return groups
 
 
 def plan(
-    h_BTD: Tensor, layers: Iterable[Any], matrices: Mapping[Any, Tensor] | None = None
+    h_BTD: Tensor, groups: Iterable[Alike]
 ) -> dict[Any, Callable[[Tensor], Tensor] | None]:
-    """Edits of layers that are alike, made ready together.
+    """By layer, what edits its hidden states, once.
 
-    In tight loops: a device that has one layer to compute waits for it.
+    In tight loops, as :func:`prepare` is: a device that has one layer to compute waits
+    for it.
 
     Args:
         h_BTD: the hidden states of one of them, on a device that :func:`run_on` takes.
-        layers: layer.py's.
-        matrices: those of shared_rotations.py, where they are computed already.
-
-    Returns:
-        By layer, what edits its hidden states, once; without the layers of which
-        something else happens, or that :func:`can_edit` does not take.
+        groups: of :func:`prepare`; those on this device are planned, each once.
     """
-    alike: dict[tuple[str, int, int], list[Any]] = defaultdict(list)
-    for layer in layers:
-        name, interventions = layer.only_edit() or ("", [])
-        if interventions and _are_plain(h_BTD.device, interventions):
-            one = interventions[0]
-            alike[name, one.hidden_size, one.rank].append((layer, interventions))
-    groups = []
-    for (name, *_), some in alike.items():
-        own_layers, interventions = zip(*some, strict=True)
-        indices = own_layers[0].indices(name)
-        if indices is not None and _few(h_BTD, indices, own_layers):
-            groups.append((own_layers, indices, interventions))
-    if matrices is None and torch.is_grad_enabled():  # else each keeps its own
-        everyone = [one for *_, some in groups for own in some for one in own]
-        matrices = shared_rotations(everyone)
     planned: dict[Any, Callable[[Tensor], Tensor] | None] = {}
-    for own_layers, indices, interventions in groups:
-        edits = Edits(_kernels(), h_BTD, indices, interventions, matrices)
-        for number, layer in enumerate(own_layers):
+    for device, name, layers, edits in groups:
+        if device != h_BTD.device:
+            continue
+        indices = layers[0].indices(name)
+        if indices is None or not _few(h_BTD, indices, layers):
+            continue
+        edits.at(h_BTD, indices)
+        for number, layer in enumerate(layers):
             planned[layer] = partial(edits.edit, number)
     return planned
 

@@ -32,26 +32,22 @@ _SMALLEST_DOT = 16
 class Edits:
     """The edits of one or several layers' hidden states in one forward.
 
+    Of numbers at first, which are known before there are hidden states, and of these
+    from :meth:`at` on.
+
     Args:
         kernels: the module kernels.py.
-        h_BTD: hidden states that those to be edited are like.
-        indices: for each of one or two sides, as editing.py's ``edit`` has them; the
-            layers'.
-        interventions: for each layer, one of interventions.py's for each side; all
-            alike, and of one rank.
+        interventions: for each layer, one of interventions.py's for each of one or two
+            sides; all alike, and of one rank.
         matrices: P (R, D) by intervention, of those whose is computed already.
     """
 
     def __init__(
         self,
         kernels: Any,
-        h_BTD: Tensor,
-        indices: Sequence[Tensor],
         interventions: Sequence[Sequence[Any]],
         matrices: Mapping[Any, Tensor] | None = None,
     ) -> None:
-        self._like = _kind(h_BTD)
-        self._index = [one.to(h_BTD.device).contiguous() for one in indices]
         self._interventions = interventions
         everyone = [one for layer in interventions for one in layer]
         known = matrices or {}
@@ -64,16 +60,25 @@ class Edits:
             numbers.insert(0, _as_read([one.weight for one in everyone]))
         flat = [number for kind in numbers for number in kind]
         keeps = torch.is_grad_enabled() and any(one.requires_grad for one in flat)
-        self._room = _Room(
-            kernels, h_BTD, self._index, everyone[0], len(interventions), keeps
-        )
+        self._room = _Room(kernels, everyone[0], len(interventions), keeps)
         self._token = _Numbers.apply(self._room, *flat)
         # Where there is no W, the kernels do not read what stands in its place.
-        sides, kinds = len(indices), (numbers[0], biases, projections)
+        sides, kinds = len(interventions[0]), (numbers[0], biases, projections)
         self._numbers = [
             [_two(kind[start : start + sides]) for kind in kinds]
             for start in range(0, len(everyone), sides)
         ]
+
+    def at(self, h_BTD: Tensor, indices: Sequence[Tensor]) -> Edits:
+        """These, of hidden states like some; once.
+
+        Args:
+            indices: for each side, as editing.py's ``edit`` has them; the layers'.
+        """
+        self._like = _kind(h_BTD)
+        self._index = [one.to(h_BTD.device).contiguous() for one in indices]
+        self._room.open(h_BTD, self._index)
+        return self
 
     def edit(self, layer: int, h_BTD: Tensor) -> Tensor:
         """A layer's hidden states, edited; once a layer.
@@ -107,39 +112,36 @@ class _Room:
     """
 
     def __init__(
-        self,
-        kernels: Any,
-        h_BTD: Tensor,
-        index: Sequence[Tensor],
-        intervention: Any,
-        layers: int,
-        keeps: bool,
+        self, kernels: Any, intervention: Any, layers: int, keeps: bool
     ) -> None:
-        width, rank = intervention.hidden_size, intervention.rank
-        self.kernels, self.index, self.keeps = kernels, _two(index), keeps
-        self.rows = [one.shape[0] for one in index]
-        self.counts = (self.rows[0], sum(self.rows[1:]), h_BTD.numel() // width)
+        self.kernels, self.keeps, self._layers = kernels, keeps, layers
         self.sizes = {
-            "D": width,
-            "R": rank,
+            "D": intervention.hidden_size,
+            "R": intervention.rank,
             "HAS_WEIGHT": intervention.has_weight,
             "SUBTRACT": intervention.subtracts,
         }
+        self._backward = -1
+        self._grads: tuple[Tensor, Tensor] | None = None
+        self._grads_by_layer: list[tuple[Tensor, Tensor]] = []
+
+    def open(self, h_BTD: Tensor, index: Sequence[Tensor]) -> None:
+        """Make the place, now that it is known what is edited."""
+        width, rank, layers = self.sizes["D"], self.sizes["R"], self._layers
+        self.index, self.rows = _two(index), [one.shape[0] for one in index]
+        self.counts = (self.rows[0], sum(self.rows[1:]), h_BTD.numel() // width)
         self.blocks, self.how = by_rows(self.rows, width, rank)
         rows = sum(self.rows)
         # Zeros where a forward or a backward may leave some of the layers out.
         blank = torch.zeros if layers > 1 else torch.empty
         self._blank = partial(blank, device=h_BTD.device)
         # Where nothing is kept, one layer's is the next one's too.
-        each = layers if keeps else 1
-        size = (each, rows if keeps else 0, width)
+        each = layers if self.keeps else 1
+        size = (each, rows if self.keeps else 0, width)
         self._sources_LNR = self._blank((each, rows, rank), dtype=torch.float32)
         self._taken_LND = self._blank(size, dtype=h_BTD.dtype)
         self.sources = self._sources_LNR.unbind(0) * (layers // each)
         self.taken = self._taken_LND.unbind(0) * (layers // each)
-        self._backward = -1
-        self._grads: tuple[Tensor, Tensor] | None = None
-        self._grads_by_layer: list[tuple[Tensor, Tensor]] = []
 
     def grads(self, layer: int) -> tuple[Tensor, Tensor]:
         """Where to leave gradients of a layer's rows (N, D), and of Mh + b (N, R)."""

@@ -51,6 +51,7 @@ class _Batch:
         planned: by layer, what edits its hidden states, where it was made ready; None
             once it has.
         planned_on: the devices on whose layers that was tried.
+        prepared: what was made ready of it beforehand.
     """
 
     shape: tuple[int, int]
@@ -68,6 +69,16 @@ class _Batch:
     rotations: dict[Any, Tensor] | None = None
     planned: dict[Any, Callable[[Tensor], Tensor] | None] = field(default_factory=dict)
     planned_on: set[torch.device] = field(default_factory=set)
+    prepared: list[fused.Alike] | None = None
+    _only_edits: dict[Any, tuple[str, list[Any]]] | None = None
+
+    def only_edits(self, layers: Sequence[Any]) -> dict[Any, tuple[str, list[Any]]]:
+        """By layer what its ``only_edit`` says, of the layers to which no more happens;
+        asked once."""
+        if self._only_edits is None:
+            said = ((layer, layer.only_edit()) for layer in layers)
+            self._only_edits = {layer: only for layer, only in said if only}
+        return self._only_edits
 
     def runs(self, turns: Turns) -> PromptRuns | PromptSpans | None:
         """The prompts, as they were found."""
@@ -280,19 +291,27 @@ class PromptTracker:
 
     def rotations(self) -> dict[Any, Tensor]:
         """By intervention, the matrices (R, D) of all layers' outer edits in a forward
-        with gradients, without those that are planned; none in others, where
-        interventions keep their own, nor in compiled ones, which may have a graph for
-        each layer."""
+        with gradients; none in others, where interventions keep their own, nor in
+        compiled ones, which may have a graph for each layer."""
         batch = self._now.batch
         gradients = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if batch is None or not gradients:
             return {}
         if batch.rotations is None:
-            planned = batch.planned
-            others = [layer for layer in self.layers if layer not in planned]
-            some = [one for layer in others for one in layer.outer_interventions()]
-            batch.rotations = shared_rotations(some)
+            only = batch.only_edits(self.layers)
+            by_layer = (
+                only[layer][1] if layer in only else layer.outer_interventions()
+                for layer in self.layers
+            )
+            batch.rotations = shared_rotations(one for own in by_layer for one in own)
         return batch.rotations
+
+    def _prepare(self, batch: _Batch) -> list[fused.Alike]:
+        """What the kernels need and no hidden states tell."""
+        if batch.prepared is None:
+            only = batch.only_edits(self.layers)
+            batch.prepared = fused.prepare(only, self.rotations())
+        return batch.prepared
 
     def plan(self, layer: Any, h_BTD: Tensor) -> Callable[[Tensor], Tensor] | None:
         """What :meth:`planned` returns, made ready with the other layers' on the device
@@ -302,10 +321,10 @@ class PromptTracker:
         batch, device = self._now.batch, h_BTD.device
         if batch is None or not self._turns or device in batch.planned_on:
             return None
-        if not fused.run_on(device) or layer.only_edit() is None:
+        if not fused.run_on(device) or layer not in batch.only_edits(self.layers):
             return None
         batch.planned_on.add(device)
-        batch.planned |= fused.plan(h_BTD, self.layers, batch.rotations)
+        batch.planned |= fused.plan(h_BTD, self._prepare(batch))
         return self.planned(layer)
 
     def planned(self, layer: Any) -> Callable[[Tensor], Tensor] | None:
@@ -383,6 +402,10 @@ class PromptTracker:
                 batch.shape[0],
                 expands=self._now.generation is not None,
             )
+        # At the start, where a device is still at work on the step before, as a rule;
+        # with its first layer to compute it would soon wait for this.
+        if not batch.past and fused.run_on(_tokens(inputs).device):
+            self._prepare(batch)
 
     def _after_backbone(
         self, module: nn.Module, args: Any, kwargs: Any, output: Any
@@ -484,8 +507,7 @@ class PromptTracker:
     def _read(
         self, inputs: dict[str, Any], labels: Tensor | None, training: bool
     ) -> _Batch:
-        ids_BT = inputs.get("input_ids")
-        tokens = inputs["inputs_embeds"] if ids_BT is None else ids_BT
+        ids_BT, tokens = inputs.get("input_ids"), _tokens(inputs)
         shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
         if not self._labels_mark_answers or (
             labels is not None and tuple(labels.shape) != shape
@@ -588,6 +610,12 @@ class PromptTracker:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _tokens(inputs: dict[str, Any]) -> Tensor:
+    """A forward's tokens (B, T), or their embeddings (B, T, D)."""
+    ids_BT: Tensor | None = inputs.get("input_ids")
+    return inputs["inputs_embeds"] if ids_BT is None else ids_BT
 
 
 def _nothing(turns: Turns) -> None:
