@@ -160,7 +160,15 @@ SUITE: dict[str, Benchmark] = {
                 _LLAMA_1B.but(batch=4, length=256),
             ],
         ),
-        repetitions=_repetitions(quick=3, full=9),
+        repetitions=_repetitions(quick=3, full=9, gpu=15),
+    ),
+    "steps-in-a-row": Benchmark(
+        "steps_in_a_row",
+        ("floor", "ours", "labelled"),
+        _sizes(
+            gpu=[_FEW_TOKENS, _LLAMA_1B.but(batch=8, length=1024, prompt=256)],
+        ),
+        repetitions=_repetitions(gpu=7),
     ),
     "step-by-labels": Benchmark(
         "training_step",

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from axolotl_reft import LoreftConfig, shared_rotations
+from axolotl_reft import LoreftConfig, fused, shared_rotations
 
 VOCABULARY = 64
 HIDDEN = 32
@@ -91,11 +91,21 @@ def one_thread() -> Iterator[None]:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rotations each computation made, in the order of the computations."""
     counts: list[int] = []
-    rotations = shared_rotations.rotations
+    shared, by_kernels = shared_rotations.rotations, fused.rotate
+
+    def note(vectors: list[torch.Tensor], bases: list[torch.Tensor]) -> object:
+        before = len(counts)
+        made = shared(vectors, bases)
+        counts[before:] = [len(vectors)]  # once, where it is by kernels
+        return made
+
+    monkeypatch.setattr(shared_rotations, "rotations", note)
     monkeypatch.setattr(
-        shared_rotations,
-        "rotations",
-        lambda vectors, bases: counts.append(len(vectors)) or rotations(vectors, bases),
+        fused,
+        "rotate",
+        lambda vectors, bases: (
+            counts.append(len(vectors)) or by_kernels(vectors, bases)
+        ),
     )
     return counts
 

@@ -17,6 +17,8 @@ from axolotl_reft import (
     fused,
     interventions,
     launches,
+    rotation,
+    rotation_launches,
 )
 from axolotl_reft.config import INTERVENTIONS
 from axolotl_reft.edit_size import edit_sizes
@@ -215,6 +217,89 @@ def test_where_the_kernels_are_not_used(monkeypatch):
     fused._kernels.cache_clear()
 
 
+def vectors_and_bases(count, size, rank, scale=0.3):
+    torch.manual_seed(0)
+    vectors = [random(size, rank) * scale for _ in range(count)]
+    bases = [rotation.random_base(size, rank).to(DEVICE) for _ in range(count)]
+    return [one.requires_grad_() for one in vectors], bases
+
+
+def rotated(function, vectors, bases):
+    """What comes out, laid out as rows, and the gradients of the vectors."""
+    matrices = torch.stack([*function(vectors, bases)])
+    weights = torch.linspace(-1, 1, matrices.numel(), device=DEVICE).view_as(matrices)
+    return [matrices, *torch.autograd.grad(matrices, vectors, weights)]
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "rank"),
+    [(3, 70, 3), (1, 20, 8), (2, 300, 8), (1, 64, 32), (2, 40, 20), (1, 16, 16)]
+    + [(1, 130, 1), (2, 2, 2), (1, 32, 32)],
+)
+@pytest.mark.parametrize("scale", [0, 0.3, 5])
+def test_rotations_and_their_gradients(count, size, rank, scale, monkeypatch):
+    vectors, bases = vectors_and_bases(count, size, rank, scale)
+    expected = rotated(rotation.rotations, vectors, bases)
+    monkeypatch.setattr(fused, "MOST_RANK_ROTATED", 32)
+    monkeypatch.setattr(rotation, "rotate", refuse)
+    got = rotated(fused.rotations, vectors, bases)
+    # Both are sums of float64.
+    assert_close(got, expected, atol=1e-7, rtol=1e-6)
+    assert all(gradient.is_contiguous() for gradient in got[1:])
+
+
+def refuse(*_):
+    raise AssertionError("in another way")
+
+
+def test_rotations_with_numbers_that_are_not_used():
+    vectors, bases = vectors_and_bases(2, 30, 4)
+    expected = rotated(fused.rotations, vectors, bases)
+    with torch.no_grad():
+        for one in vectors:
+            one += torch.full_like(one, torch.nan).triu()
+    assert_close(rotated(fused.rotations, vectors, bases), expected, atol=0, rtol=0)
+
+
+def test_rotations_that_kernels_do_not_take(monkeypatch, without):
+    vectors, bases = vectors_and_bases(2, 40, 4)
+    expected = fused.rotations(vectors, bases)
+    made = rotation_launches.rotate
+    monkeypatch.setattr(rotation_launches, "rotate", refuse)
+    with torch.no_grad():
+        turned = vectors[0].T.contiguous().T
+    assert_close(fused.rotations([turned, vectors[1]], bases), expected)
+    doubles = [[one.detach().double() for one in some] for some in (vectors, bases)]
+    assert_close(fused.rotations(*doubles)[0], expected[0].double())
+    fused.rotations(*vectors_and_bases(1, 40, fused.MOST_RANK_ROTATED + 1))
+    on_meta = [one.to("meta") for one in bases]
+    assert not rotation_launches.can_be_addressed([*vectors, *on_meta])
+    monkeypatch.setattr(rotation_launches, "rotate", made)
+    assert_close(fused.rotations(vectors, bases), expected, atol=0, rtol=0)
+    without()
+    monkeypatch.setattr(rotation_launches, "rotate", refuse)
+    assert_close(fused.rotations(vectors, bases), expected)
+
+
+def test_vectors_that_changed_before_backward_are_refused():
+    vectors, bases = vectors_and_bases(2, 30, 4)
+    total = sum(one.sum() for one in fused.rotations(vectors, bases))
+    with torch.no_grad():
+        vectors[1].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_vectors_that_lie_elsewhere_than_before():
+    vectors, bases = vectors_and_bases(2, 30, 4)
+    first = fused.rotations(vectors, bases)
+    for one in vectors:
+        one.data = one.data * 2
+    got = fused.rotations(vectors, bases)
+    assert not torch.allclose(got[0], first[0])
+    assert_close(got, rotation.rotations(vectors, bases), atol=1e-7, rtol=1e-6)
+
+
 def train_a_step(**options):
     model = build_adapter(build_model().to(DEVICE), **options).train()
     torch.manual_seed(0)
@@ -342,16 +427,14 @@ def test_each_backward_is_one_of_its_own(without):
 
 @pytest.mark.parametrize("several", [False, True])
 def test_rotations_are_one_computation(several, computed, monkeypatch):
-    def refuse(*_):
-        raise AssertionError("an intervention makes a rotation of its own")
-
     model, batch = build_training(tied_weights=True)
     if several:
         model.add_adapter("other", LoreftConfig(positions="l1", layers="0"))
         model.base_model.set_adapter(["default", "other"])
     monkeypatch.setattr(interventions, "rotation", refuse)
     model(**batch).loss.backward()
-    assert computed == [LAYERS + several]
+    # The first layer has two edits, which are not made ready with the others'.
+    assert computed == ([LAYERS - 1, 2] if several else [LAYERS])
 
 
 def test_a_training_step_begins_with_the_rotations(computed):

@@ -12,7 +12,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from axolotl_reft import fused, kernels, launches
+from axolotl_reft import (
+    fused,
+    kernels,
+    launches,
+    rotation_kernels,
+    rotation_launches,
+)
 
 HERE = Path(__file__).parent
 INTERPRETED = {"TRITON_INTERPRET": "1"}
@@ -91,15 +97,34 @@ def test_the_kernels_compile_and_keep_to_the_registers(rank, rows, dtype, tmp_pa
         kernels.edit_weights_backward: launches.by_columns,
     }.items():
         _, sizes = how([rows, rows], 4096, rank)
-        warps = sizes.pop("num_warps")
-        constants = {"D": 4096, "R": rank, **options, **sizes}
-        constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
-        source = ASTSource(
-            kernel,
-            signature(kernel, constants, dtype),
-            {(kernel.arg_names.index(n),): v for n, v in constants.items()},
-        )
-        target = GPUTarget("cuda", 80, 32)
-        compiled = triton.compile(source, target, {"num_warps": warps})
+        sizes |= {"D": 4096, "R": rank, **options}
+        compiled = compile_(kernel, sizes, lambda k, c: signature(k, c, dtype))
         assert compiled.metadata.shared <= 48 * 1024
         assert spilled(compiled.asm["ptx"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16, 32])
+def test_the_rotation_s_kernels_do_too(rank, tmp_path):
+    for kernel in (rotation_kernels.rotate, rotation_kernels.rotate_backward):
+        sizes = rotation_launches.sizes(4096, rank)
+        compiled = compile_(kernel, sizes, addressed_signature)
+        # As much as any GPU since Turing has.
+        assert compiled.metadata.shared <= 64 * 1024
+        assert spilled(compiled.asm["ptx"], tmp_path) == 0
+
+
+def addressed_signature(kernel, constants):
+    kinds = {"addresses": "*i64", "grad": "*fp32", "out": "*fp32"}
+    others = dict.fromkeys(constants, "constexpr")
+    return {name: (kinds | others).get(name, "*fp64") for name in kernel.arg_names}
+
+
+def compile_(kernel, sizes, signature):
+    constants = {n: v for n, v in sizes.items() if n in kernel.arg_names}
+    source = ASTSource(
+        kernel,
+        signature(kernel, constants),
+        {(kernel.arg_names.index(n),): v for n, v in constants.items()},
+    )
+    target = GPUTarget("cuda", 80, 32)
+    return triton.compile(source, target, {"num_warps": sizes["num_warps"]})

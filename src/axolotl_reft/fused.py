@@ -1,7 +1,8 @@
-"""Where edits are made by the kernels of kernels.py, and not by operations.
+"""Where edits and rotations are made by kernels, and not by operations.
 
-Where they can run they take the place of editing.py's and interventions.py's
-operations, which stay the reference and run everywhere else: without a GPU, compiled
+Where they can run, those of kernels.py take the place of editing.py's and
+interventions.py's operations and those of rotation_kernels.py of rotation.py's, which
+stay the reference and run everywhere else: without a GPU, compiled
 (where torch makes its own kernels), at high ranks, with dropout or a nonlinear source,
 and where a hook watches an intervention. ``AXOLOTL_REFT_KERNELS=0`` turns them off.
 
@@ -20,10 +21,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from axolotl_reft.launches import Edits
+from axolotl_reft import rotation, rotation_launches
+from axolotl_reft.launches import Backward, Edits, Kept
 
 MOST_RANK = 32
+# Above, their products are slower in one program each than torch's: at 32, d=4096, by
+# half a millisecond on an H200, where launches take as long.
+MOST_RANK_ROTATED = 8
 # Above so many numbers of edited rows, each layer's gradients are a launch of its own:
 # what all layers keep would take more memory than launches take time.
 _MOST_TOGETHER = 2**27
@@ -86,6 +92,45 @@ def edit(
     return Edits(_kernels(), [interventions]).at(h_BTD, indices).edit(0, h_BTD)
 
 
+def rotate(
+    vectors: Sequence[Tensor], bases: Sequence[Tensor]
+) -> tuple[Tensor, Kept, Backward]:
+    """What rotation.py's function of this name returns, by the kernels where they can,
+    and the ``rotate_backward`` for it."""
+    device, rank = vectors[0].device, vectors[0].shape[1]
+    by_kernels = (
+        rank <= MOST_RANK_ROTATED
+        and run_on(device)
+        and rotation_launches.can_be_addressed([*vectors, *bases])
+    )
+    how = rotation_launches if by_kernels else rotation
+    return *how.rotate(vectors, bases), how.rotate_backward
+
+
+class _Rotations(torch.autograd.Function):
+    """:func:`rotate` for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, bases: Sequence[Tensor], *vectors: Tensor) -> Tensor:
+        r_KRD, kept, ctx.rotate_backward = rotate(vectors, bases)
+        ctx.save_for_backward(*kept)
+        return r_KRD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_KRD: Tensor) -> tuple[Tensor | None, ...]:
+        grad_KDR = ctx.rotate_backward(ctx.saved_tensors, grad_KRD)
+        return None, *grad_KDR.unbind(0)
+
+
+def rotations(vectors: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What rotation.py's function of this name returns, by the kernels where they
+    can."""
+    if not run_on(vectors[0].device):
+        return rotation.rotations(vectors, bases)
+    return _Rotations.apply(bases, *vectors).unbind(0)
+
+
 class Alike(NamedTuple):
     """Layers that one adapter edits alike, on one device."""
 
@@ -96,14 +141,13 @@ class Alike(NamedTuple):
 
 
 def prepare(
-    edited: Mapping[Any, tuple[str, Sequence[Any]]], matrices: Mapping[Any, Tensor]
+    edited: Mapping[Any, tuple[str, Sequence[Any]]],
 ) -> list[Alike]:
     """What of the edits of a forward can be made ready before there are hidden states,
     for layers that are alike together.
 
     Args:
         edited: by layer of layer.py's, what its ``only_edit`` said.
-        matrices: those of shared_rotations.py; of other interventions, their own.
 
     Returns:
         Without the layers whose numbers kernels must not read.
@@ -118,7 +162,7 @@ def prepare(
     groups = []
     for (device, name, *_), some in alike.items():
         layers, interventions = zip(*some, strict=True)
-        edits = Edits(_kernels(), interventions, matrices)
+        edits = Edits(_kernels(), interventions, rotate)
         groups.append(Alike(device, name, layers, edits))
     return groups
 

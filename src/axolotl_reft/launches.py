@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, N edited rows of all sides, L layers, D hidden size, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -29,6 +29,12 @@ _FEW_ROWS = 256
 _SMALLEST_DOT = 16
 
 
+# What rotation.py's functions keep and make of it.
+Kept = Sequence[Tensor]
+Backward = Callable[[Kept, Tensor], Tensor]
+Rotate = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Kept, Backward]]
+
+
 class Edits:
     """The edits of one or several layers' hidden states in one forward.
 
@@ -39,31 +45,45 @@ class Edits:
         kernels: the module kernels.py.
         interventions: for each layer, one of interventions.py's for each of one or two
             sides; all alike, and of one rank.
-        matrices: P (R, D) by intervention, of those whose is computed already.
+        rotate: what makes the rotations of all of them in a forward with gradients, as
+            rotation.py's ``rotate``, with the function that takes what that kept and
+            gradients of the matrices; without it each gives its own.
     """
 
     def __init__(
         self,
         kernels: Any,
         interventions: Sequence[Sequence[Any]],
-        matrices: Mapping[Any, Tensor] | None = None,
+        rotate: Rotate | None = None,
     ) -> None:
         self._interventions = interventions
         everyone = [one for layer in interventions for one in layer]
-        known = matrices or {}
-        biases = _as_read([one.bias for one in everyone])
-        projections = _as_read(
-            [known[one] if one in known else one.matrix_RD() for one in everyone]
-        )
-        numbers = [biases, projections]
-        if everyone[0].has_weight:
-            numbers.insert(0, _as_read([one.weight for one in everyone]))
+        first = everyone[0]
+        # Past nn.Module's getattr: there may be hundreds, in every step.
+        parameters = [one._parameters for one in everyone]
+        biases = _as_read([own["bias"] for own in parameters])
+        numbers = [biases]
+        if first.has_weight:
+            numbers.insert(0, _as_read([own["weight"] for own in parameters]))
+        matrices: Sequence[Tensor]
+        through: tuple[Kept, Backward] | None = None
+        if rotate and torch.is_grad_enabled() and "rotation" in parameters[0]:
+            vectors = _as_read([own["rotation"] for own in parameters])
+            bases = [one._buffers["rotation_base"] for one in everyone]
+            with torch.no_grad():
+                matrices_KRD, kept, backward = rotate(vectors, bases)
+            through = kept, backward
+            matrices = matrices_KRD.unbind(0)
+            numbers.append(vectors)
+        else:
+            matrices = _as_read([one.matrix_RD() for one in everyone])
+            numbers.append(matrices)
         flat = [number for kind in numbers for number in kind]
         keeps = torch.is_grad_enabled() and any(one.requires_grad for one in flat)
-        self._room = _Room(kernels, everyone[0], len(interventions), keeps)
-        self._token = _Numbers.apply(self._room, *flat)
+        self._room = _Room(kernels, first, len(interventions), keeps)
+        self._token = _Numbers.apply(self._room, through, *flat)
         # Where there is no W, the kernels do not read what stands in its place.
-        sides, kinds = len(interventions[0]), (numbers[0], biases, projections)
+        sides, kinds = len(interventions[0]), (numbers[0], biases, matrices)
         self._numbers = [
             [_two(kind[start : start + sides]) for kind in kinds]
             for start in range(0, len(everyone), sides)
@@ -158,8 +178,8 @@ class _Room:
         return self._grads_by_layer[layer]
 
     def number_gradients(self) -> list[Tensor]:
-        """Of each layer's and side's W, where there are any, then of b, then of P, from
-        what this backward left."""
+        """Of all layers' and sides' W (L·sides, R, D), where there are any, then of b
+        (L·sides, R), then of P, from what this backward left."""
         grads, self._grads = self._grads, None
         assert grads is not None, "a layer comes first"
         layers, sides = len(self._taken_LND), len(self.rows)
@@ -174,23 +194,32 @@ class _Room:
                 grads[0], self._taken_LND, self._sources_LNR, grads[1],
                 grad_W, grad_b, grad_P, *self.counts[:2], **self.sizes, **how,
             )  # fmt: skip
-        kinds = (grad_W, grad_b, grad_P) if has_weight else (grad_b, grad_P)
-        return [gradient for kind in kinds for gradient in kind.unbind(0)]
+        return [grad_W, grad_b, grad_P] if has_weight else [grad_b, grad_P]
 
 
 class _Numbers(torch.autograd.Function):
-    """A token for the layers, of all their numbers: W where there are any, b and P."""
+    """A token for the layers, of all their numbers: W where there are any, b, and P or
+    the vectors that it was rotated by."""
 
     @staticmethod
-    def forward(ctx: Any, room: _Room, *numbers: Tensor) -> Tensor:
-        ctx.room = room
+    def forward(
+        ctx: Any, room: _Room, through: tuple[Kept, Backward] | None, *numbers: Tensor
+    ) -> Tensor:
+        ctx.room, ctx.rotate_backward = room, None
+        if through:
+            kept, ctx.rotate_backward = through
+            ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
         return numbers[0].new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *ctx.room.number_gradients()
+        *others, last = ctx.room.number_gradients()
+        if ctx.rotate_backward:
+            last = ctx.rotate_backward(ctx.saved_tensors, last)
+        own = [gradient for kind in (*others, last) for gradient in kind.unbind(0)]
+        return None, None, *own
 
 
 class _Edit(torch.autograd.Function):
@@ -246,8 +275,8 @@ def by_rows(
 ) -> tuple[tuple[int, ...], dict[str, int]]:
     """How many programs of a kernel take how many rows, and columns at once."""
     several = 1 if sum(rows) <= _FEW_ROWS else 4
-    padded = _power_of_two(rank)
-    block = min(_PRODUCTS // (padded * several), _power_of_two(width))
+    padded = power_of_two(rank)
+    block = min(_PRODUCTS // (padded * several), power_of_two(width))
     blocks = sum(-(-count // several) for count in rows)
     return (blocks,), {"RP": padded, "ROWS": several, "BLOCK": block, "num_warps": 8}
 
@@ -256,8 +285,8 @@ def by_columns(
     rows: Sequence[int], width: int, rank: int, layers: int = 1
 ) -> tuple[tuple[int, ...], dict[str, int]]:
     """The same, of the kernel whose programs take all rows of some columns."""
-    padded = max(_power_of_two(rank), _SMALLEST_DOT)
-    several = min(max(_power_of_two(max(rows)), _SMALLEST_DOT), 512 // padded)
+    padded = max(power_of_two(rank), _SMALLEST_DOT)
+    several = min(max(power_of_two(max(rows)), _SMALLEST_DOT), 512 // padded)
     blocks = (-(-width // 64), len(rows), layers)
     return blocks, {"RP": padded, "ROWS": several, "BLOCK": 64, "num_warps": 4}
 
@@ -288,5 +317,6 @@ def _two(sides: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return sides[0], sides[-1]
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
+    """The next one."""
     return 1 << max(number - 1, 0).bit_length()

@@ -291,26 +291,27 @@ class PromptTracker:
 
     def rotations(self) -> dict[Any, Tensor]:
         """By intervention, the matrices (R, D) of all layers' outer edits in a forward
-        with gradients; none in others, where interventions keep their own, nor in
-        compiled ones, which may have a graph for each layer."""
+        with gradients, without those that are planned or will be; none in others, where
+        interventions keep their own, nor in compiled ones, which may have a graph for
+        each layer."""
         batch = self._now.batch
         gradients = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if batch is None or not gradients:
             return {}
         if batch.rotations is None:
-            only = batch.only_edits(self.layers)
-            by_layer = (
-                only[layer][1] if layer in only else layer.outer_interventions()
-                for layer in self.layers
-            )
-            batch.rotations = shared_rotations(one for own in by_layer for one in own)
+            planned = set(batch.planned)
+            for group in batch.prepared or ():
+                if group.device not in batch.planned_on:
+                    planned.update(group.layers)
+            others = [layer for layer in self.layers if layer not in planned]
+            some = [one for layer in others for one in layer.outer_interventions()]
+            batch.rotations = shared_rotations(some)
         return batch.rotations
 
     def _prepare(self, batch: _Batch) -> list[fused.Alike]:
         """What the kernels need and no hidden states tell."""
         if batch.prepared is None:
-            only = batch.only_edits(self.layers)
-            batch.prepared = fused.prepare(only, self.rotations())
+            batch.prepared = fused.prepare(batch.only_edits(self.layers))
         return batch.prepared
 
     def plan(self, layer: Any, h_BTD: Tensor) -> Callable[[Tensor], Tensor] | None:

@@ -74,53 +74,66 @@ def _leading_columns(
 class _Rotations(torch.autograd.Function):
     """R = B·Q(X) for several X, and its derivative, in two dozen operations; autograd's
     own record of the same steps takes nearly three times as many, and keeps every
-    product.
-
-    The reflections of B and of X are one sequence of N = 2R: the signs S in B = H·S
-    are moved to its left, S·(SHS)·Q, and SHS reflects along B's vectors times S.
-
-    R comes out as rows (R, D): their products with hidden states are up to five times
-    faster on a CPU than those of columns (hᵀs of 56×4096 and 56×8, float32: 50 µs as
-    sᵀh, 240 as it stands). The gradient is laid out as the vectors are: autograd would
-    copy any other.
-    """
+    product."""
 
     @staticmethod
     def forward(ctx: Any, bases: Sequence[Tensor], *vectors: Tensor) -> Tensor:
-        count, rank = len(vectors), vectors[0].shape[1]
-        both_DR = torch.stack([*bases, *vectors])
-        signs_K1R = _diagonal(both_DR[:count]).unsqueeze(1)
-        y_K2RD = _reflectors(both_DR.unflatten(0, (2, count)).permute(1, 0, 3, 2))
-        y_K2RD[:, 0, :, :rank].mul_(signs_K1R)
-        y_KND = y_K2RD.flatten(1, 2)
-        t_inverse_KNN = _t_inverse(y_KND)
-        r_KRD, c_KNR = _leading_columns(y_KND, t_inverse_KNN, rank)
-        r_KRD[..., :rank].mul_(signs_K1R)
-        ctx.save_for_backward(y_KND, t_inverse_KNN, c_KNR)
-        return r_KRD.to(both_DR.dtype)
+        r_KRD, kept = rotate(vectors, bases)
+        ctx.save_for_backward(*kept)
+        return r_KRD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_KRD: Tensor) -> tuple[Tensor | None, ...]:
-        y_KND, t_inverse_KNN, c_KNR = ctx.saved_tensors
-        rank = grad_KRD.shape[1]
-        # S is still on the diagonal of B's vectors.
-        signs_K1R = _diagonal(y_KND[:, :rank]).unsqueeze(1)
-        grad_q_KRD = _wide(grad_KRD)
-        grad_q_KRD[..., :rank].mul_(signs_K1R)
-        # Through Q = CᵀY less the identity's rows, where T⁻¹ C = Y[:, :R].
-        right_KNR = y_KND @ grad_q_KRD.mT
-        grad_top_KNR = _solve(t_inverse_KNN.mT, right_KNR, upper=False)
-        # Through T⁻¹, half of the triangle of YYᵀ; of Y, X has the lower half.
-        gram_KNN = _half_triangle(grad_top_KNR @ c_KNR.mT)
-        through_gram_KRN = (gram_KNN + gram_KNN.mT)[:, rank:]
-        grad_y_KRD = torch.baddbmm(
-            c_KNR[:, rank:] @ grad_q_KRD, through_gram_KRN, y_KND, alpha=-1
-        )
-        grad_y_KRD[..., :rank].add_(grad_top_KNR[:, rank:])
-        grad_KDR = grad_y_KRD.triu_(1).mT
-        grad_KDR = grad_KDR.to(grad_KRD.dtype, memory_format=torch.contiguous_format)
-        return None, *grad_KDR.unbind(0)
+        return None, *rotate_backward(ctx.saved_tensors, grad_KRD).unbind(0)
+
+
+def rotate(
+    vectors: Sequence[Tensor], bases: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The matrices of several vectors and bases, and what :func:`rotate_backward` asks
+    for; without autograd.
+
+    The reflections of B and of X are one sequence of N = 2R: the signs S in B = H·S
+    are moved to its left, S·(SHS)·Q, and SHS reflects along B's vectors times S.
+
+    R comes out as rows (K, R, D): their products with hidden states are up to five
+    times faster on a CPU than those of columns (hᵀs of 56×4096 and 56×8, float32: 50 µs
+    as sᵀh, 240 as it stands).
+    """
+    count, rank = len(vectors), vectors[0].shape[1]
+    both_DR = torch.stack([*bases, *vectors])
+    signs_K1R = _diagonal(both_DR[:count]).unsqueeze(1)
+    y_K2RD = _reflectors(both_DR.unflatten(0, (2, count)).permute(1, 0, 3, 2))
+    y_K2RD[:, 0, :, :rank].mul_(signs_K1R)
+    y_KND = y_K2RD.flatten(1, 2)
+    t_inverse_KNN = _t_inverse(y_KND)
+    r_KRD, c_KNR = _leading_columns(y_KND, t_inverse_KNN, rank)
+    r_KRD[..., :rank].mul_(signs_K1R)
+    return r_KRD.to(both_DR.dtype), (y_KND, t_inverse_KNN, c_KNR)
+
+
+def rotate_backward(kept: Sequence[Tensor], grad_KRD: Tensor) -> Tensor:
+    """Gradients of the vectors (K, D, R), laid out as those are: autograd would copy
+    any other."""
+    y_KND, t_inverse_KNN, c_KNR = kept
+    rank = grad_KRD.shape[1]
+    # S is still on the diagonal of B's vectors.
+    signs_K1R = _diagonal(y_KND[:, :rank]).unsqueeze(1)
+    grad_q_KRD = _wide(grad_KRD)
+    grad_q_KRD[..., :rank].mul_(signs_K1R)
+    # Through Q = CᵀY less the identity's rows, where T⁻¹ C = Y[:, :R].
+    right_KNR = y_KND @ grad_q_KRD.mT
+    grad_top_KNR = _solve(t_inverse_KNN.mT, right_KNR, upper=False)
+    # Through T⁻¹, half of the triangle of YYᵀ; of Y, X has the lower half.
+    gram_KNN = _half_triangle(grad_top_KNR @ c_KNR.mT)
+    through_gram_KRN = (gram_KNN + gram_KNN.mT)[:, rank:]
+    grad_y_KRD = torch.baddbmm(
+        c_KNR[:, rank:] @ grad_q_KRD, through_gram_KRN, y_KND, alpha=-1
+    )
+    grad_y_KRD[..., :rank].add_(grad_top_KNR[:, rank:])
+    grad_KDR = grad_y_KRD.triu_(1).mT
+    return grad_KDR.to(grad_KRD.dtype, memory_format=torch.contiguous_format)
 
 
 def rotations(vectors: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[Tensor, ...]:
