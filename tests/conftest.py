@@ -91,22 +91,15 @@ def one_thread() -> Iterator[None]:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rotations each computation made, in the order of the computations."""
     counts: list[int] = []
-    shared, by_kernels = shared_rotations.rotations, fused.rotate
-
-    def note(vectors: list[torch.Tensor], bases: list[torch.Tensor]) -> object:
-        before = len(counts)
-        made = shared(vectors, bases)
-        counts[before:] = [len(vectors)]  # once, where it is by kernels
-        return made
-
-    monkeypatch.setattr(shared_rotations, "rotations", note)
-    monkeypatch.setattr(
-        fused,
-        "rotate",
-        lambda vectors, bases: (
-            counts.append(len(vectors)) or by_kernels(vectors, bases)
-        ),
-    )
+    for module, name in ((shared_rotations, "rotations"), (fused, "rotate")):
+        made = getattr(module, name)
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda vectors, bases, made=made: (
+                counts.append(len(vectors)) or made(vectors, bases)
+            ),
+        )
     return counts
 
 

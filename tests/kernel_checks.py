@@ -221,14 +221,18 @@ def vectors_and_bases(count, size, rank, scale=0.3):
     torch.manual_seed(0)
     vectors = [random(size, rank) * scale for _ in range(count)]
     bases = [rotation.random_base(size, rank).to(DEVICE) for _ in range(count)]
-    return [one.requires_grad_() for one in vectors], bases
+    return vectors, bases
 
 
-def rotated(function, vectors, bases):
-    """What comes out, laid out as rows, and the gradients of the vectors."""
-    matrices = torch.stack([*function(vectors, bases)])
+def rotated(vectors, bases):
+    """Matrices as rows, and the gradients of the vectors, by what is taken for them."""
+    matrices, kept, backward = fused.rotate(vectors, bases)
     weights = torch.linspace(-1, 1, matrices.numel(), device=DEVICE).view_as(matrices)
-    return [matrices, *torch.autograd.grad(matrices, vectors, weights)]
+    return matrices, backward(kept, weights)
+
+
+def refuse(*_):
+    raise AssertionError("in another way")
 
 
 @pytest.mark.parametrize(
@@ -237,67 +241,50 @@ def rotated(function, vectors, bases):
     + [(1, 130, 1), (2, 2, 2), (1, 32, 32)],
 )
 @pytest.mark.parametrize("scale", [0, 0.3, 5])
-def test_rotations_and_their_gradients(count, size, rank, scale, monkeypatch):
-    vectors, bases = vectors_and_bases(count, size, rank, scale)
-    expected = rotated(rotation.rotations, vectors, bases)
+def test_rotations_and_their_gradients(count, size, rank, scale, monkeypatch, without):
     monkeypatch.setattr(fused, "MOST_RANK_ROTATED", 32)
-    monkeypatch.setattr(rotation, "rotate", refuse)
-    got = rotated(fused.rotations, vectors, bases)
+    vectors, bases = vectors_and_bases(count, size, rank, scale)
+    with monkeypatch.context() as patches:
+        patches.setattr(rotation, "rotate", refuse)
+        got = rotated(vectors, bases)
+    without()
     # Both are sums of float64.
-    assert_close(got, expected, atol=1e-7, rtol=1e-6)
-    assert all(gradient.is_contiguous() for gradient in got[1:])
-
-
-def refuse(*_):
-    raise AssertionError("in another way")
+    assert_close(got, rotated(vectors, bases), atol=1e-7, rtol=1e-6)
+    # Else autograd would copy them.
+    assert got[1].is_contiguous()
 
 
 def test_rotations_with_numbers_that_are_not_used():
     vectors, bases = vectors_and_bases(2, 30, 4)
-    expected = rotated(fused.rotations, vectors, bases)
-    with torch.no_grad():
-        for one in vectors:
-            one += torch.full_like(one, torch.nan).triu()
-    assert_close(rotated(fused.rotations, vectors, bases), expected, atol=0, rtol=0)
+    expected = rotated(vectors, bases)
+    for one in vectors:
+        one += torch.full_like(one, torch.nan).triu()
+    assert_close(rotated(vectors, bases), expected, atol=0, rtol=0)
 
 
 def test_rotations_that_kernels_do_not_take(monkeypatch, without):
     vectors, bases = vectors_and_bases(2, 40, 4)
-    expected = fused.rotations(vectors, bases)
-    made = rotation_launches.rotate
-    monkeypatch.setattr(rotation_launches, "rotate", refuse)
-    with torch.no_grad():
+    expected = rotated(vectors, bases)
+    with monkeypatch.context() as patches:
+        patches.setattr(rotation_launches, "rotate", refuse)
         turned = vectors[0].T.contiguous().T
-    assert_close(fused.rotations([turned, vectors[1]], bases), expected)
-    doubles = [[one.detach().double() for one in some] for some in (vectors, bases)]
-    assert_close(fused.rotations(*doubles)[0], expected[0].double())
-    fused.rotations(*vectors_and_bases(1, 40, fused.MOST_RANK_ROTATED + 1))
-    on_meta = [one.to("meta") for one in bases]
-    assert not rotation_launches.can_be_addressed([*vectors, *on_meta])
-    monkeypatch.setattr(rotation_launches, "rotate", made)
-    assert_close(fused.rotations(vectors, bases), expected, atol=0, rtol=0)
-    without()
-    monkeypatch.setattr(rotation_launches, "rotate", refuse)
-    assert_close(fused.rotations(vectors, bases), expected)
-
-
-def test_vectors_that_changed_before_backward_are_refused():
-    vectors, bases = vectors_and_bases(2, 30, 4)
-    total = sum(one.sum() for one in fused.rotations(vectors, bases))
-    with torch.no_grad():
-        vectors[1].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        total.backward()
+        assert_close(rotated([turned, vectors[1]], bases), expected)
+        doubles = [[one.double() for one in some] for some in (vectors, bases)]
+        assert_close(rotated(*doubles)[0], expected[0].double())
+        rotated(*vectors_and_bases(1, 40, fused.MOST_RANK_ROTATED + 1))
+        on_meta = [one.to("meta") for one in bases]
+        assert not rotation_launches.can_be_addressed([*vectors, *on_meta])
+        without()
+        assert_close(rotated(vectors, bases), expected)
 
 
 def test_vectors_that_lie_elsewhere_than_before():
     vectors, bases = vectors_and_bases(2, 30, 4)
-    first = fused.rotations(vectors, bases)
-    for one in vectors:
-        one.data = one.data * 2
-    got = fused.rotations(vectors, bases)
-    assert not torch.allclose(got[0], first[0])
-    assert_close(got, rotation.rotations(vectors, bases), atol=1e-7, rtol=1e-6)
+    expected = rotated(vectors, bases)
+    # None of the first ones is gone, so that these are in other places.
+    others = [2 * one for one in vectors]
+    assert not torch.allclose(rotated(others, bases)[0], expected[0])
+    assert_close(rotated(vectors, bases), expected, atol=0, rtol=0)
 
 
 def train_a_step(**options):
@@ -539,12 +526,14 @@ def test_hidden_states_of_another_kind_than_expected():
     assert torch.equal(ready.edit(0, other), expected)
 
 
-def test_numbers_that_changed_before_backward_are_refused():
+@pytest.mark.parametrize("which", ["weight", "rotation"])
+def test_numbers_that_changed_before_backward_are_refused(which):
     model, batch = build_training()
     loss = model(**batch).loss
     with torch.no_grad():
-        for number in trained(model).values():
-            number.add_(1)
+        for name, number in trained(model).items():
+            if name.endswith(which):
+                number.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

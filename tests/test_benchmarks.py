@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import harness, plot, table
+from benchmarks import harness, plot, table, tasks
 from benchmarks.__main__ import main
 from benchmarks.base import Setting, build_base, packed, padded, rectangle, share
 from benchmarks.contestants import CONTESTANTS
@@ -146,6 +146,16 @@ def test_the_floor_goes_back_to_the_first_edited_layer_and_no_further():
     assert reached == [1]
 
 
+def test_steps_in_a_row_are_several_and_the_time_is_of_one(monkeypatch):
+    trained, ticks = [], iter([10.0, 18.0])
+    monkeypatch.setattr(
+        tasks, "_train", lambda contestant, optimizer, batches: trained.extend(batches)
+    )
+    monkeypatch.setattr(tasks, "clock", lambda setting: lambda: next(ticks))
+    turn = tasks.steps_in_a_row("floor", build_base(TOY), TOY)
+    assert (turn(), len(trained)) == (2, 4)
+
+
 def test_packed_and_padded_rows_hold_the_same_samples():
     setting = replace(TOY, samples=9, length=64)
     useful = [
@@ -186,6 +196,55 @@ def test_the_plots_are_made_of_the_json(results):
     paths = plot.write(results)
     assert [path.name for path in paths] == ["one.png", "two.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def drawn(settings, path, monkeypatch):
+    """The axes of a plot of these settings."""
+    from matplotlib import pyplot
+
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    values = {"floor": [1.0, 2.0], "ours": [1.5, 2.0], "lora": [2.0, 4.0]}
+    series = [Series(setting, values) for setting in settings]
+    result = Result("one", "s", "floor", series, {}, {"gpu": None}, "")
+    assert plot.plot(result, path / "one.png")
+    (axes,) = figures[0].axes
+    return axes
+
+
+def test_what_varies_alone_is_an_axis(tmp_path, monkeypatch):
+    settings = [{"hidden_size": d, "layers": 4096 // d} for d in (64, 512, 128)]
+    axes = drawn(settings, tmp_path, monkeypatch)
+    assert axes.get_xlabel() == "hidden size d"
+    (lora, ours, _) = axes.lines
+    assert list(lora.get_xdata()) == [64, 128, 512] == list(ours.get_xdata())
+    assert (lora.get_ydata()[0], ours.get_ydata()[0]) == (2, 1.25)
+
+
+@pytest.mark.parametrize(
+    ("changes", "last"),
+    [
+        ([{"length": 8}, {"hidden_size": 128}], "d=128\n2×4"),
+        (
+            [{"length": 8, "prompt": 3}, {"batch": 5, "length": 8}],
+            "d=64\n5×8\nprompt 1",
+        ),
+        ([{"rank": 4}, {"hidden_size": 128}], "d=128\n2×4\nrank 2"),
+        ([{"hidden_size": 128, "length": 8}], "d=128\n2×8"),
+    ],
+    ids=str,
+)
+def test_what_varies_together_is_side_by_side(changes, last, tmp_path, monkeypatch):
+    usual = {"hidden_size": 64, "batch": 2, "length": 4, "prompt": 1, "rank": 2}
+    settings = [usual, *(usual | change for change in changes)]
+    axes = drawn(settings, tmp_path, monkeypatch)
+    assert axes.get_xticklabels()[-1].get_text() == last
+    (lora, ours, _) = axes.lines
+    for line, ratio in ((lora, 2), (ours, 1.25)):
+        assert line.get_linestyle() == "None"
+        assert list(line.get_ydata()) == [ratio] * len(settings)
+        assert [round(x) for x in line.get_xdata()] == [*range(len(settings))]
+    assert lora.get_xdata()[0] < ours.get_xdata()[0]
 
 
 def test_the_command_runs_and_tabulates(tmp_path, capsys):

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from axolotl_reft import rotation, rotation_launches
 from axolotl_reft.launches import Backward, Edits, Kept
@@ -105,30 +104,6 @@ def rotate(
     )
     how = rotation_launches if by_kernels else rotation
     return *how.rotate(vectors, bases), how.rotate_backward
-
-
-class _Rotations(torch.autograd.Function):
-    """:func:`rotate` for autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, bases: Sequence[Tensor], *vectors: Tensor) -> Tensor:
-        r_KRD, kept, ctx.rotate_backward = rotate(vectors, bases)
-        ctx.save_for_backward(*kept)
-        return r_KRD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_KRD: Tensor) -> tuple[Tensor | None, ...]:
-        grad_KDR = ctx.rotate_backward(ctx.saved_tensors, grad_KRD)
-        return None, *grad_KDR.unbind(0)
-
-
-def rotations(vectors: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What rotation.py's function of this name returns, by the kernels where they
-    can."""
-    if not run_on(vectors[0].device):
-        return rotation.rotations(vectors, bases)
-    return _Rotations.apply(bases, *vectors).unbind(0)
 
 
 class Alike(NamedTuple):

@@ -2,7 +2,7 @@
 
 A rotation is two dozen operations on few numbers (rotation.py), and a model has two a
 layer. In a training step they are made for all layers at once, when the first layer is
-to be edited, and lent to the interventions for their edits.
+to be edited, and lent to the interventions for their edits. Torch only.
 
 Shapes: D hidden size, R rank.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from axolotl_reft.fused import rotations
+from axolotl_reft.rotation import rotations
 
 
 def shared_rotations(interventions: Iterable[Any]) -> dict[Any, Tensor]:
