@@ -204,6 +204,7 @@ def test_where_the_kernels_are_not_used(monkeypatch):
     assert fused.can_edit(hidden, [one.eval() for one in unusual])
     elsewhere = build_interventions("loreft", 1)[0].to("meta")
     assert not fused.can_edit(hidden, [elsewhere])
+    assert fused._place([usual[0], elsewhere]) is None
     for register in (
         usual[0].register_forward_hook,
         usual[0].register_forward_pre_hook,
@@ -510,10 +511,35 @@ def test_beside_a_layer_that_is_compiled(together):
     torch._dynamo.reset()
 
 
-def test_many_rows_are_each_layer_s_own(without, together, monkeypatch):
+def test_many_rows_are_each_layer_s_own(without, together, computed, monkeypatch):
     monkeypatch.setattr(fused, "_MOST_TOGETHER", 0)
     compare(step, without)
     assert together == [1] * LAYERS
+    # Ahead, in vain; once it is known how many rows there are; and without kernels.
+    assert computed == [LAYERS] * 3
+
+
+def test_decode_steps_of_layers_that_a_hook_watches():
+    """Their own call, which has nothing to edit, is made then."""
+    model, batch = build_training()
+    asked = {"input_ids": batch["input_ids"], "max_new_tokens": 4, "do_sample": False}
+    expected = model.eval().generate(**asked)
+    calls = []
+    for layer in model.base_model.model.model.layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(model.generate(**asked), expected)
+    assert len(calls) == 4 * LAYERS
+
+
+def test_layers_on_another_device_are_not_planned():
+    class Layer:
+        def indices(self, name):
+            return [torch.tensor([1], device=DEVICE)]
+
+    hidden, layer = random(1, 4, 70), Layer()
+    groups = fused.prepare({layer: ("default", build_interventions("loreft", 1))})
+    assert fused.plan(hidden.to("meta"), groups) == {}
+    assert set(fused.plan(hidden, groups)) == {layer}
 
 
 def test_hidden_states_of_another_kind_than_expected():
