@@ -54,12 +54,7 @@ def plot(result: Result, path: Path) -> bool:
         axes.set_xticks(range(len(labels)), labels)
     axes.axhline(1, color="black", linewidth=0.8, label=result.floor)
     axes.set_ylabel(f"{result.benchmark}: ratio to {result.floor}")
-    middle = [
-        summary(one.ratios(name, result.floor))[1]
-        for one in result.series
-        for name in one.values
-        if one.paired(name, result.floor)
-    ]
+    middle = [found[1] for name in names for _, found in _ranges(result, name)]
     if max(middle) > 10 or min(middle) < 0.1:
         axes.set_yscale("log")
     axes.legend()

@@ -426,8 +426,8 @@ def test_rotations_are_one_computation(several, computed, monkeypatch):
 
 
 def test_a_training_step_begins_with_the_rotations(computed):
-    """A device is at work on the step before then. Elsewhere they wait to be asked
-    for."""
+    """A device is at work on the step before then. A forward on a filled cache has
+    none."""
     model, batch = build_training()
     before = []
     first = model.base_model.model.model.layers[0].base_layer

@@ -26,8 +26,8 @@ from axolotl_reft import rotation, rotation_launches
 from axolotl_reft.launches import Backward, Edits, Kept
 
 MOST_RANK = 32
-# Above, their products are slower in one program each than torch's: at 32, d=4096, by
-# half a millisecond on an H200, where launches take as long.
+# A rotation is one program's, and torch's products are shared out: on an H200 they
+# were slower at rank 8, launches included, and faster at 32. Between is not measured.
 MOST_RANK_ROTATED = 8
 # Above so many numbers of edited rows, each layer's gradients are a launch of its own:
 # what all layers keep would take more memory than launches take time.
@@ -115,9 +115,7 @@ class Alike(NamedTuple):
     edits: Edits
 
 
-def prepare(
-    edited: Mapping[Any, tuple[str, Sequence[Any]]],
-) -> list[Alike]:
+def prepare(edited: Mapping[Any, tuple[str, Sequence[Any]]]) -> list[Alike]:
     """What of the edits of a forward can be made ready before there are hidden states,
     for layers that are alike together.
 

@@ -28,8 +28,7 @@ _PRODUCTS = 8192
 _FEW_ROWS = 256
 _SMALLEST_DOT = 16
 
-
-# What rotation.py's functions keep and make of it.
+# What rotation.py's ``rotate`` keeps, what makes gradients of it, and fused.py's.
 Kept = Sequence[Tensor]
 Backward = Callable[[Kept, Tensor], Tensor]
 Rotate = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Kept, Backward]]
@@ -275,8 +274,8 @@ def by_rows(
 ) -> tuple[tuple[int, ...], dict[str, int]]:
     """How many programs of a kernel take how many rows, and columns at once."""
     several = 1 if sum(rows) <= _FEW_ROWS else 4
-    padded = power_of_two(rank)
-    block = min(_PRODUCTS // (padded * several), power_of_two(width))
+    padded = _power_of_two(rank)
+    block = min(_PRODUCTS // (padded * several), _power_of_two(width))
     blocks = sum(-(-count // several) for count in rows)
     return (blocks,), {"RP": padded, "ROWS": several, "BLOCK": block, "num_warps": 8}
 
@@ -285,8 +284,8 @@ def by_columns(
     rows: Sequence[int], width: int, rank: int, layers: int = 1
 ) -> tuple[tuple[int, ...], dict[str, int]]:
     """The same, of the kernel whose programs take all rows of some columns."""
-    padded = max(power_of_two(rank), _SMALLEST_DOT)
-    several = min(max(power_of_two(max(rows)), _SMALLEST_DOT), 512 // padded)
+    padded = dot_size(rank)
+    several = min(dot_size(max(rows)), 512 // padded)
     blocks = (-(-width // 64), len(rows), layers)
     return blocks, {"RP": padded, "ROWS": several, "BLOCK": 64, "num_warps": 4}
 
@@ -317,6 +316,10 @@ def _two(sides: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return sides[0], sides[-1]
 
 
-def power_of_two(number: int) -> int:
-    """The next one."""
+def dot_size(number: int) -> int:
+    """The next size that a kernel's products of matrices can have."""
+    return max(_power_of_two(number), _SMALLEST_DOT)
+
+
+def _power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()

@@ -3,7 +3,7 @@
 On a GPU the two dozen operations of rotation.py cost their launches, whatever their
 size, and the first layer's edit waits for them. Here the rotations of all layers are
 one launch, and so is their derivative. rotation.py is the reference, and says what is
-computed and why; see shared_rotations.py for who calls these.
+computed and why; rotation_launches.py calls these.
 
 Numbers are read where they lie, by their addresses: to stack a hundred tensors takes
 the host longer than the rest of this. All sums are in float64.

@@ -11,11 +11,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from axolotl_reft.launches import on, power_of_two
+from axolotl_reft.launches import dot_size, on
 
-# With more entries of Y at once, its products do not fit a multiprocessor's registers.
+# More entries of Y at once take more shared memory than some GPUs have.
 _ENTRIES = 1024
-_SMALLEST_DOT = 16
 
 
 def can_be_addressed(tensors: Sequence[Tensor]) -> bool:
@@ -67,11 +66,11 @@ def rotate_backward(kept: Sequence[Tensor], grad_KRD: Tensor) -> Tensor:
 
 def sizes(width: int, rank: int) -> dict[str, int]:
     """What the kernels are compiled for."""
-    padded = max(power_of_two(2 * rank), _SMALLEST_DOT)
+    padded = dot_size(2 * rank)
     return {
         "D": width,
         "R": rank,
-        "RP": max(power_of_two(rank), _SMALLEST_DOT),
+        "RP": dot_size(rank),
         "NP": padded,
         "BLOCK": _ENTRIES // padded,
         "num_warps": 4,

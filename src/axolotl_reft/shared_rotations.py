@@ -2,7 +2,8 @@
 
 A rotation is two dozen operations on few numbers (rotation.py), and a model has two a
 layer. In a training step they are made for all layers at once, when the first layer is
-to be edited, and lent to the interventions for their edits. Torch only.
+to be edited, and lent to the interventions for their edits; on a GPU, of the layers
+that fused.py leaves to operations. Torch only.
 
 Shapes: D hidden size, R rank.
 """
