@@ -90,3 +90,30 @@ def test_accelerates_regional_compilation_runs(tokens):
     regions = compile_regions(model, backend="aot_eager")
     assert_close(step(regions, batch), expected[0])
     assert_close(step(regions, other), expected[1])
+
+
+def test_a_broken_graph_computes_the_same(tokens):
+    """Where the base breaks it between two edits."""
+    model = build_adapter(build_model(), tied_weights=False).train()
+    batch, other = packed(tokens), packed(tokens, (5, 7), prompt=2, seed=1)
+    expected = step(model, batch), step(model, other)
+    mlp = model.base_model.model.model.layers[1].base_layer.mlp
+    mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile(backend=counter)
+    assert_close(step(model, batch), expected[0])
+    assert_close(step(model, other), expected[1])
+    assert counter.frame_count > 1
+
+
+def test_a_graph_for_any_number_of_tokens_computes_the_same(tokens):
+    model = build_adapter(build_model(), tied_weights=False).train()
+    batches = [packed(tokens, lengths) for lengths in ((7, 5), (8, 5, 6), (6, 9))]
+    expected = [step(model, batch) for batch in batches]
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile(backend=counter, fullgraph=True, dynamic=True)
+    assert_close(step(model, batches[0]), expected[0])
+    graphs = counter.frame_count
+    assert_close(step(model, batches[1]), expected[1])
+    assert_close(step(model, batches[2]), expected[2])
+    assert counter.frame_count == graphs

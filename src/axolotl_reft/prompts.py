@@ -94,8 +94,9 @@ class _Batch:
         return found
 
 
-class _UnderWay(threading.local):
-    """What is under way in a thread, which a server may have many of.
+@dataclass(eq=False)
+class _UnderWay:
+    """What is under way in a thread.
 
     Attributes:
         labels, told_prompts: arguments of the model, for its backbone.
@@ -105,16 +106,25 @@ class _UnderWay(threading.local):
         edited_outputs: by the id of what transformers records in the place of each.
     """
 
-    def __init__(self) -> None:  # in each thread
-        # Not as the defaults of the class, which torch.compile (2.11) would take.
-        self.labels: Tensor | None = None
-        self.told_prompts: int | None = None
-        self.generation: Generation | None = None
-        self.adapter_names: Sequence[str] | None = None
-        self.batch: _Batch | None = None
-        self.edited_outputs: dict[int, Tensor] | None = None
+    labels: Tensor | None = None
+    told_prompts: int | None = None
+    generation: Generation | None = None
+    adapter_names: Sequence[str] | None = None
+    batch: _Batch | None = None
+    edited_outputs: dict[int, Tensor] | None = None
 
-    def __reduce__(self) -> tuple[type[_UnderWay], tuple[()]]:
+
+class _Threads(threading.local):
+    """What is under way, by thread, which a server may have many of.
+
+    In an object of its own: what compiled code sets on a ``threading.local`` is lost
+    where its graph breaks (torch 2.13).
+    """
+
+    def __init__(self) -> None:  # in each thread
+        self.own = _UnderWay()
+
+    def __reduce__(self) -> tuple[type[_Threads], tuple[()]]:
         return type(self), ()  # a copy of the model has nothing under way
 
 
@@ -159,7 +169,7 @@ class PromptTracker:
     find_answers: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, model: PreTrainedModel, backbone: nn.Module) -> None:
-        self._now = _UnderWay()
+        self._threads = _Threads()
         self._conversations = Conversations()
         self.layers: list[Any] = []
         self._turns: dict[str, Turns] = {}
@@ -206,6 +216,10 @@ class PromptTracker:
     def adapter_names(self) -> Sequence[str] | None:
         """Within :meth:`adapters_by_row`, what it was given."""
         return self._now.adapter_names
+
+    @property
+    def _now(self) -> _UnderWay:
+        return self._threads.own
 
     # --- what layers ask -----------------------------------------------------------
 
