@@ -1,9 +1,12 @@
 """``torch.compile`` takes the model and its edits as one graph, as it does the base."""
 
+from collections import Counter
+
 import pytest
 import torch
 from accelerate.utils import compile_regions
 from conftest import LAYERS, build_adapter, build_model
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from axolotl_reft.layer import LoreftDecoderLayer
@@ -36,6 +39,20 @@ def step(model, batch):
     loss = model(**batch, use_cache=False).loss
     loss.backward()
     return [loss, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def operations(model, call):
+    """How many of which operations the model's graph asks for, forward."""
+    found = Counter()
+
+    def note(graph, inputs):
+        found.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    backend = aot_autograd(fw_compiler=note, bw_compiler=lambda graph, inputs: graph)
+    model.compile(backend=backend, fullgraph=True)
+    call()
+    return found
 
 
 def assert_close(got, expected):
@@ -78,7 +95,8 @@ def test_layers_compiled_one_by_one_have_no_graph_break(tokens, adapter):
     for layer in layers:
         layer.compile(backend=counter, fullgraph=True)
     assert_close(step(model, batch), expected[0])
-    assert len(layers) == LAYERS and counter.frame_count >= 1
+    # The first layer's, which finds the prompts, and one for all others.
+    assert len(layers) == LAYERS > 2 and counter.frame_count == 2
     # A graph that took the first batch's prompts for constants would show now.
     assert_close(step(model, other), expected[1])
 
@@ -90,6 +108,38 @@ def test_accelerates_regional_compilation_runs(tokens):
     regions = compile_regions(model, backend="aot_eager")
     assert_close(step(regions, batch), expected[0])
     assert_close(step(regions, other), expected[1])
+
+
+ROTATIONS = "aten.linalg_solve_triangular.default"
+PRODUCTS = "aten.addmm.default"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "products"),
+    [
+        # One for the sources, one for what they add, for both sides together.
+        ({"tied_weights": False}, 2),
+        ({"tied_weights": False, "positions": "f1"}, 2),
+        ({"tied_weights": False, "intervention": "lobireft"}, 1),
+        # Of one side after the other.
+        ({"tied_weights": False, "act_fn": "gelu"}, 2 * 2),
+    ],
+    ids=str,
+)
+def test_a_graph_has_one_rotation_and_few_products(tokens, adapter, products):
+    model = build_adapter(build_model(), **adapter).train()
+    batch = packed(tokens)
+    found = operations(model, lambda: step(model, batch))
+    assert found[ROTATIONS] == 1
+    assert found[PRODUCTS] == products * LAYERS
+
+
+def test_a_graph_without_gradients_has_one_rotation(tokens):
+    model = build_adapter(build_model(), positions="all").eval()
+    batch = packed(tokens)
+    with torch.no_grad():
+        found = operations(model, lambda: model(**batch, use_cache=False))
+    assert found[ROTATIONS] == 1
 
 
 def test_a_broken_graph_computes_the_same(tokens):

@@ -16,6 +16,7 @@ ORDER = [
     "adapter_leaf",
     "positions",
     "editing",
+    "joint_edit",
     "kernels",
     "launches",
     "turns",
@@ -124,6 +125,7 @@ def test_imports_point_one_way():
     [
         ("positions", {"torch", "axolotl_reft"}),
         ("editing", {"torch"}),
+        ("joint_edit", {"torch"}),
         ("turns", {"torch", "axolotl_reft"}),
         ("rotation", {"torch"}),
         ("shared_rotations", {"torch", "axolotl_reft"}),

@@ -20,6 +20,7 @@ from axolotl_reft import fused
 from axolotl_reft.components import Site, find_site
 from axolotl_reft.config import LoreftConfig
 from axolotl_reft.editing import edit
+from axolotl_reft.joint_edit import can_join, joint_edit
 from axolotl_reft.lora import LayerLora, linear_modules
 from axolotl_reft.positions import Positions, PromptSpans
 from axolotl_reft.prompts import PromptTracker
@@ -362,6 +363,9 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
                 return h_BTD
             if fused.can_edit(h_BTD, interventions):
                 return fused.edit(h_BTD, indices, interventions)
+            if is_compiling() and can_join(interventions):
+                jointly = partial(joint_edit, interventions, indices[0].shape[0])
+                return edit(h_BTD, [torch.cat(indices)], [jointly])
             return edit(h_BTD, indices, interventions)
         if self.tracker.adapter_rows is None:
             return interventions[0](h_BTD).to(h_BTD.dtype)

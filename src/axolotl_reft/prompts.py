@@ -47,6 +47,7 @@ class _Batch:
         find: the prompts of such turns; None for none.
         one_sample_rows: no row holds several packed samples.
         past: columns in the cache before it.
+        compiled: the model is, and with it the layers.
         most: how many prompts there are at most, where that was told.
         planned: by layer, what edits its hidden states, where it was made ready; None
             once it has.
@@ -66,6 +67,7 @@ class _Batch:
     ] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)
     gone_by: bool | None = None
+    compiled: bool = False
     rotations: dict[Any, Tensor] | None = None
     planned: dict[Any, Callable[[Tensor], Tensor] | None] = field(default_factory=dict)
     planned_on: set[torch.device] = field(default_factory=set)
@@ -304,13 +306,16 @@ class PromptTracker:
         return batch.gone_by
 
     def rotations(self) -> dict[Any, Tensor]:
-        """By intervention, the matrices (R, D) of all layers' outer edits in a forward
-        with gradients, without those that are planned or will be; none in others, where
-        interventions keep their own, nor in compiled ones, which may have a graph for
-        each layer."""
+        """By intervention, the matrices (R, D) of all layers' outer edits, where they
+        are made for all at once: in a forward with gradients, without those that are
+        planned or will be, and in one that is compiled with its layers. None in others:
+        without gradients interventions keep their own, and a layer that is compiled by
+        itself makes its own."""
         batch = self._now.batch
-        gradients = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if batch is None or not gradients:
+        if batch is None:
+            return {}
+        gradients, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
+        if not (batch.compiled if compiling else gradients):
             return {}
         if batch.rotations is None:
             planned = set(batch.planned)
@@ -411,6 +416,7 @@ class PromptTracker:
         self._now.edited_outputs = {} if wanted else None
         batch = self._now.batch = self._read(inputs, labels, module.training)
         batch.most = most
+        batch.compiled = torch.compiler.is_compiling()
         if self._now.adapter_names is not None:
             batch.adapter_rows = AdapterRows.of_batch(
                 self._now.adapter_names,
