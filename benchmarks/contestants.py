@@ -48,6 +48,23 @@ def floor(base: nn.Module, setting: Setting) -> Contestant:
     return _plain(base, setting)
 
 
+def floor_in_a_graph(base: nn.Module, setting: Setting) -> Contestant:
+    """The floor where it is compiled: a graph can make no leaf, so zeros that require a
+    gradient are added where it would be."""
+    layer: Any = base.get_submodule(f"model.layers.{setting.edited_layers[0]}")
+    size = setting.batch, setting.length, setting.hidden_size
+    dtype = getattr(torch, setting.dtype)
+    zeros_BTD = torch.zeros(size, dtype=dtype, device=setting.device).requires_grad_()
+    layer.register_forward_hook(lambda module, args, output: output + zeros_BTD)
+    contestant = _plain(base, setting)
+
+    def loss(batch: Batch) -> Tensor:
+        zeros_BTD.grad = None
+        return contestant.loss(batch)
+
+    return replace(contestant, loss=loss)
+
+
 def _autocast(setting: Setting) -> torch.autocast:
     """As a trainer has it with ``bf16: true``; nothing in float32."""
     lower = setting.dtype != "float32"
@@ -199,6 +216,7 @@ def adapters(base: nn.Module, setting: Setting) -> Contestant:
 
 CONTESTANTS: dict[str, Callable[[nn.Module, Setting], Contestant]] = {
     "floor": floor,
+    "floor-in-a-graph": floor_in_a_graph,
     "ours": ours,
     "labelled": labelled,
     "operations": operations,

@@ -9,6 +9,8 @@ from benchmarks.base import Setting
 
 IN_PLACE = ("floor", "ours", "lora", "pyreft")
 EVERYONE = (*IN_PLACE, "pyreft-own", "adapters")
+# Who can be compiled as one graph.
+_COMPILED = ("floor-in-a-graph", "ours", "lora")
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,29 @@ SUITE: dict[str, Benchmark] = {
             gpu=[_FEW_TOKENS, _LLAMA_1B.but(batch=8, length=1024, prompt=256)],
         ),
         repetitions=_repetitions(gpu=7),
+    ),
+    "compiled-step": Benchmark(
+        "compiled_step",
+        _COMPILED,
+        _sizes(
+            full=[Setting(hidden_size=256, layers=16, length=64, prompt=32), Setting()],
+            gpu=[_LLAMA_1B.but(batch=4, length=256)],
+        ),
+        repetitions=_repetitions(full=31),
+    ),
+    "compiled-launches": Benchmark(
+        "compiled_launches",
+        _COMPILED,
+        _sizes(
+            quick=[Setting(hidden_size=64, layers=4, length=64)],
+            full=[
+                Setting(hidden_size=64, layers=layers, length=64, prompt=32)
+                for layers in (4, 8, 16)
+            ],
+            gpu=[_LLAMA_1B.but(batch=4, length=256)],
+        ),
+        unit="launches",
+        repetitions={"toy": 1, "quick": 1, "full": 1, "gpu": 1},
     ),
     "step-by-labels": Benchmark(
         "training_step",

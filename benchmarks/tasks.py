@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,9 +46,16 @@ def _train(contestant: Contestant, optimizer: Any, batches: list[Batch]) -> None
 
 
 def _training(
-    name: str, base: nn.Module, setting: Setting, batches: list[Batch], steps: int = 1
+    name: str,
+    base: nn.Module,
+    setting: Setting,
+    batches: list[Batch],
+    steps: int = 1,
+    compiled: bool = False,
 ) -> Callable[[], float]:
     contestant = CONTESTANTS[name](share(base), setting)
+    if compiled:
+        contestant.model.compile(fullgraph=True)
     optimizer, now = _optimizer(contestant), clock(setting)
     batches = [contestant.collate(batch) for batch in batches]
 
@@ -68,6 +76,11 @@ def steps_in_a_row(name: str, base: nn.Module, setting: Setting) -> Callable[[],
     """The same, of four steps between which nobody waits for the device, as a trainer
     does not between two logs."""
     return _training(name, base, setting, [rectangle(setting)], steps=4)
+
+
+def compiled_step(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
+    """Seconds of a training step of the model as one graph of torch.compile's."""
+    return _training(name, base, setting, [rectangle(setting)], compiled=True)
 
 
 def ragged(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
@@ -237,6 +250,28 @@ def launches(name: str, base: nn.Module, setting: Setting) -> Callable[[], float
     return turn
 
 
+def compiled_launches(
+    name: str, base: nn.Module, setting: Setting
+) -> Callable[[], float]:
+    """How many kernels the code calls that torch.compile makes of a model's forward and
+    backward."""
+    from torch._inductor.utils import run_and_get_code
+
+    contestant = CONTESTANTS[name](share(base), setting)
+    contestant.model.compile(fullgraph=True)
+    batch = contestant.collate(rectangle(setting))
+    _, codes = run_and_get_code(lambda: contestant.loss(batch).backward())
+    calls = [call for code in codes for call in _KERNEL_CALL.findall(code)]
+    return lambda: float(len(calls))
+
+
+# Those made for the graph, and torch's own.
+_KERNEL_CALL = re.compile(
+    r"^ +(?:\w+ = )?(?:cpp_fused_|triton_|extern_kernels\.|torch\.ops\.)[\w.]+\(",
+    re.MULTILINE,
+)
+
+
 class Operations(TorchDispatchMode):
     """The names of what reaches a backend and is not a view."""
 
@@ -254,6 +289,7 @@ class Operations(TorchDispatchMode):
 TASKS: dict[str, Callable[[str, nn.Module, Setting], Callable[[], float]]] = {
     "training_step": training_step,
     "steps_in_a_row": steps_in_a_row,
+    "compiled_step": compiled_step,
     "ragged": ragged,
     "logged_step": logged_step,
     "backward": backward,
@@ -262,6 +298,7 @@ TASKS: dict[str, Callable[[str, nn.Module, Setting], Callable[[], float]]] = {
     "generate": generate,
     "peak_memory": peak_memory,
     "launches": launches,
+    "compiled_launches": compiled_launches,
 }
 
 

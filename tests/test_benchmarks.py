@@ -1,6 +1,7 @@
 """The benchmarks run, at toy size; how long anything takes is not looked at."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -33,7 +34,13 @@ def check(result):
         assert all(values for values in series.values.values())
 
 
-@pytest.mark.parametrize("name", TOGETHER)
+def needs_a_compiler(name):
+    missing = "compiled" in name and shutil.which("g++") is None
+    why = "torch.compile makes C++ for a CPU"
+    return pytest.param(name, marks=pytest.mark.skipif(missing, reason=why))
+
+
+@pytest.mark.parametrize("name", [needs_a_compiler(name) for name in TOGETHER])
 def test_each_benchmark_of_a_model_runs(tmp_path, name):
     result = run(name, SUITE[name], "toy", report=lambda line: None)
     check(result)
@@ -144,6 +151,41 @@ def test_the_floor_goes_back_to_the_first_edited_layer_and_no_further():
         )
     _train(contestant, None, [rectangle(TOY)])
     assert reached == [1]
+
+
+def test_the_floor_in_a_graph_is_the_floor():
+    base, found = build_base(TOY), []
+    for name in ("floor", "floor-in-a-graph"):
+        contestant, reached = CONTESTANTS[name](share(base), TOY), []
+        assert not contestant.trained
+        for layer in contestant.model.model.layers:
+            layer.mlp.down_proj.register_full_backward_hook(
+                lambda module, given, taken, reached=reached: reached.append(taken[0])
+            )
+        loss = contestant.loss(rectangle(TOY))
+        loss.backward()
+        assert len(reached) == 1
+        found.append([loss, *reached])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_call_of_a_kernel_is_told_from_what_is_around_it():
+    code = """
+        buf2 = empty_strided_cpu((4, 65), (65, 1), torch.int64)
+        cpp_fused_add_0(buf2, buf0)
+        triton_poi_fused_add_1.run(buf2, 512, stream=stream0)
+        # Source Nodes: [linear], Original ATen: [aten.mm]
+        extern_kernels.mm(reinterpret_tensor(buf7, (256, 64)), buf1, out=buf8)
+        buf4 = torch.ops.aten.cumsum.default(buf3, dim=-1)
+        assert_alignment(buf5, 16, 'torch.ops.aten.cumsum.default')
+    """
+    calls = [call.split()[-1] for call in tasks._KERNEL_CALL.findall(code)]
+    assert calls == [
+        "cpp_fused_add_0(",
+        "triton_poi_fused_add_1.run(",
+        "extern_kernels.mm(",
+        "torch.ops.aten.cumsum.default(",
+    ]
 
 
 def test_steps_in_a_row_are_several_and_the_time_is_of_one(monkeypatch):
