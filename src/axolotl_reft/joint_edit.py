@@ -49,6 +49,6 @@ def joint_edit(interventions: Sequence[Any], prefixes: int, h_ND: Tensor) -> Ten
             source_NK = source_NK - F.linear(wide_ND, p_KD)
         rows_N1 = torch.arange(h_ND.shape[0], device=h_ND.device).unsqueeze(1)
         columns_K = torch.arange(p_KD.shape[0], device=h_ND.device)
-        own_NK = (rows_N1 < prefixes) == (columns_K < first.rank)
+        own_NK = (rows_N1 < prefixes) ^ (columns_K >= first.rank)
         edited_ND = torch.addmm(wide_ND, source_NK.where(own_NK, 0), p_KD)
     return edited_ND.to(h_ND.dtype)
