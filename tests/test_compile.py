@@ -1,5 +1,6 @@
 """``torch.compile`` takes the model and its edits as one graph, as it does the base."""
 
+import shutil
 from collections import Counter
 
 import pytest
@@ -8,6 +9,7 @@ from accelerate.utils import compile_regions
 from conftest import LAYERS, build_adapter, build_model
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import CompileConfig
 
 from axolotl_reft.layer import LoreftDecoderLayer
 
@@ -41,18 +43,24 @@ def step(model, batch):
     return [loss, *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
-def operations(model, call):
-    """How many of which operations the model's graph asks for, forward."""
-    found = Counter()
+def noting():
+    """A backend, and the operations of each graph that it gets, forward."""
+    found = []
 
     def note(graph, inputs):
-        found.update(str(node.target) for node in graph.graph.nodes)
+        found.append(Counter(str(node.target) for node in graph.graph.nodes))
         return graph
 
-    backend = aot_autograd(fw_compiler=note, bw_compiler=lambda graph, inputs: graph)
+    return aot_autograd(fw_compiler=note, bw_compiler=lambda graph, _: graph), found
+
+
+def operations(model, call):
+    """How many of which operations the model's graph asks for, forward."""
+    backend, found = noting()
     model.compile(backend=backend, fullgraph=True)
     call()
-    return found
+    (graph,) = found
+    return graph
 
 
 def assert_close(got, expected):
@@ -81,6 +89,18 @@ def test_checkpointed_layers_compile_whole(tokens, use_reentrant):
     expected = step(model, batch)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.compile(backend="aot_eager", fullgraph=True)
+    assert_close(step(model, batch), expected)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="for a CPU torch compiles C++")
+@pytest.mark.parametrize("component", ["block_output", "mlp_output"])
+def test_torchs_own_compiler_takes_it(tokens, component):
+    """Inductor, which refuses what other backends let pass."""
+    model = build_adapter(build_model(), component=component, tied_weights=False)
+    batch = packed(tokens)
+    expected = step(model.train(), batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.compile(fullgraph=True)
     assert_close(step(model, batch), expected)
 
 
@@ -167,3 +187,33 @@ def test_a_graph_for_any_number_of_tokens_computes_the_same(tokens):
     assert_close(step(model, batches[1]), expected[1])
     assert_close(step(model, batches[2]), expected[2])
     assert counter.frame_count == graphs
+
+
+def generated(model, tokens, **settings):
+    """The logits of two answers, to prompts of different lengths."""
+    answers = [
+        model.generate(
+            input_ids=tokens(2, width), attention_mask=torch.ones(2, width),
+            max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0,
+            output_logits=True, return_dict_in_generate=True, **settings,
+        )
+        for width in (7, 9)
+    ]  # fmt: skip
+    return [logits for answer in answers for logits in answer.logits]
+
+
+def test_compiled_decode_steps_are_those_of_the_base(tokens):
+    """As generate compiles them by itself on a GPU."""
+
+    def graphs(model):
+        torch._dynamo.reset()
+        backend, found = noting()
+        config = CompileConfig(backend=backend, mode=None, fullgraph=True)
+        config._compile_all_devices = True
+        static = {"cache_implementation": "static", "compile_config": config}
+        assert_close(generated(model, tokens, **static), generated(model, tokens))
+        return found
+
+    of_base = graphs(build_model().eval())
+    assert of_base
+    assert graphs(build_adapter(build_model()).eval()) == of_base

@@ -124,6 +124,7 @@ class Generation:
         continued: there is a filled cache.
         omitted: cached columns that were not handed over again.
         mask_BW: the 2-D attention mask of the step.
+        gone_by: the prompt has, before the step, as the mask tells.
     """
 
     width: int
@@ -132,6 +133,20 @@ class Generation:
     continued: bool = False
     omitted: int = 0
     mask_BW: Tensor | None = None
+    gone_by: bool = False
+
+    def prepare(self, mask_BW: Tensor | None, tokens_BT: Tensor) -> None:
+        """Note the step that is next.
+
+        Not in its forward: compiled, that would have a graph for each width of a mask
+        that it saw.
+
+        Args:
+            tokens_BT: the step's, or their embeddings (B, T, D).
+        """
+        self.mask_BW = mask_BW
+        past = 0 if mask_BW is None else mask_BW.shape[1] - tokens_BT.shape[1]
+        self.gone_by = past >= self.width
 
     def prompts(self, turns: Turns, rows: int, device: torch.device) -> PromptSpans:
         """The prompts in all P columns; ``rows`` counts beams and samples as well."""

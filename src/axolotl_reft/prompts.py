@@ -46,7 +46,8 @@ class _Batch:
         shape: B and T.
         find: the prompts of such turns; None for none.
         one_sample_rows: no row holds several packed samples.
-        past: columns in the cache before it.
+        past: columns in the cache before it; where the prompt has gone by, at least so
+            many.
         compiled: the model is, and with it the layers.
         most: how many prompts there are at most, where that was told.
         planned: by layer, what edits its hidden states, where it was made ready; None
@@ -505,12 +506,13 @@ class PromptTracker:
         self._conversations.note(cache, Tokens(ids_BW, answer_BW))
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        prepare = type(self._model).prepare_inputs_for_generation
+        inputs = prepare(self._model, *args, **kwargs)
         if self._now.generation is not None:
             mask = kwargs.get("attention_mask")
             is_2d = isinstance(mask, Tensor) and mask.ndim == 2
-            self._now.generation.mask_BW = mask if is_2d else None
-        prepare = type(self._model).prepare_inputs_for_generation
-        return prepare(self._model, *args, **kwargs)
+            self._now.generation.prepare(mask if is_2d else None, _tokens(inputs))
+        return inputs
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Of ``generate_batch`` and servers, whose own thread would hide an error."""
@@ -568,6 +570,8 @@ class PromptTracker:
         device: torch.device,
     ) -> _Batch:
         """A forward inside ``generate``: the prompt is what that was given."""
+        if generation.gone_by:
+            return _Batch(shape, _nothing, one_sample_rows=True, past=1, gone_by=True)
         rows, tokens = shape
         if generation.mask_BW is not None:
             past = generation.mask_BW.shape[1] - tokens
