@@ -190,11 +190,11 @@ def test_a_graph_for_any_number_of_tokens_computes_the_same(tokens):
 
 
 def generated(model, tokens, **settings):
-    """The logits of two answers, to prompts of different lengths."""
+    """The logits of two answers, to prompts of different lengths, in as many tokens."""
     answers = [
         model.generate(
             input_ids=tokens(2, width), attention_mask=torch.ones(2, width),
-            max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0,
+            max_length=13, min_length=13, do_sample=False, pad_token_id=0,
             output_logits=True, return_dict_in_generate=True, **settings,
         )
         for width in (7, 9)
