@@ -185,7 +185,7 @@ SUITE: dict[str, Benchmark] = {
         "compiled_launches",
         _COMPILED,
         _sizes(
-            quick=[Setting(hidden_size=64, layers=4, length=64)],
+            quick=[Setting(hidden_size=64, layers=4, length=64, prompt=32)],
             full=[
                 Setting(hidden_size=64, layers=layers, length=64, prompt=32)
                 for layers in (4, 8, 16)

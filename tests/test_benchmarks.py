@@ -169,8 +169,24 @@ def test_the_floor_in_a_graph_is_the_floor():
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+def test_the_floor_in_a_graph_adds_nothing_up_from_step_to_step():
+    contestant, leaves = CONTESTANTS["floor-in-a-graph"](build_base(TOY), TOY), []
+    contestant.model.model.layers[0].register_forward_hook(
+        lambda module, args, output: leaves.append(
+            output.grad_fn.next_functions[1][0].variable
+        )
+    )
+    gradients = []
+    for _ in range(2):
+        contestant.loss(rectangle(TOY)).backward()
+        gradients.append(leaves[-1].grad.clone())
+    assert leaves[0] is leaves[1] and gradients[0].any()
+    assert torch.equal(*gradients)
+
+
 def test_a_call_of_a_kernel_is_told_from_what_is_around_it():
     code = """
+        def triton_poi_fused_add_1(in_ptr0, xnumel, XBLOCK : tl.constexpr):
         buf2 = empty_strided_cpu((4, 65), (65, 1), torch.int64)
         cpp_fused_add_0(buf2, buf0)
         triton_poi_fused_add_1.run(buf2, 512, stream=stream0)
