@@ -93,7 +93,7 @@ def ours(base: nn.Module, setting: Setting) -> Contestant:
 
 def labelled(base: nn.Module, setting: Setting) -> Contestant:
     """Ours with the logits of labelled tokens alone, as the plugin trains it."""
-    from axolotl_reft.labelled_logits import labelled_logits
+    from axolotl_reft.training.labelled_logits import labelled_logits
 
     def collate(batch: Batch) -> Batch:
         on_host = {name: tensor.cpu() for name, tensor in batch.inputs.items()}
@@ -106,7 +106,7 @@ def labelled(base: nn.Module, setting: Setting) -> Contestant:
 
 def operations(base: nn.Module, setting: Setting) -> Contestant:
     """Ours without its kernels: on a GPU, by operations of torch's alone."""
-    from axolotl_reft import fused
+    from axolotl_reft.kernels import dispatch as fused
 
     contestant = ours(base, setting)
 

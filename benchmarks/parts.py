@@ -35,7 +35,7 @@ def intervention(size: str) -> Result:
     """Seconds of one LoReFT intervention, forward and backward, at 56 positions."""
     import pyreft
 
-    from axolotl_reft.interventions import LoreftIntervention
+    from axolotl_reft.core.interventions import LoreftIntervention
 
     positions = 56
     series = []
@@ -144,7 +144,7 @@ def _shapes(size: str) -> list[Setting]:
 _IMPORTS = {
     "peft": "import peft, transformers",
     "axolotl_reft": "import peft, transformers, axolotl_reft",
-    "interventions": "import peft, transformers, axolotl_reft.interventions",
+    "interventions": "import peft, transformers, axolotl_reft.core.interventions",
     "axolotl": "import axolotl.loaders.model",
     "plugin": "import axolotl.loaders.model, axolotl_reft.plugin.plugin",
 }

@@ -91,7 +91,7 @@ def ragged(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
 
 def logged_step(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
     """Seconds of a training step, plain or with the edits logged in each."""
-    from axolotl_reft.edit_log import EditLog
+    from axolotl_reft.training.edit_log import EditLog
 
     contestant, batch = ours(share(base), setting), rectangle(setting)
     optimizer, now = _optimizer(contestant), clock(setting)

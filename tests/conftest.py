@@ -16,7 +16,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from axolotl_reft import LoreftConfig, fused, shared_rotations
+from axolotl_reft import LoreftConfig
+from axolotl_reft.core import shared_rotations
+from axolotl_reft.kernels import dispatch as fused
 
 VOCABULARY = 64
 HIDDEN = 32

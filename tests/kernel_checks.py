@@ -11,18 +11,15 @@ import torch
 from conftest import LAYERS, VOCABULARY, build_adapter, build_model
 from torch.testing import assert_close
 
-from axolotl_reft import (
-    LoreftConfig,
-    editing,
-    fused,
-    interventions,
-    launches,
-    rotation,
-    rotation_launches,
-)
-from axolotl_reft.config import INTERVENTIONS
-from axolotl_reft.edit_size import edit_sizes
-from axolotl_reft.interventions import INTERVENTION_CLASSES
+from axolotl_reft import LoreftConfig
+from axolotl_reft.core import interventions, rotation
+from axolotl_reft.core import scatter as editing
+from axolotl_reft.core.interventions import INTERVENTION_CLASSES
+from axolotl_reft.inspect.edit_size import edit_sizes
+from axolotl_reft.kernels import dispatch as fused
+from axolotl_reft.kernels import launch as launches
+from axolotl_reft.kernels import rotation_launch as rotation_launches
+from axolotl_reft.tuner.config import INTERVENTIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sums of float32 differ in their order.

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from axolotl_reft import LoreftPlugin
-from axolotl_reft.lora import LayerLora
+from axolotl_reft.tuner.lora import LayerLora
 
 
 def _accelerator(mixed_precision=None, **settings):

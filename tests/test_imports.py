@@ -10,59 +10,64 @@ import pytest
 import axolotl_reft
 
 PACKAGE = Path(axolotl_reft.__file__).parent
-ORDER = [
-    "wording",
-    "adapter_numbers",
-    "adapter_leaf",
-    "positions",
-    "editing",
-    "joint_edit",
-    "kernels",
-    "launches",
-    "turns",
-    "chat_template",
-    "rotation",
-    "shared_rotations",
-    "rotation_kernels",
-    "rotation_launches",
-    "fused",
-    "peft_type",
-    "pyreft_install",
-    "foreign_names",
-    "components",
-    "format_version",
-    "config_file",
-    "config",
-    "conversations",
-    "adapter_rows",
-    "prompts",
-    "prompt_counts",
-    "labelled_logits",
-    "interventions",
-    "lora",
-    "adapter_directory",
-    "input_gradients",
-    "layer",
-    "trained_modules",
-    "model",
-    "model_card",
-    "registration",
-    "pyreft_objects",
-    "pyreft_format",
-    "lm_eval",
-    "edit_size",
-    "token_view",
-    "edit_log",
-    "first_batch",
-    "training_record",
-    "inspection",
-    "probe",
-    "inspection_text",
-    "inspection_plot",
-    "inspection_page",
-    "inspect_command",
-    "plugin",
-]
+# From bottom to top, each with what it imports of others: rooms, then packages.
+ROOMS = {
+    "errors": ((), ()),
+    "core": (("errors",), ("torch", "transformers", "pyreft")),
+    "prompts": (("errors",), ("torch",)),
+    "settings": (("errors", "prompts"), ("torch",)),
+    "kernels": (("core",), ("torch", "triton")),
+    "tuner": (
+        ("errors", "core", "prompts", "settings", "kernels"),
+        ("torch", "transformers", "peft"),
+    ),
+    "saved": (
+        ("errors", "core", "prompts", "settings", "tuner"),
+        ("torch", "peft", "safetensors", "huggingface_hub"),
+    ),
+    "registration": (("saved", "tuner"), ("peft",)),
+    "exchange": (
+        ("errors", "core", "prompts", "settings", "tuner", "saved"),
+        ("torch", "transformers", "peft", "safetensors", "pyreft", "pyvene"),
+    ),
+    "lm_eval": (
+        ("saved", "tuner"),
+        ("torch", "transformers", "peft", "lm_eval", "tqdm"),
+    ),
+    "inspect": (
+        ("core", "exchange", "prompts", "saved", "tuner"),
+        ("torch", "transformers", "peft", "rich", "matplotlib", "yaml"),
+    ),
+    "training": (("inspect", "prompts", "tuner"), ("torch", "transformers")),
+    "plugin": (
+        (
+            "errors",
+            "core",
+            "prompts",
+            "settings",
+            "tuner",
+            "saved",
+            "exchange",
+            "lm_eval",
+            "inspect",
+            "training",
+        ),
+        (
+            "axolotl",
+            "click",
+            "datasets",
+            "lm_eval",
+            "packaging",
+            "peft",
+            "pydantic",
+            "torch",
+            "tqdm",
+            "transformers",
+            "trl",
+            "yaml",
+        ),
+    ),
+}
 
 
 def run(code):
@@ -81,7 +86,7 @@ def test_importing_the_package_brings_in_neither_axolotl_nor_pyreft():
 
 
 def test_the_interventions_are_imported_in_silence():
-    assert run("import axolotl_reft.interventions").stdout == ""
+    assert run("import axolotl_reft.core.interventions").stdout == ""
 
 
 def test_importing_twice_registers_once():
@@ -96,66 +101,40 @@ def test_importing_twice_registers_once():
     assert run(code).stdout.strip() == "1"
 
 
-def imported_parts(path):
+def imported_names(path):
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
+        if isinstance(node, ast.ImportFrom):
+            yield f"{node.module}.{node.names[0].name}"
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "axolotl_reft" and len(parts) > 1:
-                yield parts[1]
+            yield from (alias.name for alias in node.names)
 
 
-def test_imports_point_one_way():
-    assert {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py"} == {
-        "__init__",
-        *ORDER[:-1],
-    }
-    for index, part in enumerate(ORDER[:-1]):
-        later = set(imported_parts(PACKAGE / f"{part}.py")) & set(ORDER[index:])
-        assert not later, f"{part} imports {later}"
+def files_of(room):
+    folder = PACKAGE / room
+    return folder.rglob("*.py") if folder.is_dir() else [PACKAGE / f"{room}.py"]
 
 
-@pytest.mark.parametrize(
-    ("part", "allowed"),
-    [
-        ("positions", {"torch", "axolotl_reft"}),
-        ("editing", {"torch"}),
-        ("joint_edit", {"torch"}),
-        ("turns", {"torch", "axolotl_reft"}),
-        ("rotation", {"torch"}),
-        ("shared_rotations", {"torch", "axolotl_reft"}),
-        ("kernels", {"triton"}),
-        ("rotation_kernels", {"triton"}),
-        ("rotation_launches", {"torch", "axolotl_reft"}),
-        ("launches", {"torch", "axolotl_reft"}),
-        ("fused", {"torch", "axolotl_reft"}),
-    ],
-)
-def test_the_numerics_need_torch_alone(part, allowed):
-    tree = ast.parse((PACKAGE / f"{part}.py").read_text())
-    roots = {
-        name.split(".")[0]
-        for node in ast.walk(tree)
-        for name in (
-            [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else []
-        )
-    }
-    assert roots - sys.stdlib_module_names == allowed
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_rooms_below_it_and_packages_that_it_is_for(room):
+    rooms, packages = ROOMS[room]
+    names = list(ROOMS)
+    assert all(names.index(below) < names.index(room) for below in rooms)
+    found_rooms, found_packages = set(), set()
+    for path in files_of(room):
+        for name in imported_names(path):
+            first, second, *_ = *name.split("."), ""
+            if first == "axolotl_reft":
+                found_rooms.add(second)
+            elif first not in sys.stdlib_module_names:
+                found_packages.add(first)
+    assert found_rooms - {room} <= set(rooms)
+    assert found_packages <= set(packages)
 
 
-def test_axolotl_is_imported_by_the_plugin_alone():
-    for path in PACKAGE.glob("*.py"):
-        assert "import axolotl\n" not in path.read_text()
-        assert "from axolotl." not in path.read_text()
+def test_every_file_is_in_a_room():
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        assert room == "__init__" or room in ROOMS
 
 
 def test_a_name_that_is_not_there_is_told_with_the_nearest():

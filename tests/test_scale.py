@@ -7,8 +7,8 @@ from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from axolotl_reft.editing import edit
-from axolotl_reft.interventions import LoreftIntervention
+from axolotl_reft.core.interventions import LoreftIntervention
+from axolotl_reft.core.scatter import edit
 from benchmarks import scale
 from benchmarks.base import Setting, build_base, rectangle
 from benchmarks.contestants import CONTESTANTS, our_config

@@ -12,7 +12,7 @@ import matplotlib
 import torch
 from matplotlib.patches import Patch, Rectangle
 
-from axolotl_reft.positions import Positions, prompt_runs
+from axolotl_reft.prompts.positions import Positions, prompt_runs
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

@@ -7,13 +7,13 @@ axolotl nor pyreft.
 from importlib import import_module
 from typing import Any
 
-from axolotl_reft.chat_template import turn_markers
-from axolotl_reft.config import LoreftConfig
-from axolotl_reft.labelled_logits import LabelledLogits
-from axolotl_reft.model import LoreftModel
-from axolotl_reft.prompt_counts import PromptCounter
+from axolotl_reft.errors import did_you_mean
+from axolotl_reft.prompts.templates import turn_markers
 from axolotl_reft.registration import register_loreft
-from axolotl_reft.wording import did_you_mean
+from axolotl_reft.training.labelled_logits import LabelledLogits
+from axolotl_reft.training.prompt_counts import PromptCounter
+from axolotl_reft.tuner.config import LoreftConfig
+from axolotl_reft.tuner.model import LoreftModel
 
 __all__ = [
     "LabelledLogits",
@@ -29,8 +29,8 @@ __all__ = [
 # Imported when asked for: these bring in axolotl, or pyreft.
 _LAZY = {
     "LoreftPlugin": "axolotl_reft.plugin",
-    "from_pyreft": "axolotl_reft.pyreft_format",
-    "to_pyreft": "axolotl_reft.pyreft_format",
+    "from_pyreft": "axolotl_reft.exchange.directory",
+    "to_pyreft": "axolotl_reft.exchange.directory",
 }
 
 register_loreft()

@@ -25,8 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from axolotl_reft.adapter_directory import check_adapter_fits, read_adapter_config
-from axolotl_reft.model import LoreftModel
+from axolotl_reft.saved.directory import check_adapter_fits, read_adapter_config
+from axolotl_reft.tuner.model import LoreftModel
 
 # What lm_eval scores: (what was asked, tokens of the context, of the continuation).
 _Request = tuple[Any, list[int], list[int]]

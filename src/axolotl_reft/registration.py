@@ -5,11 +5,11 @@ from __future__ import annotations
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
-from axolotl_reft.config import LoreftConfig
-from axolotl_reft.model import LoreftModel
-from axolotl_reft.model_card import extend_pefts_cards
-from axolotl_reft.peft_type import LOREFT
-from axolotl_reft.trained_modules import save_modules_once
+from axolotl_reft.saved.card import extend_pefts_cards
+from axolotl_reft.tuner.config import LoreftConfig
+from axolotl_reft.tuner.model import LoreftModel
+from axolotl_reft.tuner.peft_type import LOREFT
+from axolotl_reft.tuner.trained_modules import save_modules_once
 
 
 def register_loreft() -> None:

@@ -1,40 +1,11 @@
 """Every mistake in a YAML, and what its writer reads; no model is loaded."""
 
 import pytest
-import yaml
-from axolotl.cli.config import prepare_plugins
 from axolotl.utils.config import validate_config
-from axolotl.utils.dict import DictDefault
+from yaml_config import validated
 
 from axolotl_reft import LoreftConfig, LoreftPlugin
 from axolotl_reft.plugin.args import LoreftBlock
-
-GOOD = """
-base_model: base
-plugins:
-  - axolotl_reft.LoreftPlugin
-adapter: loreft
-loreft:
-  layers: all
-  positions: f7+l7
-  rank: 8
-datasets:
-  - path: data.jsonl
-    ds_type: json
-    type: alpaca
-micro_batch_size: 1
-gradient_accumulation_steps: 1
-num_epochs: 1
-learning_rate: 1e-3
-"""
-
-
-def validated(**changes):
-    settings = yaml.safe_load(GOOD)
-    settings |= changes
-    cfg = DictDefault({k: v for k, v in settings.items() if v is not ...})
-    prepare_plugins(cfg)
-    return validate_config(cfg)
 
 
 def test_a_good_config_gets_every_default():

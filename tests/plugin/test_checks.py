@@ -134,7 +134,7 @@ def test_every_process_starts_with_the_same_numbers():
 
 
 def test_fsdp2_is_told_to_keep_interventions_in_float32():
-    ours = "axolotl_reft.interventions.LoreftIntervention"
+    ours = "axolotl_reft.core.interventions.LoreftIntervention"
     plugin, model = LoreftPlugin(), torch.nn.Module()
     plugin.post_model_load(DictDefault({"adapter": "loreft"}), model)
     assert get_fp32_norm_patterns(model) is None

@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from axolotl_reft.plugin.labels import show_labels
 from axolotl_reft.plugin.plugin import LoreftPlugin
-from axolotl_reft.prompts import PROMPTS
+from axolotl_reft.tuner.prompts import PROMPTS
 
 
 @pytest.fixture

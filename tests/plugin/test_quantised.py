@@ -7,10 +7,10 @@ from axolotl.utils.dict import DictDefault
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from conftest import build_adapter, build_model
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from test_args import validated
 from training import train
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from workspace import build_workspace
+from yaml_config import validated
 
 from axolotl_reft import LoreftConfig
 from axolotl_reft.plugin import quantised

@@ -8,13 +8,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from axolotl_reft.config import LoreftConfig
-from axolotl_reft.foreign_names import KEYS as FOREIGN_KEYS
-from axolotl_reft.foreign_names import hint
+from axolotl_reft.errors import did_you_mean, shown
 from axolotl_reft.plugin.checks import check_component, check_settings
 from axolotl_reft.plugin.parallel import check_parallel
 from axolotl_reft.plugin.quantised import check_quantisation, with_quantization
-from axolotl_reft.wording import did_you_mean, shown
+from axolotl_reft.settings.foreign_names import KEYS as FOREIGN_KEYS
+from axolotl_reft.settings.foreign_names import hint
+from axolotl_reft.tuner.config import LoreftConfig
 
 _FIELDS = {field.name: field for field in fields(LoreftConfig)}
 

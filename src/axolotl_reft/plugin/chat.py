@@ -9,7 +9,7 @@ from axolotl.loaders import load_tokenizer
 from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.logging import get_logger
 
-from axolotl_reft.chat_template import turn_markers
+from axolotl_reft.prompts.templates import turn_markers
 
 LOG = get_logger(__name__)
 

@@ -13,12 +13,12 @@ from axolotl.utils.logging import get_logger
 from axolotl.utils.train import determine_last_checkpoint
 from pydantic import BaseModel
 
-from axolotl_reft.adapter_directory import check_adapter_fits
-from axolotl_reft.components import as_wide_as_the_model
-from axolotl_reft.config import LoreftConfig, layer_ranks
 from axolotl_reft.plugin.preference_checks import check_preference
 from axolotl_reft.plugin.quantised import check_quantised_base
-from axolotl_reft.trained_modules import same_modules
+from axolotl_reft.saved.directory import check_adapter_fits
+from axolotl_reft.settings.components import as_wide_as_the_model
+from axolotl_reft.tuner.config import LoreftConfig, layer_ranks
+from axolotl_reft.tuner.trained_modules import same_modules
 
 LOG = get_logger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from axolotl_reft.config import INTERVENTIONS
+from axolotl_reft.tuner.config import INTERVENTIONS
 
 
 @click.group()
@@ -40,7 +40,7 @@ def export_command(directory: str, out: str) -> None:
     OUT is what ReftModel.save would write, with adapter_config.json beside it, from
     which `axolotl reft import` reads what pyreft does not store.
     """
-    from axolotl_reft.pyreft_format import export_adapter
+    from axolotl_reft.exchange.directory import export_adapter
 
     by_path = export_adapter(directory, out)
     if by_path:
@@ -81,7 +81,7 @@ def import_command(directory: str, out: str, **settings: Any) -> None:
     DIR is what ReftModel.save wrote, or a checkpoint of pyreft's trainer. pyreft does
     not store positions, dropout and activation; pass those it was trained with.
     """
-    from axolotl_reft.pyreft_format import import_adapter
+    from axolotl_reft.exchange.directory import import_adapter
 
     import_adapter(directory, out, **settings)
     click.echo(
@@ -156,6 +156,6 @@ def inspect_command(directory: str, **options: Any) -> None:
     The base model is loaded when there are prompts to run, or when --base-model is
     passed (it then writes eight itself); the rest is read from DIR's files.
     """
-    from axolotl_reft.inspect_command import run
+    from axolotl_reft.inspect.command import run
 
     run(directory, **options)

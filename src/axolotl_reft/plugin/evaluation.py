@@ -13,9 +13,9 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager, get_task_dict
 from lm_eval.utils import handle_non_serializable
 
-from axolotl_reft.adapter_directory import read_adapter_config
 from axolotl_reft.lm_eval import LoreftLM, check_rolling
 from axolotl_reft.plugin.plugin import trained_adapter
+from axolotl_reft.saved.directory import read_adapter_config
 
 
 def evaluate_tasks(

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from axolotl_reft.labelled_logits import LabelledLogits, why_all_logits
-from axolotl_reft.prompt_counts import PromptCounter
+from axolotl_reft.training.labelled_logits import LabelledLogits, why_all_logits
+from axolotl_reft.training.prompt_counts import PromptCounter
 
 LOG = get_logger(__name__)
 

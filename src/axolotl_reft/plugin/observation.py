@@ -10,8 +10,8 @@ from axolotl.utils.logging import get_logger
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from axolotl_reft.edit_log import EditLog
-from axolotl_reft.first_batch import FirstBatch
+from axolotl_reft.training.edit_log import EditLog
+from axolotl_reft.training.first_batch import FirstBatch
 
 LOG = get_logger(__name__)
 

@@ -17,9 +17,7 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel, TrainerCallback
 
-from axolotl_reft.config import LoreftConfig
-from axolotl_reft.lora import LayerLora
-from axolotl_reft.model_card import keep_in_trainers_card
+from axolotl_reft.core.pyreft import check_pyreft
 from axolotl_reft.plugin import observation, quantised
 from axolotl_reft.plugin.args import check_as_written
 from axolotl_reft.plugin.chat import markers_of_data
@@ -32,7 +30,9 @@ from axolotl_reft.plugin.running import (
     warn_of_no_evaluation,
 )
 from axolotl_reft.plugin.typed_prompts import warn_of_other_prompts
-from axolotl_reft.pyreft_install import check_pyreft
+from axolotl_reft.saved.card import keep_in_trainers_card
+from axolotl_reft.tuner.config import LoreftConfig
+from axolotl_reft.tuner.lora import LayerLora
 
 LOG = get_logger(__name__)
 
@@ -81,7 +81,7 @@ class LoreftPlugin(BasePlugin):
     def pre_model_load(self, cfg: DictDefault) -> None:
         if cfg.adapter != "loreft":
             return
-        import axolotl_reft.interventions  # noqa: F401  (a broken pyreft stops here)
+        import axolotl_reft.core.interventions  # noqa: F401  (a broken pyreft stops here)
 
         answering = answers()
         if answering and not cfg.lora_model_dir:
@@ -180,7 +180,7 @@ class LoreftPlugin(BasePlugin):
 def _keep_in_float32(cfg: DictDefault, model: Any) -> None:
     """Under FSDP2, the adapter's modules get float32 groups of their own: in that of
     the whole model they would be rounded to its mixed precision every step."""
-    from axolotl_reft.interventions import INTERVENTION_CLASSES
+    from axolotl_reft.core.interventions import INTERVENTION_CLASSES
 
     classes = [*INTERVENTION_CLASSES.values(), LayerLora]
     ours = [f"{c.__module__}.{c.__name__}" for c in classes]

@@ -25,7 +25,7 @@ from trl import DPOTrainer, GRPOTrainer, KTOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from axolotl_reft.layer import LoreftDecoderLayer
+from axolotl_reft.tuner.layer import LoreftDecoderLayer
 
 LOG = get_logger(__name__)
 

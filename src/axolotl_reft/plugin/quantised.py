@@ -22,8 +22,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from axolotl_reft.model import find_decoder_layers
-from axolotl_reft.wording import did_you_mean
+from axolotl_reft.errors import did_you_mean
+from axolotl_reft.tuner.model import find_decoder_layers
 
 LOG = get_logger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from axolotl.utils.logging import get_logger
 
-from axolotl_reft.layer import cannot_merge
+from axolotl_reft.tuner.layer import cannot_merge
 
 LOG = get_logger(__name__)
 

@@ -1,0 +1,151 @@
+"""The turns of a conversation, read from its token ids.
+
+Labels tell prompt from answer in training alone. A chat template's own marks are there
+at inference too, so where an adapter knows them, both read the same ids by the same
+rule and edit the same tokens. Torch only.
+
+Shapes: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from axolotl_reft.errors import shown
+from axolotl_reft.prompts.positions import (
+    PromptRuns,
+    any_in_sample,
+    count_in_sample,
+    prompt_runs,
+)
+
+TURNS = ("every", "first")
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Which turns of a conversation are edited, and what marks them.
+
+    Attributes:
+        every: the prompt of each turn is edited; otherwise the first turn's alone.
+        generation_prompts: token ids after which an answer begins, such as those of
+            ``<|im_start|>assistant\\n``; one sequence for each chat template.
+        end_of_turn: tokens that end an answer, and still belong to it.
+    """
+
+    every: bool = True
+    generation_prompts: tuple[tuple[int, ...], ...] = ()
+    end_of_turn: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, turns: str, markers: Mapping[str, Any] | None = None) -> Turns:
+        """Read the adapter's settings ``turns`` and ``turn_markers``.
+
+        Raises:
+            ValueError: they are not understood.
+        """
+        if turns not in TURNS:
+            raise ValueError(
+                f"turns: {shown(turns)} is unknown. Write turns: every to edit the "
+                "prompt of each turn of a conversation, or turns: first for the first "
+                "one's alone"
+            )
+        if markers is None:
+            return cls(turns == "every")
+        try:
+            (prompts, ends) = (
+                tuple(tuple(_ids(p)) for p in _list(markers["generation_prompts"])),
+                tuple(_ids(markers["end_of_turn"])),
+            )
+        except (KeyError, TypeError):
+            prompts, ends = (), ()
+        if not prompts or not all(prompts) or not ends or len(markers) != 2:
+            raise ValueError(
+                f"turn_markers: {shown(markers)} is not understood. It holds the "
+                "token ids of a chat template as generation_prompts (a list of lists) "
+                "and end_of_turn (a list), which axolotl_reft.turn_markers(tokenizer) "
+                "finds"
+            )
+        return cls(turns == "every", prompts, ends)
+
+    def answers(
+        self, ids_BT: Tensor, starts_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the marks say of every token.
+
+        Args:
+            ids_BT: token ids.
+            starts_BT: True where a packed sample begins; None for one sample a row.
+
+        Returns:
+            True for tokens of an answer: after a generation prompt, up to and with
+            the end of the turn; and True for every token of a sample with any
+            generation prompt in it. Of other samples nothing is known.
+        """
+        opens_BT = _ends_of(self.generation_prompts, ids_BT)
+        closes_BT = _ends_of(tuple((token,) for token in self.end_of_turn), ids_BT)
+        number_BT = opens_BT.long().cumsum(1)
+        closed_BT = (number_BT * closes_BT).cummax(1).values
+        # Both as they stood before the token itself.
+        number_BT = number_BT - opens_BT.long()
+        closed_BT = F.pad(closed_BT, (1, -1))
+        opened_BT = count_in_sample(opens_BT, starts_BT) > opens_BT.long()
+        found_BT = any_in_sample(opens_BT, starts_BT)
+        return opened_BT & (number_BT > closed_BT), found_BT
+
+    def runs(
+        self,
+        real_BT: Tensor,
+        ids_BT: Tensor | None = None,
+        starts_BT: Tensor | None = None,
+        answer_BT: Tensor | None = None,
+    ) -> PromptRuns:
+        """The prompts of a batch: by the marks where a sample has them.
+
+        Args:
+            real_BT: True for tokens, False for padding.
+            ids_BT: token ids; None where only embeddings are known.
+            starts_BT: True where a packed sample begins; None for one sample a row.
+            answer_BT: what is otherwise known of answers, for samples without marks.
+        """
+        if ids_BT is not None and self.generation_prompts:
+            marked_BT, found_BT = self.answers(ids_BT, starts_BT)
+            if answer_BT is None:
+                answer_BT = marked_BT
+            else:
+                answer_BT = marked_BT.where(found_BT, answer_BT)
+        return prompt_runs(real_BT, starts_BT, answer_BT, self.every)
+
+
+def _list(items: Any) -> list[Any]:
+    if not isinstance(items, (list, tuple)):
+        raise TypeError
+    return list(items)
+
+
+def _ids(numbers: Any) -> list[int]:
+    numbers = _list(numbers)
+    if any(type(number) is not int or not 0 <= number < 2**31 for number in numbers):
+        raise TypeError
+    return numbers
+
+
+def _ends_of(sequences: tuple[tuple[int, ...], ...], ids_BT: Tensor) -> Tensor:
+    """True at the last token of each occurrence of one of the sequences."""
+    found_BT = ids_BT.new_zeros(ids_BT.shape, dtype=torch.bool)
+    width = ids_BT.shape[1]
+    for sequence in sequences:
+        count = width - len(sequence) + 1
+        if count < 1:
+            continue
+        match_BT = ids_BT[:, :count] == sequence[0]
+        for offset, token in enumerate(sequence[1:], start=1):
+            match_BT = match_BT & (ids_BT[:, offset : offset + count] == token)
+        found_BT = found_BT | F.pad(match_BT, (len(sequence) - 1, 0))
+    return found_BT

@@ -1,0 +1,65 @@
+"""What pyreft and LoRA call things that have another name here, for messages.
+
+``did_you_mean`` would take some for something else: ``nodireft`` for noreft.
+"""
+
+from __future__ import annotations
+
+from axolotl_reft.errors import did_you_mean
+
+_CLASSES = {
+    "LoreftIntervention": "loreft",
+    "NoreftIntervention": "noreft",
+    "NodireftIntervention": "direft",
+    "DireftIntervention": "orthogonal_direft",
+    "ConsreftIntervention": "consreft",
+    "LobireftIntervention": "lobireft",
+}
+_INTERVENTIONS = {
+    written: ours
+    for theirs, ours in _CLASSES.items()
+    # Without the ending direft is the paper's, which is ours, and not pyreft's class.
+    for written in (theirs.lower(), theirs.lower().removesuffix("intervention"))
+    if written != "direft"
+}
+
+_FOUND = "which tokens are edited is found in every batch; say which with positions"
+KEYS = {
+    "low_rank_dimension": "here it is rank",
+    "share_weights": "here it is tied_weights",
+    "position": "here it is positions",
+    "intervention_type": "here it is intervention",
+    "representations": "here layers, component, rank and intervention are keys",
+    "num_interventions": _FOUND,
+    "intervention_locations": _FOUND,
+    "unit_locations": _FOUND,
+    "subspaces": "it has no counterpart here",
+    "embed_dim": "remove it, the width is the base model's",
+    "add_bias": "remove it, there is no such bias here",
+}
+_IN_THE_BLOCK = KEYS | {
+    "p": "here it is positions",
+    "r": "here it is rank",
+    "lora_r": "here it is rank",
+    "dtype": "remove it, interventions are float32 whatever the base is",
+    "lora_alpha": "remove it, an edit has no scale to set",
+    "lora_dropout": "here it is dropout",
+    "target_modules": "here layers and component say what is edited",
+    "lora_target_modules": "here layers and component say what is edited",
+}
+
+
+def hint(key: object, known: tuple[str, ...]) -> str:
+    """`` low_rank_dimension: here it is rank.``, or what ``key`` may be a slip of."""
+    advice = _IN_THE_BLOCK.get(key) if isinstance(key, str) else None
+    return f" {key}: {advice}." if advice else did_you_mean(key, known)
+
+
+def intervention_hint(value: object, known: tuple[str, ...]) -> str:
+    """The same for a kind of intervention, or a class of pyreft's."""
+    name = value.__name__ if isinstance(value, type) else value
+    written = name.lower() if isinstance(name, str) else ""
+    ours = _INTERVENTIONS.get(written, written)
+    if ours == written:
+        return did_you_mean(value, known)
+    return f" It is pyreft's name: here it is {ours}."

@@ -1,0 +1,118 @@
+"""LoRA beside LoReFT, in one adapter: low-rank additions to linear modules of a layer.
+
+PEFT's LoRA layers cannot be had here: PEFT saves an adapter's numbers by the prefix of
+one method, and a model takes adapters of one method. What is computed, how it starts
+and what autocast does to it are PEFT's (``tests/tuner/test_lora.py`` compares the two);
+any linear module will do, quantised ones too, since it is called and not replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from axolotl_reft.core.leaf import AdapterLeaf
+from axolotl_reft.errors import did_you_mean, shown
+from axolotl_reft.tuner.config import ALL_LINEAR
+
+# Sizes of a module's input and output.
+Sizes = tuple[int, int]
+
+
+class LayerLora(AdapterLeaf):
+    """y + (α/r)·B·A·dropout(x) for linear modules of one layer (arXiv 2106.09685, 4.1).
+
+    A leaf, and float32 under any cast, like the interventions. A (r, in) starts as
+    PEFT's does, B (out, r) at zero.
+
+    Args:
+        sizes: of each module, by its path in the layer.
+        r: rank.
+        alpha: α.
+        dropout: probability of zeroing an entry of x.
+    """
+
+    def __init__(
+        self, sizes: Mapping[str, Sizes], r: int, alpha: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.made_for = f"lora r {r}"
+        widest = max((size for both in sizes.values() for size in both), default=r)
+        if r > widest:
+            raise ValueError(
+                f"lora: r: {r} is larger than every side of the modules it is for; "
+                f"choose at most {widest}, 8 is usual"
+            )
+        self.r = r
+        self.scaling = alpha / r
+        self.dropout_p = dropout
+        for path, (size_in, size_out) in sizes.items():
+            a = nn.Parameter(torch.empty(r, size_in, dtype=torch.float32))
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            b = nn.Parameter(torch.zeros(size_out, r, dtype=torch.float32))
+            for name, parameter in zip(_names(path), (a, b), strict=True):
+                self.register_parameter(name, parameter)
+
+    def has(self, path: str) -> bool:
+        """Whether the module at this path of the layer is one of its own."""
+        return _names(path)[0] in self._parameters
+
+    def forward(self, path: str, x: Tensor) -> Tensor:
+        """What is added to the output of the module at ``path`` for its input."""
+        a, b = (self.get_parameter(name) for name in _names(path))
+        x = F.dropout(x.to(a.dtype), self.dropout_p, self.training)
+        return F.linear(F.linear(x, a), b) * self.scaling
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling}, dropout={self.dropout_p}"
+
+
+def _names(path: str) -> tuple[str, str]:
+    """Of a module's A and B: PEFT wants them directly on the leaf, so without dots."""
+    stem = path.replace(".", "_")
+    return f"{stem}_A", f"{stem}_B"
+
+
+def linear_modules(layer: nn.Module, targets: str | Sequence[str]) -> dict[str, Sizes]:
+    """The paths of the layer's linear modules that ``targets`` names, with their sizes.
+
+    Args:
+        layer: a decoder layer.
+        targets: ``all-linear``, or names: of modules, or the ends of their paths.
+
+    Raises:
+        ValueError: a name is not that of a linear module.
+    """
+    linear = {
+        path: sizes
+        for path, module in layer.named_modules()
+        if (sizes := _sizes(module)) is not None
+    }
+    if targets == ALL_LINEAR:
+        return linear
+    found = {}
+    for target in targets:
+        paths = [p for p in linear if p == target or p.endswith(f".{target}")]
+        if not paths:
+            known = tuple(dict.fromkeys(path.rpartition(".")[2] for path in linear))
+            raise ValueError(
+                f"lora: target_modules: {shown(target)} is no linear module of "
+                f"{type(layer).__name__}.{did_you_mean(target, known)} It has: "
+                f"{', '.join(linear)}"
+            )
+        found.update({path: linear[path] for path in paths})
+    return found
+
+
+def _sizes(module: nn.Module) -> Sizes | None:
+    """Of a linear module, quantised or not; None for any other."""
+    if hasattr(module, "nx") and hasattr(module, "nf"):  # GPT-2's Conv1D
+        return int(module.nx), int(module.nf)  # type: ignore[arg-type]
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+        return sizes[0], sizes[1]
+    return None

@@ -1,0 +1,133 @@
+"""Modules trained whole and saved with the adapter: PEFT's ``modules_to_save``.
+
+PEFT copies a module, trains the copy and saves it. Four things it leaves open are
+settled here: which modules a name means, embeddings that the head shares, a base whose
+vocabulary had grown when the adapter was trained, and how often a matrix is saved.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+from peft import peft_model
+from torch import Tensor, nn
+
+from axolotl_reft.errors import did_you_mean
+from axolotl_reft.tuner.config import LoreftConfig
+from axolotl_reft.tuner.peft_type import LOREFT
+
+# PEFT adds a classifier's heads by these names, whichever the model has.
+HEADS = ("classifier", "score")
+# Where PEFT's wrapper keeps the trained copy and the base's own module.
+WRAPPED_PARTS = ("modules_to_save", "original_module")
+_WRAPPED = "_loreft_once"
+
+
+def check_modules_to_save(config: LoreftConfig, model: nn.Module, layers: str) -> None:
+    """See that each name means modules of the model, outside of its edited layers.
+
+    Args:
+        layers: path of the list of decoder layers.
+
+    Raises:
+        ValueError: a name matches nothing, or something within the layers.
+    """
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    for name in config.modules_to_save or ():
+        # As PEFT matches.
+        matched = [path for path in paths if path.endswith(name)]
+        if not matched and name not in HEADS:
+            leaves = {path.rsplit(".", 1)[-1] for path in paths if path}
+            raise ValueError(
+                f"modules_to_save: {name!r} is not a module of "
+                f"{type(model).__name__}.{did_you_mean(name, tuple(sorted(leaves)))}"
+            )
+        within = [path for path in matched if f"{path}.".startswith(f"{layers}.")]
+        if within:
+            raise ValueError(
+                f"modules_to_save: {name!r} matches {within[0]!r}, within the layers "
+                "whose hidden states LoReFT edits and which it leaves as they are; "
+                "name modules outside of them, such as embed_tokens, lm_head or "
+                "model.norm"
+            )
+
+
+def tie_trained_embeddings(config: Any, model: Any, tied: list[str]) -> None:
+    """Let a head that shares the embeddings share the trained copy too.
+
+    Args:
+        config: the adapter's; changed in place.
+        tied: modules that share the embeddings.
+    """
+    named = set(config.modules_to_save or ())
+    names = _embedding_names(model)
+    if tied and named & set(names):
+        config.modules_to_tie = set(tied)
+        config.modules_to_save = sorted(named - set(names) | {names[0]})
+
+
+def fit_vocabulary(config: LoreftConfig, model: Any) -> None:
+    """Note how many tokens the trained embeddings have; give a plain base as many.
+
+    What the new rows hold does not matter: the saved embeddings take their place.
+    """
+    if not set(config.modules_to_save or ()) & set(_embedding_names(model)):
+        return
+    rows = model.get_input_embeddings().num_embeddings
+    if config.vocab_size is None:
+        config.vocab_size = rows
+    elif config.vocab_size != rows:
+        model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+
+
+def save_modules_once() -> None:
+    """Have PEFT save a trained module once; again is harmless.
+
+    Where the vocabulary has grown, it saves everything below the embeddings: the
+    trained copy as the module itself, which is what it reads, the copy once more, and
+    the base's own.
+    """
+    collect = peft_model.get_peft_model_state_dict
+    if hasattr(collect, _WRAPPED):
+        return
+
+    @wraps(collect)
+    def collect_once(
+        model: Any, state_dict: Any = None, adapter_name: str = "default", **kwargs: Any
+    ) -> dict[str, Tensor]:
+        found = collect(model, state_dict, adapter_name, **kwargs)
+        if model.peft_config[adapter_name].peft_type != LOREFT:
+            return found
+        return {
+            key: tensor
+            for key, tensor in found.items()
+            if not any(f".{part}." in key for part in WRAPPED_PARTS)
+        }
+
+    setattr(collect_once, _WRAPPED, True)
+    peft_model.get_peft_model_state_dict = collect_once
+
+
+def _embedding_names(model: Any) -> list[str]:
+    """What the model calls its input embeddings and its head, for example
+    ``embed_tokens`` and ``lm_head``."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {id(module): path for path, module in model.named_modules()}
+    return [names[id(m)].rsplit(".", 1)[-1] for m in modules if id(m) in names]
+
+
+def same_modules(
+    one: list[str] | None, other: list[str] | None, tied: list[str]
+) -> bool:
+    """Whether two settings train the same modules.
+
+    Args:
+        tied: names that mean one module, as the embeddings and the head may.
+    """
+
+    def distinct(names: list[str] | None) -> set[str]:
+        kept = set(names or ()) - set(HEADS)
+        return kept - set(tied[1:]) | set(tied[:1] if kept & set(tied) else ())
+
+    return distinct(one) == distinct(other)

@@ -1,0 +1,128 @@
+"""The Triton kernels, without a GPU: interpreted, and compiled for one."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from axolotl_reft.kernels import dispatch as fused
+from axolotl_reft.kernels import edit as kernels
+from axolotl_reft.kernels import launch as launches
+from axolotl_reft.kernels import rotation as rotation_kernels
+from axolotl_reft.kernels import rotation_launch as rotation_launches
+
+HERE = Path(__file__).parents[1]
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+
+
+@pytest.mark.slow
+def test_the_kernels_compute_what_the_operations_do():
+    """In a process of its own: Triton decides at its import whether it interprets."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(HERE / "kernel_checks.py")],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        env=os.environ | ({} if torch.cuda.is_available() else INTERPRETED),
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+def test_without_a_compiler_or_a_driver_operations_take_their_place(monkeypatch):
+    """As here, where Triton finds no driver."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(type(triton.runtime.driver), "active", property(fail))
+    with pytest.warns(UserWarning, match="Triton cannot run its kernels here .no gcc"):
+        assert fused._kernels.__wrapped__() is None
+
+
+def fail(_):
+    raise RuntimeError("no gcc")
+
+
+SIDES = {
+    "index": "*i64",
+    "weight": "*fp32",
+    "bias": "*fp32",
+    "matrix": "*fp32",
+    "rows": "i32",
+}
+HIDDEN = ("h", "out", "taken", "grad", "kept_grad")
+
+
+def signature(kernel, constants, dtype):
+    kinds = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            kinds[name] = "constexpr"
+        elif name in HIDDEN:
+            kinds[name] = dtype
+        else:
+            kinds[name] = SIDES.get(name.rpartition("_")[0], "*fp32")
+    return kinds | ({"tokens": "i32"} if "tokens" in kinds else {})
+
+
+def spilled(ptx, directory):
+    """Bytes that the assembler had to put into memory."""
+    path = directory / "kernel.ptx"
+    path.write_text(ptx)
+    ptxas = triton.knobs.nvidia.ptxas.path
+    done = subprocess.run(
+        [ptxas, "-v", "--gpu-name", "sm_80", path, "-o", directory / "kernel.cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(re.search(r"(\d+) bytes spill stores", done.stderr)[1])
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(8, "*bf16"), (32, "*fp32")])
+@pytest.mark.parametrize("rows", [56, 500])
+def test_the_kernels_compile_and_keep_to_the_registers(rank, rows, dtype, tmp_path):
+    """For an A100; numbers that do not fit would go through memory."""
+    options = dict.fromkeys(("HAS_WEIGHT", "SUBTRACT", "WRITE", "KEEP"), True)
+    for kernel, how in {
+        kernels.edit_rows: launches.by_rows,
+        kernels.edit_rows_backward: launches.by_rows,
+        kernels.edit_weights_backward: launches.by_columns,
+    }.items():
+        _, sizes = how([rows, rows], 4096, rank)
+        sizes |= {"D": 4096, "R": rank, **options}
+        compiled = compile_(kernel, sizes, lambda k, c: signature(k, c, dtype))
+        assert compiled.metadata.shared <= 48 * 1024
+        assert spilled(compiled.asm["ptx"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16, 32])
+def test_the_rotation_s_kernels_do_too(rank, tmp_path):
+    for kernel in (rotation_kernels.rotate, rotation_kernels.rotate_backward):
+        sizes = rotation_launches.sizes(4096, rank)
+        compiled = compile_(kernel, sizes, addressed_signature)
+        # As much as any GPU since Turing has.
+        assert compiled.metadata.shared <= 64 * 1024
+        assert spilled(compiled.asm["ptx"], tmp_path) == 0
+
+
+def addressed_signature(kernel, constants):
+    kinds = {"addresses": "*i64", "grad": "*fp32", "out": "*fp32"}
+    others = dict.fromkeys(constants, "constexpr")
+    return {name: (kinds | others).get(name, "*fp64") for name in kernel.arg_names}
+
+
+def compile_(kernel, sizes, signature):
+    constants = {n: v for n, v in sizes.items() if n in kernel.arg_names}
+    source = ASTSource(
+        kernel,
+        signature(kernel, constants),
+        {(kernel.arg_names.index(n),): v for n, v in constants.items()},
+    )
+    target = GPUTarget("cuda", 80, 32)
+    return triton.compile(source, target, {"num_warps": sizes["num_warps"]})

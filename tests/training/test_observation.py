@@ -1,0 +1,308 @@
+"""What is logged while an adapter trains, and told before the first step."""
+
+import io
+import math
+import sys
+
+import pytest
+import torch
+from axolotl.utils.dict import DictDefault
+from conftest import HIDDEN, LAYERS, build_adapter, build_model
+from tqdm import tqdm
+from transformers import Trainer, TrainerState, TrainingArguments
+from workspace import build_tokenizer
+
+from axolotl_reft.inspect.edit_size import edit_sizes, named_interventions
+from axolotl_reft.plugin import observation
+from axolotl_reft.training import edit_log
+from axolotl_reft.training.edit_log import EditLog, layer_groups
+from axolotl_reft.training.first_batch import FirstBatch
+
+PROMPT, ANSWER = 9, 3
+TOKENIZER = build_tokenizer()
+
+
+def sample(seed=0, prompt=PROMPT):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, len(TOKENIZER), (prompt + ANSWER,), generator=generator)
+    labels = ids.clone()
+    labels[:prompt] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def train(model, tmp_path, data=None, **settings):
+    """The trainer, once it has run with both callbacks, and what was told."""
+    defaults = {
+        "logging_steps": 1, "max_steps": 4, "report_to": [], "use_cpu": True,
+        "per_device_train_batch_size": 2, "save_strategy": "no", "disable_tqdm": True,
+        "max_grad_norm": 0.01,
+    }  # fmt: skip
+    arguments = TrainingArguments(str(tmp_path), **defaults | settings)
+    trainer = Trainer(model, arguments, train_dataset=data or [sample()] * 16)
+    told = []
+    trainer.add_callback(EditLog(trainer))
+    trainer.add_callback(FirstBatch(model, TOKENIZER, told.append))
+    trainer.train()
+    return trainer, told
+
+
+def logged(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_groups_are_layers_or_thirds():
+    assert layer_groups([0, 5]) == {"layer_0": [0], "layer_5": [5]}
+    assert list(layer_groups([0, 1, 2, 3])) == [f"layer_{n}" for n in range(4)]
+    groups = layer_groups(list(range(80)))
+    assert list(groups) == ["layers_0-26", "layers_27-52", "layers_53-79"]
+    assert sum(groups.values(), []) == list(range(80))
+
+
+def test_the_logged_numbers_are_the_edits_and_gradients(tmp_path):
+    model = build_adapter(build_model(), tied_weights=False)
+    sizes = {}
+    for layer, _, _, module in named_interventions(model, "default"):
+        hook = lambda m, a, out, layer=layer: sizes.setdefault(layer, []).append(  # noqa: E731
+            edit_sizes(a[0], out)
+        )
+        module.register_forward_hook(hook)
+    one = {key: value[None] for key, value in sample().items()}
+    model.train()(**one).loss.backward()
+    norms = [
+        math.sqrt(
+            sum(p.grad.square().sum() for p in layer.parameters() if p.requires_grad)
+        )
+        for layer in model.base_model.model.model.layers
+    ]
+    model.zero_grad()
+    expected = [float(torch.cat(sizes[layer]).mean()) for layer in range(LAYERS)]
+    trainer, _ = train(model, tmp_path, learning_rate=0.0)
+    for entry in logged(trainer):
+        got = [entry[f"loreft/edit_size/layer_{n}"] for n in range(LAYERS)]
+        assert got == pytest.approx(expected, rel=1e-5)
+        got = [entry[f"loreft/grad_norm/layer_{n}"] for n in range(LAYERS)]
+        # As before clipping, which was at 0.01.
+        assert got == pytest.approx(norms, rel=1e-4)
+        assert math.hypot(*got) == pytest.approx(entry["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"logging_steps": 3}, [3, 6]),
+        ({"logging_steps": 4, "logging_first_step": True}, [1, 4]),
+        ({"logging_strategy": "epoch", "num_train_epochs": 2, "max_steps": -1}, [4, 8]),
+    ],
+)
+def test_only_logged_steps_are_watched(tmp_path, monkeypatch, settings, steps):
+    calls = []
+    monkeypatch.setattr(
+        edit_log, "edit_sizes", lambda *a: calls.append(1) or edit_sizes(*a)
+    )
+    model = build_adapter(build_model())
+    settings = {"max_steps": 6, "gradient_accumulation_steps": 2} | settings
+    trainer, _ = train(model, tmp_path, data=[sample()] * 16, **settings)
+    entries = logged(trainer)
+    assert [entry["step"] for entry in entries] == steps
+    assert all("loreft/edit_size/layer_0" in entry for entry in entries)
+    assert len(calls) == len(steps) * 2 * LAYERS
+    for _, _, _, module in named_interventions(model, "default"):
+        assert module.on_edit is None
+
+
+def test_every_reporter_gets_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    build = build_adapter(build_model())
+    train(build, tmp_path, report_to=["tensorboard"])
+    (file,) = tmp_path.rglob("events.out*")
+    events = EventAccumulator(str(file)).Reload()
+    names = [n for n in events.Tags()["scalars"] if "loreft" in n]
+    assert len(names) == 2 * LAYERS and "train/loreft/edit_size/layer_0" in names
+
+
+def test_without_whole_gradients_there_are_no_norms(tmp_path):
+    model = build_adapter(build_model())
+    trainer, _ = train(model, tmp_path, max_steps=1)
+    log = EditLog(trainer)
+    model(**{key: value[None] for key, value in sample().items()}).loss.backward()
+    assert log._gradient_norms()
+    next(p for p in model.parameters() if p.requires_grad).grad = None
+    assert not log._gradient_norms()
+
+
+def test_an_evaluation_is_not_counted(tmp_path):
+    model = build_adapter(build_model())
+    trainer, _ = train(model, tmp_path, max_steps=1)
+    log = EditLog(trainer)
+    log.on_step_begin(trainer.args, TrainerState(logging_steps=1), None)
+    one = {key: value[None] for key, value in sample().items()}
+    with torch.no_grad():
+        model.train()(**one)  # a checkpoint's first run, or a rollout
+    model.eval()(**one)
+    assert not any(log._sizes.values())
+    model.train()(**one)
+    assert all(len(sizes) == 1 for sizes in log._sizes.values())
+    trainer.log({"eval_loss": 1.0})
+    assert not any("loreft" in key for key in trainer.state.log_history[-1])
+    trainer.log({"loss": 1.0})
+    assert any("loreft" in key for key in trainer.state.log_history[-1])
+    log.on_train_end(trainer.args, trainer.state, None)
+    assert not log._sizes and not log._watched
+
+
+def test_unused_slots_and_compiled_steps_have_no_size(tmp_path):
+    model = build_adapter(build_model())
+    trainer, _ = train(model, tmp_path, max_steps=1)
+    log = EditLog(trainer)
+    log.on_step_begin(trainer.args, TrainerState(logging_steps=1), None)
+    intervention = next(named_interventions(model, "default"))[-1].train()
+    h = torch.randn(3, HIDDEN)
+    (expected,) = edit_sizes(h[:1], intervention(h[:1]))
+    log._sizes.clear()
+    log.on_step_begin(trainer.args, TrainerState(logging_steps=1), None)
+    h[1:] = 0
+    intervention(h)
+    got = log._collect(None)["loreft/edit_size/layer_0"]
+    assert got == pytest.approx(float(expected), rel=1e-5)
+    trainer.args.torch_compile = True
+    log.on_step_begin(trainer.args, TrainerState(logging_steps=1), None)
+    assert not log._watched and not log._sizes
+
+
+def lines(told):
+    (text,) = told
+    return text.splitlines()
+
+
+def test_the_first_samples_are_told_with_their_edits(tmp_path):
+    model = build_adapter(build_model(), positions="f2+l3")
+    data = [sample(seed, prompt) for seed, prompt in ((0, 9), (0, 9), (1, 9))]
+    _, told = train(model, tmp_path, data=data * 8, max_steps=2)
+    text = lines(told)
+    assert text[0] == (
+        "LoReFT edits at f2+l3 in the first samples: «prefix» ‹suffix›, with · between "
+        "two tokens"
+    )
+    assert text[1] == "sample 1: 12 tokens, 9 in prompts, 5 edited"
+    assert text[2].startswith("  prompt  «") and text[2].endswith("›")
+    inside = text[2].partition("«")[2].partition("»")[0]
+    assert inside.count("·") == 1
+    assert text[2].rpartition("‹")[2].count("·") == 2
+    assert text[3].startswith("  answer  ") and "«" not in text[3]
+    assert [line for line in text if line.startswith("sample")][1:] == [
+        "sample 2: 12 tokens, 9 in prompts, 5 edited"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("positions", "prompt", "legend"),
+    [
+        ("f2", PROMPT, "«prefix», with · between two tokens"),
+        ("l2", PROMPT, "‹suffix›, with · between two tokens"),
+        ("all", PROMPT, "«every token», with · between two tokens"),
+        ("f4+l1", 8, "«prefix» ‹suffix›, with · between two tokens"),
+        (
+            "f1+l4",
+            7,
+            "«prefix» ‹suffix›, with · between two tokens (each side at most half of a "
+            "prompt)",
+        ),
+        ("f2", 1, "none (each side at most half of a prompt)"),
+    ],
+)
+def test_the_legend_has_what_occurs(tmp_path, positions, prompt, legend):
+    model = build_adapter(build_model(), positions=positions)
+    data = [sample(0, prompt)] * 4
+    _, told = train(model, tmp_path, data=data, max_steps=1)
+    head = f"LoReFT edits at {positions} in the first samples: {legend}"
+    assert lines(told)[0] == head
+
+
+@pytest.mark.parametrize("short", [2, 3])
+def test_a_short_prompt_that_is_not_shown_is_not_spoken_of(tmp_path, short):
+    model = build_adapter(build_model(), positions="f4")
+    samples = [sample(n, 5 if n == short else 8) for n in range(4)]
+    lengths = [len(one["input_ids"]) for one in samples]
+    row = {key: torch.cat([one[key] for one in samples]) for key in samples[0]}
+    row["position_ids"] = torch.cat([torch.arange(n) for n in lengths])
+    settings = {"per_device_train_batch_size": 1, "max_steps": 1}
+    _, told = train(model, tmp_path, data=[row] * 2, **settings)
+    assert lines(told)[0].endswith("half of a prompt)") == (short < 3)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_it_starts_on_a_line_of_its_own(monkeypatch, terminal):
+    written = io.StringIO()
+    written.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", written)
+    monkeypatch.setattr(
+        observation.LOG, "info", lambda form, text: written.write(form % text + "\n")
+    )
+    with tqdm(total=3, file=written, desc="steps", ncols=40):
+        observation._tell("LoReFT edits at f1")
+    before, _, _ = written.getvalue().partition("LoReFT edits at f1")
+    # Either way nothing of the bar is left in the line.
+    assert "steps" in before
+    assert before.endswith("\n") != terminal
+    assert before.rpartition("\n" if not terminal else "\r")[2] == ""
+
+
+def test_packed_samples_are_told_apart(tmp_path):
+    model = build_adapter(build_model(), positions="l1")
+    a, b = sample(0, 6), sample(1, 4)
+    tail = torch.zeros(5, dtype=torch.long)
+    row = {
+        "input_ids": torch.cat([a["input_ids"], b["input_ids"], tail]),
+        "labels": torch.cat([a["labels"], b["labels"], tail - 100]),
+        "position_ids": torch.cat([torch.arange(n) for n in (9, 7, 5)]),
+    }
+    settings = {"per_device_train_batch_size": 1, "max_steps": 1}
+    _, told = train(model, tmp_path, data=[row] * 2, **settings)
+    assert [line for line in lines(told) if line.startswith("sample")] == [
+        "sample 1: 9 tokens, 6 in prompts, 1 edited",
+        "sample 2: 7 tokens, 4 in prompts, 1 edited",
+    ]
+
+
+def test_each_turn_of_a_conversation_is_told(tmp_path):
+    ids = TOKENIZER("a b c : m </s> d e f g : n </s>").input_ids
+    labels = [-100] * 5 + ids[5:7] + [-100] * 5 + ids[12:]
+    row = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+    colon, end = ids[4], ids[6]
+    markers = {"generation_prompts": [[colon]], "end_of_turn": [end]}
+    for turns, counts in (
+        ("every", "10 in prompts, 4 edited"),
+        ("first", "5 in prompts, 2 edited"),
+    ):
+        model = build_adapter(
+            build_model(), positions="f1+l1", turns=turns, turn_markers=markers
+        )
+        _, told = train(model, tmp_path, data=[row] * 4, max_steps=1)
+        text = lines(told)
+        assert text[1].endswith(f"14 tokens, {counts}")
+        # Without the spaces, which belong to the tokens.
+        shown = ["".join(line.split()) for line in text[2:]]
+        assert shown[0] == "prompt«<s>»abc‹:›"
+        if turns == "every":
+            later = ["prompt«d»efg‹:›", "answern</s>"]
+            assert shown[1:4] == ["answerm</s>", *later]
+
+
+def test_padding_is_not_shown(tmp_path):
+    model = build_adapter(build_model(), positions="all")
+    row = sample() | {"attention_mask": torch.ones(PROMPT + ANSWER)}
+    row["attention_mask"] = row["attention_mask"].long()
+    row["attention_mask"][-1:] = 0
+    _, told = train(model, tmp_path, data=[row] * 4, max_steps=1)
+    assert lines(told)[1] == "sample 1: 11 tokens, 9 in prompts, 11 edited"
+
+
+def test_the_key_turns_it_off(tmp_path):
+    model = build_adapter(build_model())
+    trainer, _ = train(model, tmp_path, max_steps=1)
+    trainer.processing_class = TOKENIZER
+    on = observation.callbacks(DictDefault(adapter="loreft"), trainer)
+    assert [type(callback) for callback in on] == [EditLog, FirstBatch]
+    for cfg in ({"adapter": "loreft", "loreft_log_edits": False}, {"adapter": "lora"}):
+        assert observation.callbacks(DictDefault(cfg), trainer) == []
