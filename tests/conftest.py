@@ -17,8 +17,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_reft import LoreftConfig
-from axolotl_reft.core import shared_rotations
-from axolotl_reft.kernels import dispatch as fused
+from axolotl_reft.core import affine
 
 VOCABULARY = 64
 HIDDEN = 32
@@ -93,15 +92,12 @@ def one_thread() -> Iterator[None]:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rotations each computation made, in the order of the computations."""
     counts: list[int] = []
-    for module, name in ((shared_rotations, "rotations"), (fused, "rotate")):
-        made = getattr(module, name)
-        monkeypatch.setattr(
-            module,
-            name,
-            lambda vectors, bases, made=made: (
-                counts.append(len(vectors)) or made(vectors, bases)
-            ),
-        )
+    made = affine.rotations
+    monkeypatch.setattr(
+        affine,
+        "rotations",
+        lambda vectors, bases: counts.append(len(vectors)) or made(vectors, bases),
+    )
     return counts
 
 

@@ -142,7 +142,7 @@ def _watch(model, lent):
         lent.update((type(p).__name__, p.dtype) for p in module.parameters())
 
     for module in model.modules():
-        if hasattr(module, "rotation_matrix") or isinstance(module, LayerLora):
+        if "rotation" in module._parameters or isinstance(module, LayerLora):
             module.register_forward_pre_hook(note)
 
 

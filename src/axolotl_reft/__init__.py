@@ -10,8 +10,8 @@ from typing import Any
 from axolotl_reft.errors import did_you_mean
 from axolotl_reft.prompts.templates import turn_markers
 from axolotl_reft.registration import register_loreft
+from axolotl_reft.training.collator import EditIndexCollator as PromptCounter
 from axolotl_reft.training.labelled_logits import LabelledLogits
-from axolotl_reft.training.prompt_counts import PromptCounter
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.model import LoreftModel
 

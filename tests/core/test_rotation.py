@@ -89,7 +89,7 @@ def test_several_at_once_are_each_what_they_are_alone():
     vectors = [torch.randn(12, 3, requires_grad=True) for _ in range(4)]
     weights = torch.randn(4, 3, 12)
     matrices = rotations(vectors, bases)
-    (torch.stack(matrices) * weights).sum().backward()
+    (matrices * weights).sum().backward()
     for one, base, weight, matrix in zip(
         vectors, bases, weights, matrices, strict=True
     ):

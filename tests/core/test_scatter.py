@@ -3,7 +3,19 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from axolotl_reft.core.scatter import edit
+from axolotl_reft.core import scatter
+from axolotl_reft.core.scatter import EditIndices
+
+
+def edit(hidden, indices, interventions, may_be_unused=True):
+    return scatter.edit(
+        hidden, EditIndices(tuple(indices), may_be_unused), interventions
+    )
+
+
+def edit_exactly(hidden, indices, interventions):
+    """Where no slot is unused."""
+    return edit(hidden, indices, interventions, may_be_unused=False)
 
 
 def double(hidden):
@@ -64,24 +76,33 @@ def test_no_position_at_all_keeps_the_parameters_in_the_graph():
     assert torch.equal(scale.grad, torch.zeros(2))
 
 
-@pytest.mark.parametrize("indices", [([1, 8, 8],), ([1, 8], [5, 2]), ([],)])
+@pytest.mark.parametrize(
+    ("indices", "mine"),
+    [
+        (([1, 8, 8],), edit),
+        (([1, 8], [5, 2]), edit),
+        (([],), edit),
+        (([1, 7], [5, 2]), edit_exactly),
+        (([],), edit_exactly),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_and_gradients_are_the_plain_operations_own(indices, dtype):
+def test_values_and_gradients_are_the_plain_operations_own(indices, mine, dtype):
     torch.manual_seed(0)
     hidden = torch.randn(2, 4, 3).to(dtype)
     scale = torch.randn(3).to(dtype)
     weights = torch.randn(2, 4, 3).to(dtype)
     index = [torch.tensor(one, dtype=torch.long) for one in indices]
     results = []
-    for function in (edit, plain_edit):
-        mine = hidden.clone().requires_grad_()
+    for function in (mine, plain_edit):
+        own = hidden.clone().requires_grad_()
         trained = scale.clone().requires_grad_()
         kinds = [lambda rows: (rows * trained).sin(), lambda rows: rows**2 + trained]  # noqa: B023
         # A residual stream goes on beside its edit, and is read before it.
-        stream = mine * 1
+        stream = own * 1
         out = function(stream, index, kinds[: len(index)])
         ((out + out.square() + stream.sin()) * weights).sum().backward()
-        results.append((out, mine.grad, trained.grad))
+        results.append((out, own.grad, trained.grad))
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
 
@@ -99,10 +120,11 @@ def test_first_and_second_derivatives_are_those_of_finite_differences():
     assert torch.autograd.gradgradcheck(function, (hidden, scale))
 
 
-def test_what_comes_out_may_be_changed_in_place():
+@pytest.mark.parametrize("mine", [edit, edit_exactly])
+def test_what_comes_out_may_be_changed_in_place(mine):
     """As some models do with their residual stream."""
     hidden = torch.randn(1, 3, 2, requires_grad=True)
-    out = edit(hidden * 1, [torch.tensor([1])], [double])
+    out = mine(hidden * 1, [torch.tensor([1])], [double])
     out += 1
     out.sum().backward()
     assert torch.equal(hidden.grad[0], torch.tensor([[1.0] * 2, [2.0] * 2, [1.0] * 2]))
@@ -126,7 +148,10 @@ class _Passes(TorchDispatchMode):
         return out
 
 
-def test_each_direction_copies_the_stream_once_and_keeps_none_of_it():
+@pytest.mark.parametrize(
+    ("mine", "copies"), [(edit, "copy_"), (edit_exactly, "index_copy")]
+)
+def test_each_direction_copies_the_stream_once_and_keeps_none_of_it(mine, copies):
     hidden = torch.randn(1, 512, 64, requires_grad=True)
     stream, weights, kept = hidden * 1, torch.randn(1, 512, 64), []
     with (
@@ -135,8 +160,8 @@ def test_each_direction_copies_the_stream_once_and_keeps_none_of_it():
         ),
         _Passes(hidden.numel()) as forward,
     ):
-        out = edit(stream, [torch.arange(4)], [torch.sin])
+        out = mine(stream, [torch.arange(4)], [torch.sin])
     with _Passes(hidden.numel()) as backward:
         torch.autograd.grad(out, stream, weights)
-    assert forward.found == backward.found == ["copy_"]
+    assert forward.found == backward.found == [copies]
     assert max(kept) == 4 * 64

@@ -22,7 +22,7 @@ from axolotl_reft.exchange.objects import (
     read_pyreft_state,
 )
 from axolotl_reft.plugin.commands import reft
-from axolotl_reft.tuner.config import INTERVENTIONS
+from axolotl_reft.settings.spec import INTERVENTIONS
 
 PROMPT = 9
 

@@ -10,7 +10,7 @@ from conftest import build_adapter, build_model
 from axolotl_reft import LoreftConfig, to_pyreft
 from axolotl_reft.exchange.objects import make_pyreft_object
 from axolotl_reft.prompts.positions import Positions
-from axolotl_reft.tuner.config import INTERVENTIONS
+from axolotl_reft.settings.spec import INTERVENTIONS
 from axolotl_reft.tuner.layer import LoreftDecoderLayer
 
 LAYERS_EDITED = [0, 2]

@@ -12,11 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from axolotl_reft.kernels import dispatch as fused
+from axolotl_reft.kernels import dispatch, launch
 from axolotl_reft.kernels import edit as kernels
-from axolotl_reft.kernels import launch as launches
-from axolotl_reft.kernels import rotation as rotation_kernels
-from axolotl_reft.kernels import rotation_launch as rotation_launches
 
 HERE = Path(__file__).parents[1]
 INTERPRETED = {"TRITON_INTERPRET": "1"}
@@ -41,7 +38,7 @@ def test_without_a_compiler_or_a_driver_operations_take_their_place(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(type(triton.runtime.driver), "active", property(fail))
     with pytest.warns(UserWarning, match="Triton cannot run its kernels here .no gcc"):
-        assert fused._kernels.__wrapped__() is None
+        assert dispatch._triton_workspace.__wrapped__() is None
 
 
 def fail(_):
@@ -50,9 +47,9 @@ def fail(_):
 
 SIDES = {
     "index": "*i64",
-    "weight": "*fp32",
+    "m": "*fp32",
     "bias": "*fp32",
-    "matrix": "*fp32",
+    "p": "*fp32",
     "rows": "i32",
 }
 HIDDEN = ("h", "out", "taken", "grad", "kept_grad")
@@ -88,33 +85,17 @@ def spilled(ptx, directory):
 @pytest.mark.parametrize("rows", [56, 500])
 def test_the_kernels_compile_and_keep_to_the_registers(rank, rows, dtype, tmp_path):
     """For an A100; numbers that do not fit would go through memory."""
-    options = dict.fromkeys(("HAS_WEIGHT", "SUBTRACT", "WRITE", "KEEP"), True)
+    options = dict.fromkeys(("HAS_M", "WRITE", "KEEP"), True)
     for kernel, how in {
-        kernels.edit_rows: launches.by_rows,
-        kernels.edit_rows_backward: launches.by_rows,
-        kernels.edit_weights_backward: launches.by_columns,
+        kernels.edit_rows: launch.by_rows,
+        kernels.edit_rows_backward: launch.by_rows,
+        kernels.edit_weights_backward: launch.by_columns,
     }.items():
         _, sizes = how([rows, rows], 4096, rank)
         sizes |= {"D": 4096, "R": rank, **options}
         compiled = compile_(kernel, sizes, lambda k, c: signature(k, c, dtype))
         assert compiled.metadata.shared <= 48 * 1024
         assert spilled(compiled.asm["ptx"], tmp_path) == 0
-
-
-@pytest.mark.parametrize("rank", [1, 8, 16, 32])
-def test_the_rotation_s_kernels_do_too(rank, tmp_path):
-    for kernel in (rotation_kernels.rotate, rotation_kernels.rotate_backward):
-        sizes = rotation_launches.sizes(4096, rank)
-        compiled = compile_(kernel, sizes, addressed_signature)
-        # As much as any GPU since Turing has.
-        assert compiled.metadata.shared <= 64 * 1024
-        assert spilled(compiled.asm["ptx"], tmp_path) == 0
-
-
-def addressed_signature(kernel, constants):
-    kinds = {"addresses": "*i64", "grad": "*fp32", "out": "*fp32"}
-    others = dict.fromkeys(constants, "constexpr")
-    return {name: (kinds | others).get(name, "*fp64") for name in kernel.arg_names}
 
 
 def compile_(kernel, sizes, signature):

@@ -26,7 +26,7 @@ def config(tmp_path_factory):
 
 
 def interventions(model):
-    return [m for m in model.modules() if hasattr(m, "rotation_matrix")]
+    return [m for m in model.modules() if "rotation" in m._parameters]
 
 
 def has_learned(model, losses):

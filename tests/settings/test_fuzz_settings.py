@@ -14,7 +14,7 @@ from peft import get_peft_model
 from axolotl_reft import LoreftConfig
 from axolotl_reft.plugin.args import LoreftBlock, check_as_written
 from axolotl_reft.settings.components import COMPONENTS
-from axolotl_reft.tuner.config import INTERVENTIONS, edited_layers, layer_ranks
+from axolotl_reft.settings.spec import INTERVENTIONS
 from axolotl_reft.tuner.layer import LoreftDecoderLayer
 
 NUMBERS = st.integers(-LAYERS, LAYERS)
@@ -239,8 +239,8 @@ def assert_built_as_written(model, config):
         for path, module in model.named_modules()
         if isinstance(module, LoreftDecoderLayer) and "default" in module.intv_0
     }
-    assert sorted(wrapped) == edited_layers(config, LAYERS)
-    for number, rank in layer_ranks(config, LAYERS).items():
+    assert sorted(wrapped) == config.spec().edited_layers(LAYERS)
+    for number, rank in config.spec().ranks(LAYERS).items():
         layer = wrapped[number]
         assert layer.intv_0["default"].rank == rank
         assert layer.intv_0["default"].dropout_p == config.dropout

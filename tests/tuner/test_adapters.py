@@ -8,6 +8,7 @@ from peft.utils.hotswap import hotswap_adapter
 from transformers import AutoModelForSequenceClassification
 
 from axolotl_reft import LoreftConfig
+from axolotl_reft.tuner.context import prompt_turns
 
 # As different as settings go: layers, positions, tying, rank, component, dropout.
 ADAPTERS = {
@@ -343,20 +344,24 @@ def test_a_switch_is_never_stale(tmp_path, tokens):
 def test_what_a_deleted_adapter_asked_for_is_forgotten():
     model = build_adapter(build_model(), positions="all")
     layer = model.base_model.model.model.layers[0]
-    tracker = layer.tracker
-    assert layer._everywhere and not tracker.turns
+    state = layer.state
+
+    def turns():
+        return {turns.every for turns in prompt_turns(state.adapters)}
+
+    assert layer._edits_every_token and not turns()
     settings = {"task_type": "CAUSAL_LM", "positions": "f1", "rank": 2}
     model.add_adapter("first", LoreftConfig(**settings, turns="first"))
     model.add_adapter("every", LoreftConfig(**settings, turns="every"))
-    assert {turns.every for turns in tracker.turns} == {True, False}
+    assert turns() == {True, False}
     model.delete_adapter("every")
-    assert {turns.every for turns in tracker.turns} == {False}
+    assert turns() == {False}
     # Another of the name of one that is there takes its place.
     model.base_model.inject_adapter(model.base_model.model, "default")
     model.delete_adapter("default")
-    assert not layer._everywhere
+    assert not layer._edits_every_token
     model.delete_adapter("first")
-    assert not tracker.turns
+    assert not turns()
 
 
 @torch.no_grad()

@@ -3,8 +3,9 @@ from importlib.metadata import version
 import pytest
 
 from axolotl_reft import LoreftConfig, LoreftModel
+from axolotl_reft.core.kinds import KINDS
 from axolotl_reft.settings.foreign_names import intervention_hint
-from axolotl_reft.tuner.config import layer_ranks, resolve_layers
+from axolotl_reft.settings.layers import resolve_layers
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_layers_outside_the_model_are_refused(layers, message):
     ],
 )
 def test_ranks_of_layers(layers, rank, ranks):
-    assert layer_ranks(LoreftConfig(layers=layers, rank=rank), 3) == ranks
+    assert LoreftConfig(layers=layers, rank=rank).spec().ranks(3) == ranks
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_ranks_of_layers(layers, rank, ranks):
 )
 def test_ranks_that_do_not_suit_the_layers(layers, rank, message):
     with pytest.raises(ValueError, match=message):
-        layer_ranks(LoreftConfig(layers=layers, rank=rank), 3)
+        LoreftConfig(layers=layers, rank=rank).spec().ranks(3)
 
 
 @pytest.mark.parametrize(
@@ -116,11 +117,9 @@ def test_bad_values_are_refused_with_the_remedy(settings, message):
 
 
 def test_pyrefts_classes_in_messages_are_those_of_the_interventions():
-    """Which bring in pyreft, and so cannot be asked by a message."""
-    from axolotl_reft.core.interventions import INTERVENTION_CLASSES
-
-    for name, ours in INTERVENTION_CLASSES.items():
-        answer = intervention_hint(ours.pyreft_class, ())
+    pyreft = pytest.importorskip("pyreft")
+    for name, kind in KINDS.items():
+        answer = intervention_hint(getattr(pyreft, kind.pyreft_class), ())
         assert answer == f" It is pyreft's name: here it is {name}."
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from axolotl_reft import LoreftConfig
-from axolotl_reft.tuner.config import INTERVENTIONS
+from axolotl_reft.settings.spec import INTERVENTIONS
 
 
 def trainable(model):

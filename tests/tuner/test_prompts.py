@@ -12,7 +12,6 @@ from transformers import (
 )
 
 from axolotl_reft.prompts.generation import Conversations
-from axolotl_reft.prompts.turns import Turns
 from benchmarks.tasks import Operations
 
 PROMPTS = (9, 4, 7)
@@ -106,13 +105,10 @@ def test_packing_under_a_mask_of_segments_finds_the_same_prompts(samples):
         [torch.full((n,), k + 1) for k, n in enumerate(lengths)] + [torch.zeros(3)]
     )[None].long()
     seen = []
-    tracker = model.base_model.model.loreft_tracker
+    state = model.base_model.model.loreft_hooks.state
 
     def note(*_):
-        indices = tracker.indices(
-            model.base_model.model.model.layers[0].positions["default"], Turns(), True
-        )
-        seen.append(indices[0].tolist())
+        seen.append(state.context.indices("default").sides[0].tolist())
 
     model.base_model.model.model.layers[0].register_forward_hook(note)
     model(ids, labels=labels, position_ids=positions, attention_mask=segments)
@@ -300,7 +296,7 @@ def test_a_cache_filled_by_who_knows_whom_is_not_edited_again(tokens):
     with model.disable_adapter():
         base = model(ids).logits[0, -1]
         cache = model(ids[:, :6], use_cache=True).past_key_values
-    model.base_model.model.loreft_tracker._conversations = Conversations()
+    model.base_model.model.loreft_hooks._conversations = Conversations()
     got = answers(model, ids, past_key_values=cache).logits[0][0]
     assert_same([got], [base])
 
@@ -328,8 +324,8 @@ def test_answers_that_a_trainer_tells_are_those_of_labels(samples, positions, si
     model = build_adapter(build_model(), positions=positions, tied_weights=False)
     ids, labels, mask, _ = padded(samples, side)
     expected = model(ids, labels=labels, attention_mask=mask).logits
-    tracker = model.base_model.model.loreft_tracker
-    tracker.find_answers = lambda asked: {id(ids): labels != -100}[id(asked)]
+    state = model.base_model.model.loreft_hooks.state
+    state.find_answers = lambda asked: {id(ids): labels != -100}[id(asked)]
     assert torch.equal(model(ids, attention_mask=mask).logits, expected)
     # A fused loss calls the backbone past the model.
     hidden = model.base_model.model.model(ids, attention_mask=mask).last_hidden_state
@@ -343,8 +339,8 @@ def test_answers_can_be_told_by_columns(tokens):
     labels = ids.clone()
     labels[:, :6] = -100
     expected = model(ids, labels=labels).logits
-    tracker = model.base_model.model.loreft_tracker
-    tracker.find_answers = lambda asked: torch.arange(asked.shape[1])[None] >= 6
+    state = model.base_model.model.loreft_hooks.state
+    state.find_answers = lambda asked: torch.arange(asked.shape[1])[None] >= 6
     assert torch.equal(model(ids).logits, expected)
 
 
@@ -355,7 +351,7 @@ def test_answers_are_asked_for_only_where_something_is_edited(tokens):
     def unknown(ids):
         raise ValueError("these ids are not known")
 
-    model.base_model.model.loreft_tracker.find_answers = unknown
+    model.base_model.model.loreft_hooks.state.find_answers = unknown
     with pytest.raises(ValueError, match="not known"):
         model(ids)
     with model.disable_adapter():

@@ -130,7 +130,7 @@ def test_a_copy_has_nothing_under_way(model, tokens):
 
     forward(model, tokens(1, 9))
     (other,) = copies
-    assert other.base_model.model.loreft_tracker._now.batch is None
+    assert other.base_model.model.loreft_hooks.state.thread.context is None
     assert torch.equal(forward(other, tokens(1, 9)), expected)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def _wide(matrix: Tensor) -> Tensor:
+def _as_float64(matrix: Tensor) -> Tensor:
     """A copy in float64, where the device has it (Apple's does not), laid out row by
     row."""
     dtype = matrix.dtype if matrix.device.type == "mps" else torch.float64
@@ -35,7 +35,7 @@ def _reflectors(vectors_RD: Tensor) -> Tensor:
     H_i reflects along row i of Y, which is zero left of the diagonal, one on it, and
     ``vectors_RD`` right of it; what ``vectors_RD`` holds elsewhere is not used.
     """
-    y_RD = _wide(vectors_RD).triu_(1)
+    y_RD = _as_float64(vectors_RD).triu_(1)
     _diagonal(y_RD).fill_(1)
     return y_RD
 
@@ -73,73 +73,60 @@ def _leading_columns(
 
 class _Rotations(torch.autograd.Function):
     """R = B·Q(X) for several X, and its derivative, in two dozen operations; autograd's
-    own record of the same steps takes nearly three times as many, and keeps every
-    product."""
+    record of the same steps takes nearly three times as many, and keeps every product.
+
+    The reflections of B and of X are one sequence of N = 2R: the signs S in B = H·S
+    are moved to its left, S·(SHS)·Q, and SHS reflects along B's vectors times S.
+    """
 
     @staticmethod
     def forward(ctx: Any, bases: Sequence[Tensor], *vectors: Tensor) -> Tensor:
-        r_KRD, kept = rotate(vectors, bases)
-        ctx.save_for_backward(*kept)
-        return r_KRD
+        count, rank = len(vectors), vectors[0].shape[1]
+        both_DR = torch.stack([*bases, *vectors])
+        signs_K1R = _diagonal(both_DR[:count]).unsqueeze(1)
+        y_K2RD = _reflectors(both_DR.unflatten(0, (2, count)).permute(1, 0, 3, 2))
+        y_K2RD[:, 0, :, :rank].mul_(signs_K1R)
+        y_KND = y_K2RD.flatten(1, 2)
+        t_inverse_KNN = _t_inverse(y_KND)
+        r_KRD, c_KNR = _leading_columns(y_KND, t_inverse_KNN, rank)
+        r_KRD[..., :rank].mul_(signs_K1R)
+        ctx.save_for_backward(y_KND, t_inverse_KNN, c_KNR)
+        return r_KRD.to(both_DR.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_KRD: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *rotate_backward(ctx.saved_tensors, grad_KRD).unbind(0)
+        y_KND, t_inverse_KNN, c_KNR = ctx.saved_tensors
+        rank = grad_KRD.shape[1]
+        # S is still on the diagonal of B's vectors.
+        signs_K1R = _diagonal(y_KND[:, :rank]).unsqueeze(1)
+        grad_q_KRD = _as_float64(grad_KRD)
+        grad_q_KRD[..., :rank].mul_(signs_K1R)
+        # Through Q = CᵀY less the identity's rows, where T⁻¹ C = Y[:, :R].
+        right_KNR = y_KND @ grad_q_KRD.mT
+        grad_top_KNR = _solve(t_inverse_KNN.mT, right_KNR, upper=False)
+        # Through T⁻¹, half of the triangle of YYᵀ; of Y, X has the lower half.
+        gram_KNN = _half_triangle(grad_top_KNR @ c_KNR.mT)
+        through_gram_KRN = (gram_KNN + gram_KNN.mT)[:, rank:]
+        grad_y_KRD = torch.baddbmm(
+            c_KNR[:, rank:] @ grad_q_KRD, through_gram_KRN, y_KND, alpha=-1
+        )
+        grad_y_KRD[..., :rank].add_(grad_top_KNR[:, rank:])
+        # Laid out as the vectors are: autograd would copy any other gradient.
+        grad_KDR = grad_y_KRD.triu_(1).mT
+        grad_KDR = grad_KDR.to(grad_KRD.dtype, memory_format=torch.contiguous_format)
+        return None, *grad_KDR.unbind(0)
 
 
-def rotate(
-    vectors: Sequence[Tensor], bases: Sequence[Tensor]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The matrices of several vectors and bases, and what :func:`rotate_backward` asks
-    for; without autograd.
+def rotations(vectors: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
+    """The matrices :func:`rotation` returns for K vectors and bases of one shape, as
+    rows (K, R, D), in one computation.
 
-    The reflections of B and of X are one sequence of N = 2R: the signs S in B = H·S
-    are moved to its left, S·(SHS)·Q, and SHS reflects along B's vectors times S.
-
-    R comes out as rows (K, R, D): their products with hidden states are up to five
-    times faster on a CPU than those of columns (hᵀs of 56×4096 and 56×8, float32: 50 µs
-    as sᵀh, 240 as it stands).
+    As rows, since their products with hidden states are up to five times faster on a
+    CPU than those of columns (hᵀs of 56×4096 and 56×8, float32: 50 µs as sᵀh, 240 as it
+    stands).
     """
-    count, rank = len(vectors), vectors[0].shape[1]
-    both_DR = torch.stack([*bases, *vectors])
-    signs_K1R = _diagonal(both_DR[:count]).unsqueeze(1)
-    y_K2RD = _reflectors(both_DR.unflatten(0, (2, count)).permute(1, 0, 3, 2))
-    y_K2RD[:, 0, :, :rank].mul_(signs_K1R)
-    y_KND = y_K2RD.flatten(1, 2)
-    t_inverse_KNN = _t_inverse(y_KND)
-    r_KRD, c_KNR = _leading_columns(y_KND, t_inverse_KNN, rank)
-    r_KRD[..., :rank].mul_(signs_K1R)
-    return r_KRD.to(both_DR.dtype), (y_KND, t_inverse_KNN, c_KNR)
-
-
-def rotate_backward(kept: Sequence[Tensor], grad_KRD: Tensor) -> Tensor:
-    """Gradients of the vectors (K, D, R), laid out as those are: autograd would copy
-    any other."""
-    y_KND, t_inverse_KNN, c_KNR = kept
-    rank = grad_KRD.shape[1]
-    # S is still on the diagonal of B's vectors.
-    signs_K1R = _diagonal(y_KND[:, :rank]).unsqueeze(1)
-    grad_q_KRD = _wide(grad_KRD)
-    grad_q_KRD[..., :rank].mul_(signs_K1R)
-    # Through Q = CᵀY less the identity's rows, where T⁻¹ C = Y[:, :R].
-    right_KNR = y_KND @ grad_q_KRD.mT
-    grad_top_KNR = _solve(t_inverse_KNN.mT, right_KNR, upper=False)
-    # Through T⁻¹, half of the triangle of YYᵀ; of Y, X has the lower half.
-    gram_KNN = _half_triangle(grad_top_KNR @ c_KNR.mT)
-    through_gram_KRN = (gram_KNN + gram_KNN.mT)[:, rank:]
-    grad_y_KRD = torch.baddbmm(
-        c_KNR[:, rank:] @ grad_q_KRD, through_gram_KRN, y_KND, alpha=-1
-    )
-    grad_y_KRD[..., :rank].add_(grad_top_KNR[:, rank:])
-    grad_KDR = grad_y_KRD.triu_(1).mT
-    return grad_KDR.to(grad_KRD.dtype, memory_format=torch.contiguous_format)
-
-
-def rotations(vectors: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The matrices :func:`rotation` returns for each of several vectors and bases of
-    one shape, as rows (R, D): one computation."""
-    return _Rotations.apply(bases, *vectors).unbind(0)
+    return _Rotations.apply(bases, *vectors)
 
 
 def rotation(vectors_DR: Tensor, base_DR: Tensor) -> Tensor:
@@ -156,8 +143,7 @@ def rotation(vectors_DR: Tensor, base_DR: Tensor) -> Tensor:
     Returns:
         (D, R), in the dtype of the two; in memory, column after column.
     """
-    (r_RD,) = rotations([vectors_DR], [base_DR])
-    return r_RD.mT
+    return rotations([vectors_DR], [base_DR])[0].mT
 
 
 def compact_base(columns_DR: Tensor) -> Tensor:
@@ -178,7 +164,7 @@ def compact_base(columns_DR: Tensor) -> Tensor:
             f"rank {columns_DR.shape[1]} is larger than the hidden size "
             f"{columns_DR.shape[0]}; choose a rank of at most {columns_DR.shape[0]}"
         )
-    vectors_DR = torch.geqrf(_wide(columns_DR)).a.tril(-1)
+    vectors_DR = torch.geqrf(_as_float64(columns_DR)).a.tril(-1)
     # H₁…H_R begins with the columns themselves, up to one sign each.
     y_RD = _reflectors(vectors_DR.mT)
     q_RD, _ = _leading_columns(y_RD, _t_inverse(y_RD), y_RD.shape[0])

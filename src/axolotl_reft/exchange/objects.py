@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_reft.core.interventions import INTERVENTION_CLASSES
+from axolotl_reft.core.kinds import KINDS
 from axolotl_reft.core.rotation import compact_base, rotation, square_base
 
 # How far from orthonormal a saved R may be: bfloat16 rounding passes, pyreft's drift
@@ -36,7 +37,9 @@ _IGNORED = ("embed_dim", "interchange_dim")
 
 def pyreft_class(intervention: str) -> type[nn.Module]:
     """pyreft's class for our name of an intervention."""
-    return INTERVENTION_CLASSES[intervention].pyreft_class
+    import pyreft
+
+    return getattr(pyreft, KINDS[intervention].pyreft_class)
 
 
 def make_pyreft_object(

@@ -192,7 +192,7 @@ def _intervention(config: LoreftConfig, state: dict[str, Tensor]) -> Any:
 def _written(config: LoreftConfig, state: dict[str, Tensor]) -> Tensor:
     """(D, R): the directions an intervention writes to, as columns."""
     intervention = _intervention(config, state)
-    if hasattr(intervention, "rotation_matrix"):
+    if intervention.kind.has_rotation:
         return intervention.rotation_matrix()
     return intervention.proj_weight.T
 

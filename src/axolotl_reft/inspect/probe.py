@@ -264,7 +264,7 @@ def _watched(
         ) -> None:
             found[place] = edit_sizes(args[0], output)
             if not seen:
-                positions = wrapper.positions[_ADAPTER]
+                positions = wrapper.specs[_ADAPTER].positions
                 prompts = wrapper.prompts(_ADAPTER)
                 seen.update(edited_sides(positions, prompts, real_BT))
 

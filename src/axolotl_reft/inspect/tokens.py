@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axolotl_reft.prompts.positions import Positions, PromptSpans
+from axolotl_reft.prompts.positions import Positions
+from axolotl_reft.prompts.spans import PromptSpans
 
 PROMPT, ANSWER, OTHER = "prompt", "answer", "other"
 BRACKETS = {"prefix": ("«", "»"), "suffix": ("‹", "›"), "all": ("«", "»")}

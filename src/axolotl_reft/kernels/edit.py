@@ -1,13 +1,12 @@
-"""The edit of some rows, h + Pᵀ(Mh + b), and its derivative as Triton kernels.
+"""The edit h + Pᵀ(Mh + b) of rows, and its derivative, as Triton kernels.
 
-On a GPU an operation costs its launch, whatever its size, and interventions.py and
-editing.py take some sixty for an edit of two sides and its derivative. Here they are
-one forward and one backward, and one more for the numbers of all layers. Those modules
-are the reference; see fused.py for who calls these.
+On a GPU an operation costs its launch, whatever its size, and ``core/stacked_edits.py``
+takes a dozen for an edit of two sides and as many for its derivative. Here they are one
+forward and one backward, and one more for the parameters of all layers. That module is
+the reference; ``kernels/launch.py`` launches these.
 
-M is W − P, W, −P or nothing: what HAS_WEIGHT and SUBTRACT say. A side is one of the one
-or two interventions of a hidden state, the prefix's and the suffix's; an index of S
-marks an unused slot. All sums are in float32.
+HAS_M is false where there is no M. A side is the intervention of the prefix or that of
+the suffix; an index of S marks an unused slot. All sums are in float32.
 
 Shapes: S tokens, D hidden size, L layers, N rows of both sides, those of side 0 first,
 R rank, RP the next power of two.
@@ -51,19 +50,6 @@ def _rows_of(index_0, index_1, rows_0, rows_1, tokens, ROWS: tl.constexpr):
     return side, (side * rows_0 + n).to(tl.int64), n < rows, token
 
 
-@triton.jit
-def _m_tile(
-    weight, matrix, at, inside, HAS_WEIGHT: tl.constexpr, SUBTRACT: tl.constexpr
-):
-    """Entries of M."""
-    tile = tl.zeros(at.shape, dtype=tl.float32)
-    if HAS_WEIGHT:
-        tile += tl.load(weight + at, mask=inside, other=0.0)
-    if SUBTRACT:
-        tile -= tl.load(matrix + at, mask=inside, other=0.0)
-    return tile
-
-
 @triton.jit(do_not_specialize=["rows_0", "rows_1", "tokens"])
 def edit_rows(
     h,
@@ -72,12 +58,12 @@ def edit_rows(
     sources,
     index_0,
     index_1,
-    weight_0,
-    weight_1,
+    m_0,
+    m_1,
     bias_0,
     bias_1,
-    matrix_0,
-    matrix_1,
+    p_0,
+    p_1,
     rows_0,
     rows_1,
     tokens,
@@ -86,26 +72,26 @@ def edit_rows(
     RP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    SUBTRACT: tl.constexpr,
+    HAS_M: tl.constexpr,
     KEEP: tl.constexpr,
 ):
     """``out`` (S, D) at the rows, and ``sources`` (N, R), which is Mh + b; where KEEP
     asks for it, ``taken`` (N, D), which the rows were, zero in unused slots."""
     side, n, there, token = _rows_of(index_0, index_1, rows_0, rows_1, tokens, ROWS)
     bias = _of(side, bias_0, bias_1)
-    weight, matrix = _of(side, weight_0, weight_1), _of(side, matrix_0, matrix_1)
+    m_of_side, p_of_side = _of(side, m_0, m_1), _of(side, p_0, p_1)
     used = token < tokens
     r, d = tl.arange(0, RP), tl.arange(0, BLOCK)
     r3, d3 = r[None, :, None], d[None, None, :]
     sums = tl.zeros((ROWS, RP, BLOCK), dtype=tl.float32)
     for start in range(0, D, BLOCK):
-        at_h = token[:, None, None] * D + start + d3
-        in_h = used[:, None, None] & (start + d3 < D)
-        row = tl.load(h + at_h, mask=in_h, other=0.0)
-        at_m, in_m = r3 * D + start + d3, (r3 < R) & (start + d3 < D)
-        m = _m_tile(weight, matrix, at_m, in_m, HAS_WEIGHT, SUBTRACT)
-        sums += row.to(tl.float32) * m
+        if HAS_M:
+            at_h = token[:, None, None] * D + start + d3
+            in_h = used[:, None, None] & (start + d3 < D)
+            row = tl.load(h + at_h, mask=in_h, other=0.0)
+            in_m = (r3 < R) & (start + d3 < D)
+            m = tl.load(m_of_side + r3 * D + start + d3, mask=in_m, other=0.0)
+            sums += row.to(tl.float32) * m
     source = tl.sum(sums, axis=2) + tl.load(bias + r, mask=r < R, other=0.0)[None, :]
     all_sources = sources + n[:, None] * R + r[None, :]
     tl.store(all_sources, source, mask=there[:, None] & (r < R)[None, :])
@@ -119,9 +105,9 @@ def edit_rows(
             kept = taken + n[:, None] * D + columns
             tl.store(kept, row, mask=there[:, None] & (columns < D))
         new = row.to(tl.float32)
-        for one in tl.static_range(R):
-            p = tl.load(matrix + one * D + columns, mask=columns < D, other=0.0)
-            new += tl.load(sources + n * R + one, mask=there, other=0.0)[:, None] * p
+        for rank in tl.static_range(R):
+            p = tl.load(p_of_side + rank * D + columns, mask=columns < D, other=0.0)
+            new += tl.load(sources + n * R + rank, mask=there, other=0.0)[:, None] * p
         tl.store(out + at, new.to(out.dtype.element_ty), mask=inside)
 
 
@@ -133,10 +119,10 @@ def edit_rows_backward(
     grad_sources,
     index_0,
     index_1,
-    weight_0,
-    weight_1,
-    matrix_0,
-    matrix_1,
+    m_0,
+    m_1,
+    p_0,
+    p_1,
     rows_0,
     rows_1,
     tokens,
@@ -145,8 +131,7 @@ def edit_rows_backward(
     RP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    SUBTRACT: tl.constexpr,
+    HAS_M: tl.constexpr,
     WRITE: tl.constexpr,
     KEEP: tl.constexpr,
 ):
@@ -154,7 +139,7 @@ def edit_rows_backward(
     asks for it, the gradient of h at the rows, ``out`` (S, D); and where KEEP does,
     ``kept_grad`` (N, D), which is ``grad`` at the rows, zero in unused slots."""
     side, n, there, token = _rows_of(index_0, index_1, rows_0, rows_1, tokens, ROWS)
-    weight, matrix = _of(side, weight_0, weight_1), _of(side, matrix_0, matrix_1)
+    m_of_side, p_of_side = _of(side, m_0, m_1), _of(side, p_0, p_1)
     used = token < tokens
     r, d = tl.arange(0, RP), tl.arange(0, BLOCK)
     r3, d3 = r[None, :, None], d[None, None, :]
@@ -164,11 +149,10 @@ def edit_rows_backward(
         in_g = used[:, None, None] & (start + d3 < D)
         row = tl.load(grad + at_g, mask=in_g, other=0.0)
         in_p = (r3 < R) & (start + d3 < D)
-        p = tl.load(matrix + r3 * D + start + d3, mask=in_p, other=0.0)
+        p = tl.load(p_of_side + r3 * D + start + d3, mask=in_p, other=0.0)
         sums += row.to(tl.float32) * p
     all_sources = grad_sources + n[:, None] * R + r[None, :]
-    source = tl.sum(sums, axis=2)
-    tl.store(all_sources, source, mask=there[:, None] & (r < R)[None, :])
+    tl.store(all_sources, tl.sum(sums, axis=2), mask=there[:, None] & (r < R)[None, :])
     if WRITE or KEEP:
         tl.debug_barrier()
         for start in range(0, D, BLOCK):
@@ -181,11 +165,13 @@ def edit_rows_backward(
                 tl.store(kept, row, mask=there[:, None] & (columns < D))
             if WRITE:
                 new = row.to(tl.float32)
-                for one in tl.static_range(R):
-                    at_m = one * D + columns
-                    m = _m_tile(weight, matrix, at_m, columns < D, HAS_WEIGHT, SUBTRACT)
-                    own = tl.load(grad_sources + n * R + one, mask=there, other=0.0)
-                    new += own[:, None] * m
+                for rank in tl.static_range(R):
+                    if HAS_M:
+                        at_m = m_of_side + rank * D + columns
+                        m = tl.load(at_m, mask=columns < D, other=0.0)
+                        at_source = grad_sources + n * R + rank
+                        source = tl.load(at_source, mask=there, other=0.0)
+                        new += source[:, None] * m
                 tl.store(out + at, new.to(out.dtype.element_ty), mask=inside)
 
 
@@ -195,9 +181,9 @@ def edit_weights_backward(
     taken,
     sources,
     grad_sources,
-    grad_weight,
-    grad_bias,
-    grad_matrix,
+    grad_m,
+    grad_b,
+    grad_p,
     rows_0,
     rows_1,
     D: tl.constexpr,
@@ -205,10 +191,9 @@ def edit_weights_backward(
     RP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    SUBTRACT: tl.constexpr,
+    HAS_M: tl.constexpr,
 ):
-    """Gradients of all layers' W and P (L, sides, R, D) and b (L, sides, R), from what
+    """Gradients of all layers' M and P (L, sides, R, D) and b (L, sides, R), from what
     the other two kernels kept of each layer, ``grad`` and ``taken`` (L, N, D), and from
     ``sources`` and ``grad_sources`` (L, N, R); a program for each block of columns,
     side and layer, and no RP below 16."""
@@ -217,9 +202,9 @@ def edit_weights_backward(
     first = layer.to(tl.int64) * (rows_0 + rows_1) + side * rows_0
     r = tl.arange(0, RP)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    by_weight = tl.zeros((RP, BLOCK), dtype=tl.float32)
-    by_matrix = tl.zeros((RP, BLOCK), dtype=tl.float32)
-    by_bias = tl.zeros((RP,), dtype=tl.float32)
+    by_m = tl.zeros((RP, BLOCK), dtype=tl.float32)
+    by_p = tl.zeros((RP, BLOCK), dtype=tl.float32)
+    by_b = tl.zeros((RP,), dtype=tl.float32)
     for start in range(0, rows, ROWS):
         n = start + tl.arange(0, ROWS)
         narrow = (r < R)[:, None] & (n < rows)[None, :]
@@ -228,19 +213,17 @@ def edit_weights_backward(
         at_row = (first + n)[:, None] * D + columns[None, :]
         row = tl.load(grad + at_row, mask=wide, other=0.0).to(tl.float32)
         source = tl.load(sources + at, mask=narrow, other=0.0)
-        by_matrix = tl.dot(source, row, by_matrix, input_precision="ieee")
+        by_p = tl.dot(source, row, by_p, input_precision="ieee")
         grad_source = tl.load(grad_sources + at, mask=narrow, other=0.0)
-        by_bias += tl.sum(grad_source, axis=1)
-        if HAS_WEIGHT or SUBTRACT:
+        by_b += tl.sum(grad_source, axis=1)
+        if HAS_M:
             was = tl.load(taken + at_row, mask=wide, other=0.0).to(tl.float32)
-            by_weight = tl.dot(grad_source, was, by_weight, input_precision="ieee")
+            by_m = tl.dot(grad_source, was, by_m, input_precision="ieee")
     own = layer * tl.num_programs(1) + side
     at_out = (own * R + r)[:, None] * D + columns[None, :]
     inside = (r < R)[:, None] & (columns < D)[None, :]
-    if SUBTRACT:
-        by_matrix -= by_weight
-    tl.store(grad_matrix + at_out, by_matrix, mask=inside)
-    if HAS_WEIGHT:
-        tl.store(grad_weight + at_out, by_weight, mask=inside)
+    tl.store(grad_p + at_out, by_p, mask=inside)
+    if HAS_M:
+        tl.store(grad_m + at_out, by_m, mask=inside)
     if tl.program_id(0) == 0:
-        tl.store(grad_bias + own * R + r, by_bias, mask=r < R)
+        tl.store(grad_b + own * R + r, by_b, mask=r < R)

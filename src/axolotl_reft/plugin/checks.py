@@ -17,7 +17,7 @@ from axolotl_reft.plugin.preference_checks import check_preference
 from axolotl_reft.plugin.quantised import check_quantised_base
 from axolotl_reft.saved.directory import check_adapter_fits
 from axolotl_reft.settings.components import as_wide_as_the_model
-from axolotl_reft.tuner.config import LoreftConfig, layer_ranks
+from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.trained_modules import same_modules
 
 LOG = get_logger(__name__)
@@ -282,7 +282,7 @@ def check_against_base(cfg: Any, model_config: Any, training: bool = True) -> No
     check_quantised_base(cfg, model_config, training)
     if training:
         _check_vocabulary(cfg, block, model_config)
-    rank = max(layer_ranks(block, count).values())
+    rank = max(block.spec().ranks(count).values())
     if as_wide_as_the_model(block.component) and rank > hidden_size:
         raise ValueError(
             f"rank: {rank} is larger than the base model's hidden size "

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from axolotl_reft.tuner.config import INTERVENTIONS
+from axolotl_reft.settings.spec import INTERVENTIONS
 
 
 @click.group()

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
+from axolotl_reft.training.collator import EditIndexCollator as PromptCounter
 from axolotl_reft.training.labelled_logits import LabelledLogits, why_all_logits
-from axolotl_reft.training.prompt_counts import PromptCounter
 
 LOG = get_logger(__name__)
 
@@ -29,7 +29,7 @@ _COLLATORS = ("data_collator", "eval_data_collator")
 def show_labels(trainer: Any) -> None:
     """Let every loss that ``trainer`` computes find its prompts by the batch's labels,
     also where the model is not given them."""
-    tracker = trainer.model.get_base_model().loreft_tracker
+    tracker = trainer.model.get_base_model().loreft_hooks.state
     compute_loss = trainer.compute_loss
 
     @wraps(compute_loss)

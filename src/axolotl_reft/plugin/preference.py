@@ -172,7 +172,7 @@ def prepare_trainer(trainer: Any, saved: str | None, evaluates: bool) -> None:
         trainer.model = PeftModel.from_pretrained(trainer.model, saved).eval()
         trainer.model_wrapped, trainer.ref_model = trainer.model, None
     model = trainer.model
-    tell_answers(trainer, model.get_base_model().loreft_tracker)
+    tell_answers(trainer, model.get_base_model().loreft_hooks.state)
     if evaluates and isinstance(trainer, (ORPOTrainer, CPOTrainer)):
         _evaluate_what_is_tokenized(trainer)
     _settle_reference(model, None if evaluates else saved)

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from axolotl_reft.prompts.positions import PromptSpans
+from axolotl_reft.prompts.spans import PromptSpans
 from axolotl_reft.prompts.turns import Turns
 
 
@@ -124,7 +124,7 @@ class Generation:
         continued: there is a filled cache.
         omitted: cached columns that were not handed over again.
         mask_BW: the 2-D attention mask of the step.
-        gone_by: the prompt has, before the step, as the mask tells.
+        is_decode_step: the step comes after the prompt.
     """
 
     width: int
@@ -133,23 +133,25 @@ class Generation:
     continued: bool = False
     omitted: int = 0
     mask_BW: Tensor | None = None
-    gone_by: bool = False
+    is_decode_step: bool = False
 
-    def prepare(self, mask_BW: Tensor | None, tokens_BT: Tensor) -> None:
+    def prepare(self, mask_BW: Tensor | None, tokens: int, cached: int) -> None:
         """Note the step that is next.
 
         Not in its forward: compiled, that would have a graph for each width of a mask
         that it saw.
 
         Args:
-            tokens_BT: the step's, or their embeddings (B, T, D).
+            mask_BW: the step's mask; None where every token is real.
+            tokens: T.
+            cached: columns in the cache, for a step without a mask.
         """
         self.mask_BW = mask_BW
-        past = 0 if mask_BW is None else mask_BW.shape[1] - tokens_BT.shape[1]
-        self.gone_by = past >= self.width
+        past = cached if mask_BW is None else mask_BW.shape[1] - tokens
+        self.is_decode_step = past >= self.width
 
     def prompts(self, turns: Turns, rows: int, device: torch.device) -> PromptSpans:
-        """The prompts in all P columns; ``rows`` counts beams and samples as well."""
+        """Return the prompts in all P columns, for as many rows as beams make."""
         real_BP = torch.ones(rows, self.width, dtype=torch.bool, device=device)
         if self.mask_BW is not None:
             # The mask of a prompt that is prefilled in chunks grows with them.
@@ -162,14 +164,14 @@ class Generation:
             answer_BP = answer_BP.to(device)
             answer_BP = answer_BP.repeat_interleave(rows // answer_BP.shape[0], 0)
         elif self.continued:
-            # Nothing is known of what is cached: the prompt has gone by.
+            # Nothing is known of the cached tokens: no prompt is edited any more.
             answer_BP = torch.ones_like(real_BP)
-        return turns.runs(real_BP, ids_BP, None, answer_BP).spans()
+        return turns.spans(real_BP, ids_BP, None, answer_BP)
 
     def step(
         self, turns: Turns, rows: int, tokens: int, past: int, device: torch.device
     ) -> PromptSpans | None:
-        """The prompts in the columns of one step; None for a step of the answer.
+        """Return the prompts in the columns of one step; None for a decode step.
 
         Args:
             tokens: T.
@@ -181,7 +183,7 @@ class Generation:
         return spans.columns(past, past + tokens)
 
     def cut(self, turns: Turns, past: int) -> int:
-        """How many of ``past`` cached columns hold what these prompts ask for.
+        """Return how many of ``past`` cached columns can be kept for these prompts.
 
         A cache that ends within a prompt was edited for another end of it.
         """

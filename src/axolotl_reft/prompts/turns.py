@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from axolotl_reft.errors import shown
-from axolotl_reft.prompts.positions import (
-    PromptRuns,
+from axolotl_reft.prompts.spans import (
+    PromptSpans,
     any_in_sample,
     count_in_sample,
-    prompt_runs,
+    prompt_spans,
 )
 
 TURNS = ("every", "first")
@@ -77,7 +77,7 @@ class Turns:
     def answers(
         self, ids_BT: Tensor, starts_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the marks say of every token.
+        """Read from the marks which tokens are answers.
 
         Args:
             ids_BT: token ids.
@@ -99,14 +99,14 @@ class Turns:
         found_BT = any_in_sample(opens_BT, starts_BT)
         return opened_BT & (number_BT > closed_BT), found_BT
 
-    def runs(
+    def spans(
         self,
         real_BT: Tensor,
         ids_BT: Tensor | None = None,
         starts_BT: Tensor | None = None,
         answer_BT: Tensor | None = None,
-    ) -> PromptRuns:
-        """The prompts of a batch: by the marks where a sample has them.
+    ) -> PromptSpans:
+        """Return the prompts of a batch: by the marks where a sample has them.
 
         Args:
             real_BT: True for tokens, False for padding.
@@ -120,7 +120,7 @@ class Turns:
                 answer_BT = marked_BT
             else:
                 answer_BT = marked_BT.where(found_BT, answer_BT)
-        return prompt_runs(real_BT, starts_BT, answer_BT, self.every)
+        return prompt_spans(real_BT, starts_BT, answer_BT, self.every)
 
 
 def _list(items: Any) -> list[Any]:

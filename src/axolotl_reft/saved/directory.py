@@ -17,7 +17,7 @@ from axolotl_reft.errors import shown
 from axolotl_reft.prompts.positions import Positions
 from axolotl_reft.settings.components import as_wide_as_the_model
 from axolotl_reft.settings.format_version import NewerFormatError
-from axolotl_reft.tuner.config import LoreftConfig, layer_ranks
+from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.peft_type import LOREFT
 
 _KEY = re.compile(r"\.(?P<layer>\d+)\.intv_(?P<part>[01]|lora)\.(?P<name>\w+)$")
@@ -83,7 +83,7 @@ def check_adapter_fits(
             "set base_model to the one it was trained on"
         )
     try:
-        ranks = layer_ranks(config, num_layers)
+        ranks = config.spec().ranks(num_layers)
     except ValueError as error:
         raise ValueError(
             f"{setting}: the adapter in {directory!r} does not fit this base of "

@@ -25,8 +25,9 @@ from axolotl_reft.inspect.tokens import (
     plain_line,
     shown_tokens,
 )
-from axolotl_reft.prompts.positions import Positions, PromptSpans
-from axolotl_reft.tuner.prompts import sample_starts
+from axolotl_reft.prompts.batch import sample_starts
+from axolotl_reft.prompts.positions import Positions
+from axolotl_reft.prompts.spans import PromptSpans
 
 # Parts of one sample, such as the turns of a conversation, to show.
 _MOST_PARTS = 8
@@ -93,7 +94,7 @@ class FirstBatch(TrainerCallback):
         # Not the forwards of a reference model, nor those of generation.
         if ids_BT is None or not layer.training or not torch.is_grad_enabled():
             return
-        positions = layer.positions[self._adapter]
+        positions = layer.specs[self._adapter].positions
         prompts = layer.prompts(self._adapter)
         shown, cut = self._read(ids_BT, positions, prompts)
         self._unwatch()

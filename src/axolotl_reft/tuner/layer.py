@@ -1,12 +1,11 @@
-"""A module of the base model with its interventions around it.
+"""A decoder layer with its interventions around it.
 
 Shapes: B batch, T tokens, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -16,52 +15,50 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
-from axolotl_reft.core.joint_edit import can_join, joint_edit
-from axolotl_reft.core.scatter import edit
-from axolotl_reft.core.shared_rotations import lent
-from axolotl_reft.kernels import dispatch as fused
-from axolotl_reft.prompts.positions import Positions, PromptSpans
-from axolotl_reft.prompts.turns import Turns
+from axolotl_reft.core.interventions import INTERVENTION_CLASSES
+from axolotl_reft.prompts.spans import PromptSpans
 from axolotl_reft.settings.components import Site, find_site
+from axolotl_reft.settings.spec import AdapterSpec
 from axolotl_reft.tuner.config import LoreftConfig
+from axolotl_reft.tuner.context import ForwardContext, ModelState
+from axolotl_reft.tuner.executor import edit_hidden_states
 from axolotl_reft.tuner.lora import LayerLora, linear_modules
-from axolotl_reft.tuner.prompts import PromptTracker
+from axolotl_reft.tuner.replay import call_replayably
 
 _INPUT, _OUTPUT = Site("", "input"), Site("", "output")
 
 
 class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
-    """A decoder layer of which something is edited: its output, or what is within.
+    """A decoder layer whose output, or a module inside it, is edited.
 
     Around the layer and not inside it, so that gradient checkpointing, which replays
-    what is inside, never replays an edit of its output. Everything else asked of it,
-    such as a layer's ``attention_type``, is answered by the layer; "DecoderLayer" in
-    the name is what axolotl's offloading of layers looks for.
+    the layer, never replays an edit of its output. Every other attribute, such as a
+    layer's ``attention_type``, is the layer's; "DecoderLayer" in the name is what
+    axolotl's offloading of layers looks for.
 
     Components within the layer are edited by hooks on its modules, and LoRA's additions
-    to its linear modules are made by hooks on them. Those are replayed,
-    so a checkpointed layer is given the batch of its own forward to be replayed with.
+    to its linear modules are made by hooks on them. Those are replayed, so a
+    checkpointed layer is replayed with the context of its own forward (``replay.py``).
     """
 
     # pyreft's #0 and #1; the second is the suffix's, where that is untied.
     adapter_layer_names = ("intv_0", "intv_1", "intv_lora")
-    other_param_names = ("positions", "turns", "sites")
+    other_param_names = ("specs", "sites")
 
     def __init__(
-        self, base_layer: nn.Module, tracker: PromptTracker, text_config: Any
+        self, base_layer: nn.Module, state: ModelState, text_config: Any
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.intv_0 = nn.ModuleDict()
         self.intv_1 = nn.ModuleDict()
         self.intv_lora = nn.ModuleDict()
-        self.tracker = tracker
-        tracker.layers.append(self)
+        self.state = state
+        state.layers.append(self)
         self.text_config = text_config
-        self.positions: dict[str, Positions] = {}
-        self.turns: dict[str, Turns] = {}
+        self.specs: dict[str, AdapterSpec] = {}
         self.sites: dict[str, Site] = {}
-        self._everywhere = False
+        self._edits_every_token = False
         self._handles: dict[Site, RemovableHandle] = {}
         self._lora_handles: dict[str, RemovableHandle] = {}
         self._disable_adapters = False
@@ -75,42 +72,37 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
+    # --- adapters come and go ------------------------------------------------------
+
     def update_layer(
         self, adapter_name: str, config: LoreftConfig, rank: int | None
     ) -> None:
-        """Give the layer fresh numbers under an adapter's name.
+        """Give the layer fresh parameters under an adapter's name.
 
         Args:
             rank: of its interventions; None for a layer that the adapter does not edit,
-                and where it has at most LoRA.
+                which has at most LoRA.
         """
         if rank is not None:
-            self._add_interventions(adapter_name, config, rank)
+            self._add_interventions(adapter_name, config.spec(), rank)
         if config.lora is not None:
             self._add_lora(adapter_name, config.lora)
         self._hook()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _add_interventions(
-        self, adapter_name: str, config: LoreftConfig, rank: int
+        self, adapter_name: str, spec: AdapterSpec, rank: int
     ) -> None:
-        from axolotl_reft.core.interventions import INTERVENTION_CLASSES
-
-        positions = Positions.parse(config.positions)
-        untied = positions.two_sided and not config.tied_weights
-        site, width = find_site(config.component, self.base_layer, self.text_config)
-        for container in (self.intv_0, self.intv_1)[: 2 if untied else 1]:
-            intervention = INTERVENTION_CLASSES[config.intervention](
+        site, width = find_site(spec.component, self.base_layer, self.text_config)
+        for container in (self.intv_0, self.intv_1)[: spec.sides]:
+            intervention = INTERVENTION_CLASSES[spec.kind.name](
                 embed_dim=width,
                 low_rank_dimension=rank,
-                dropout=config.dropout,
-                act_fn=config.act_fn,
+                dropout=spec.dropout,
+                act_fn=spec.act_fn,
             )
             self._put(container, adapter_name, intervention)
-        self.positions[adapter_name] = positions
-        self.turns[adapter_name] = Turns.parse(config.turns, config.turn_markers)
-        if not positions.everywhere:
-            self.tracker.watch(adapter_name, self.turns[adapter_name])
+        self.specs[adapter_name] = self.state.adapters[adapter_name] = spec
         self.sites[adapter_name] = site
 
     def _add_lora(self, adapter_name: str, settings: dict[str, Any]) -> None:
@@ -132,9 +124,11 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         container[name] = module.train(self.training)
 
     def _hook(self) -> None:
-        """One hook on each module of the layer of which something is edited, and none
-        on linear modules to which nothing is added any more."""
-        self._everywhere = any(p.everywhere for p in self.positions.values())
+        """Keep one hook on each edited module within the layer, and on each linear
+        module that a LoRA adds to; remove the others."""
+        self._edits_every_token = any(
+            spec.positions.everywhere for spec in self.specs.values()
+        )
         loras: list[Any] = list(self.intv_lora.values())
         for path in list(self._lora_handles):
             if not any(lora.has(path) for lora in loras):
@@ -155,16 +149,19 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.tracker.unwatch(adapter_name)
-        self._hook()
+        self._forget_state(adapter_name)
 
     def forget_adapter(self, adapter_name: str) -> None:
-        """As before it was added; what is active stays so, by name."""
+        """Remove an adapter's parts; the names of the active ones stay."""
         for attribute in self.adapter_layer_names + self.other_param_names:
             held = getattr(self, attribute)
             if adapter_name in held:
                 del held[adapter_name]
-        self.tracker.unwatch(adapter_name)
+        self._forget_state(adapter_name)
+
+    def _forget_state(self, adapter_name: str) -> None:
+        self.state.adapters.pop(adapter_name, None)
+        self.state.stacks.clear()
         self._hook()
 
     def detach(self) -> None:
@@ -179,114 +176,70 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
 
     @property
     def asks_for_prompts(self) -> bool:
-        """Whether an adapter that edits now does so at some positions of a prompt."""
-        own = (self.positions.get(name) for name in self._adapters())
-        return any(one is not None and not one.everywhere for one in own)
+        """Whether an active adapter edits prompt positions here."""
+        specs = (self.specs.get(name) for name in self._adapters(None))
+        return any(spec and not spec.positions.everywhere for spec in specs)
 
     def prompts(self, name: str) -> PromptSpans | None:
-        """What the adapter takes for prompts in the forward under way; None where it
-        sees none, or edits every token."""
-        if self.positions[name].everywhere:
+        """Return the adapter's prompts in the forward under way; None where there is
+        none, or every token is edited."""
+        spec = self.specs[name]
+        if spec.positions.everywhere:
             return None
-        return self.tracker.prompts(self.turns[name])
+        return self.state.context.spans(spec.turns)
+
+    # --- a forward -----------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """In a decode step the base layer's own, unless something hangs on this one:
-        nn.Module's, and its __getattr__, would take as long as everything else here."""
-        if self.tracker.prompt_has_gone_by and not (
-            self._everywhere
-            or self._forward_hooks
-            or self._forward_pre_hooks
-            or self._compiled_call_impl
-            or "forward" in self.__dict__  # accelerate's hooks
+        """Call the base layer directly in a decode step, unless something hangs on this
+        module: nn.Module's call would take as long as everything else here."""
+        context = self.state.thread.context
+        if (
+            context is not None
+            and context.is_decode_step
+            and not (
+                self._edits_every_token
+                or self._forward_hooks
+                or self._forward_pre_hooks
+                or self._compiled_call_impl
+                or "forward" in self.__dict__  # accelerate's hooks
+            )
         ):
             base_layer: Any = self._modules["base_layer"]
             return base_layer(*args, **kwargs)
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        planned = None if is_compiling() else self.tracker.planned(self)
-        if planned is not None:
-            return self._edit_as_planned(planned, self.base_layer(*args, **kwargs))
         args, kwargs = self._edit_input(_INPUT, self, args, kwargs)
-        # Not by the handles: torch.compile cannot look a site up among them.
-        within = [
-            name
-            for name in self._adapters()
-            if name in self.intv_lora or (name in self.sites and self.sites[name].path)
-        ]
+        within = self._edited_within()
         if within:
-            self._find_positions(within)
-            output = self._call_replayably(*args, **kwargs)
+            # Ahead of the layer: compiled checkpointing lets what is inside of it note
+            # nothing, and would break the graph.
+            context = self.state.context
+            for name in within:
+                if name in self.specs and not self.specs[name].positions.everywhere:
+                    context.indices(name)
+            output = call_replayably(self.base_layer, self.state, *args, **kwargs)
         else:
             output = self.base_layer(*args, **kwargs)
-        before_BTD = _first(output)
-        planned = None if is_compiling() else self.tracker.plan(self, before_BTD)
-        if planned is not None:
-            return self._edit_as_planned(planned, output)
-        output = self._edit_output(_OUTPUT, self, args, output)
-        if _first(output) is not before_BTD:
-            self.tracker.record(before_BTD, _first(output))
-        return output
+        edited = self._edit_output(_OUTPUT, self, args, output)
+        if edited is not output:
+            self.state.context.record(_first(output), _first(edited))
+        return edited
 
-    def only_edit(self) -> tuple[str, list[Any]] | None:
-        """The adapter and its interventions, where all that happens to the layer in
-        this forward is an edit of its output by one adapter at some positions."""
-        # Past nn.Module's getattr: it is asked of all layers while a device waits.
-        own: Any = self._modules
-        prefix, suffix = own["intv_0"]._modules, own["intv_1"]._modules
-        lora = own["intv_lora"]._modules
-        names = [one for one in self._adapters() if one in prefix or one in lora]
-        if len(names) != 1 or names[0] in lora:
-            return None
-        (name,) = names
-        site = self.sites[name]
-        if site.path or site.side != "output" or self.positions[name].everywhere:
-            return None
-        return name, [side[name] for side in (prefix, suffix) if name in side]
-
-    def indices(self, name: str) -> tuple[Tensor, ...] | None:
-        """What of the forward under way an adapter edits at its positions, by
-        intervention."""
-        tied = name not in self.intv_1
-        return self.tracker.indices(self.positions[name], self.turns[name], tied, name)
-
-    def _edit_as_planned(self, planned: Callable[[Tensor], Tensor], output: Any) -> Any:
-        before_BTD = _first(output)
-        edited_BTD = planned(before_BTD)
-        self.tracker.record(before_BTD, edited_BTD)
-        return _with_first(output, edited_BTD)
-
-    def _find_positions(self, names: list[str]) -> None:
-        """Ask for positions ahead of the layer: compiled checkpointing lets what is
-        inside of it note nothing, and would break the graph."""
-        for name in names:
-            positions = self.positions.get(name)
-            if positions is not None and not positions.everywhere:
-                self.indices(name)
-
-    def _call_replayably(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward; gradient checkpointing replays it with this batch."""
-        layer: Any = self.base_layer
-        checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is None or not layer.training:
-            return layer(*args, **kwargs)
-
-        def checkpoint_with_batch(function: Any, *inputs: Any, **options: Any) -> Any:
-            if _is_reentrant(checkpoint) and not is_compiling():
-                inputs = _with_gradient(inputs)
-            return checkpoint(self.tracker.replayable(function), *inputs, **options)
-
-        layer._gradient_checkpointing_func = checkpoint_with_batch
-        try:
-            return layer(*args, **kwargs)
-        finally:
-            layer._gradient_checkpointing_func = checkpoint
+    def _edited_within(self) -> list[str]:
+        """Return the adapters of this forward that act inside the layer."""
+        # Not by the handles: torch.compile cannot look a site up among them.
+        return [
+            name
+            for name in self._adapters(self.state.thread.context)
+            if name in self.intv_lora or (name in self.sites and self.sites[name].path)
+        ]
 
     def _edit_input(
         self, site: Site, module: nn.Module, args: Any, kwargs: Any
     ) -> tuple[Any, Any]:
-        if not self._editing(site):
+        if not self._adapters_at(site):
             return args, kwargs
         if args:
             return (self._edit(args[0], site), *args[1:]), kwargs
@@ -296,81 +249,80 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     def _edit_output(
         self, site: Site, module: nn.Module, args: Any, output: Any
     ) -> Any:
-        if not self._editing(site):
+        if not self._adapters_at(site):
             return output
-        return _with_first(output, self._edit(_first(output), site))
+        h_BTD = _first(output)
+        edited_BTD = self._edit(h_BTD, site)
+        return output if edited_BTD is h_BTD else _with_first(output, edited_BTD)
 
-    def _editing(self, site: Site) -> list[str]:
-        """The adapters that edit a site in this forward, in the order of edits."""
-        return [name for name in self._adapters() if self.sites.get(name) == site]
+    def _edit(self, h_BTD: Tensor, site: Site) -> Tensor:
+        """Return hidden states edited by each adapter of this site, in turn."""
+        context = self.state.context
+        # Within a layer checkpointing replays edits, of which nothing was made ready;
+        # and a layer that is compiled alone makes its own, in its graph.
+        plan = context.plan
+        if site.path or (is_compiling() and not context.is_compiled):
+            plan = None
+        for name in self._adapters_at(site):
+            if self.specs[name].positions.everywhere:
+                indices = None
+                if context.adapter_rows is not None:
+                    indices = context.row_tokens(name, h_BTD)
+            elif (indices := context.indices(name)) is None:
+                continue
+            edit = plan and plan.take(self, site.side, name)
+            if edit:
+                h_BTD = edit(h_BTD, indices)
+            else:
+                h_BTD = edit_hidden_states(h_BTD, indices, self.interventions(name))
+        return h_BTD
 
-    def _adapters(self) -> list[str]:
-        """Those of this forward: the active ones, or those of the batch's rows."""
+    def outer_edits(
+        self, context: ForwardContext
+    ) -> Iterator[tuple[str, str, list[Any]]]:
+        """Yield side, adapter and interventions of each edit of the layer's own input
+        or output in a forward."""
+        for name in self._adapters(context):
+            site = self.sites.get(name)
+            if site is not None and not site.path:
+                yield site.side, name, self.interventions(name)
+
+    def interventions(self, name: str) -> list[Any]:
+        """Return an adapter's interventions: one, or one each for prefix and suffix."""
+        # Past nn.Module's getattr: it is asked of all layers in every step.
+        sides = (self._modules["intv_0"], self._modules["intv_1"])
+        return [side._modules[name] for side in sides if side and name in side._modules]
+
+    def _adapters_at(self, site: Site) -> list[str]:
+        """Return the adapters that edit a site in this forward, in their order."""
+        adapters = self._adapters(self.state.thread.context)
+        return [name for name in adapters if self.sites.get(name) == site]
+
+    def _adapters(self, context: ForwardContext | None) -> list[str]:
+        """Return the adapters of a forward: the active ones, or its rows'."""
         if self.disable_adapters:
             return []
-        rows = self.tracker.adapter_rows
+        rows = None if context is None else context.adapter_rows
         return self.active_adapters if rows is None else rows.adapters
 
     def _add_lora_output(
         self, path: str, module: nn.Module, args: Any, output: Tensor
     ) -> Tensor:
-        total = output
-        for name in self._adapters():
+        total, context = output, self.state.thread.context
+        for name in self._adapters(context):
             lora: Any = self.intv_lora[name] if name in self.intv_lora else None
             if lora is None or not lora.has(path):
                 continue
-            if self.tracker.adapter_rows is None:
+            if context is None or context.adapter_rows is None:
                 total = total + lora(path, args[0])
                 continue
             # Vectors of the adapter's rows alone.
-            tokens = self.tracker.tokens(name, output)
-            x = args[0].reshape(-1, args[0].shape[-1]).index_select(0, tokens)
+            tokens_N = context.row_tokens(name, output).all_N
+            x = args[0].reshape(-1, args[0].shape[-1]).index_select(0, tokens_N)
             flat = total.reshape(-1, total.shape[-1])
-            added = (flat.index_select(0, tokens) + lora(path, x)).to(flat.dtype)
-            total = flat.index_copy(0, tokens, added).view(output.shape)
+            added = (flat.index_select(0, tokens_N) + lora(path, x)).to(flat.dtype)
+            total = flat.index_copy(0, tokens_N, added).view(output.shape)
         return total.to(output.dtype)
-
-    def outer_interventions(self) -> list[nn.Module]:
-        """Those that edit the layer's own input or output in this forward."""
-        return [
-            one
-            for site in (_INPUT, _OUTPUT)
-            for name in self._editing(site)
-            for one in self._interventions(name)
-        ]
-
-    def _interventions(self, name: str) -> list[Any]:
-        return [
-            container[name]
-            for container in (self.intv_0, self.intv_1)
-            if name in container
-        ]
-
-    def _edit(self, h_BTD: Tensor, site: Site) -> Tensor:
-        # Not what is within: checkpointing replays it, when there is nothing to share.
-        matrices = {} if site.path else self.tracker.rotations()
-        for name in self._editing(site):
-            interventions = self._interventions(name)
-            with lent(interventions, matrices) if matrices else nullcontext():
-                h_BTD = self._edit_by(name, interventions, h_BTD)
-        return h_BTD
-
-    def _edit_by(self, name: str, interventions: list[Any], h_BTD: Tensor) -> Tensor:
-        positions = self.positions[name]
-        if not positions.everywhere:
-            indices = self.indices(name)
-            if indices is None:
-                return h_BTD
-            if fused.can_edit(h_BTD, interventions):
-                return fused.edit(h_BTD, indices, interventions)
-            if is_compiling() and can_join(interventions):
-                jointly = partial(joint_edit, interventions, indices[0].shape[0])
-                return edit(h_BTD, [torch.cat(indices)], [jointly])
-            return edit(h_BTD, indices, interventions)
-        if self.tracker.adapter_rows is None:
-            return interventions[0](h_BTD).to(h_BTD.dtype)
-        tokens = self.tracker.tokens(name, h_BTD)
-        return edit(h_BTD, [tokens], interventions)
 
 
 def _first(output: Any) -> Tensor:
@@ -379,21 +331,6 @@ def _first(output: Any) -> Tensor:
 
 def _with_first(output: Any, h_BTD: Tensor) -> Any:
     return (h_BTD, *output[1:]) if isinstance(output, tuple) else h_BTD
-
-
-def _is_reentrant(checkpoint: Any) -> bool:
-    """Whether a layer's checkpointing function, a ``partial`` of torch's, is."""
-    return getattr(checkpoint, "keywords", {}).get("use_reentrant", True) is not False
-
-
-def _with_gradient(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Inputs of which one requires a gradient: reentrant checkpointing gives none to
-    what is inside a layer otherwise, as below the first edit nothing requires one."""
-    if not torch.is_grad_enabled() or any(
-        isinstance(value, Tensor) and value.requires_grad for value in inputs
-    ):
-        return inputs
-    return (inputs[0].detach().requires_grad_(), *inputs[1:])
 
 
 def cannot_merge() -> ValueError:

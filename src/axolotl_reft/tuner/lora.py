@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from axolotl_reft.core.leaf import AdapterLeaf
 from axolotl_reft.errors import did_you_mean, shown
-from axolotl_reft.tuner.config import ALL_LINEAR
+from axolotl_reft.settings.lora import ALL_LINEAR
 
 # Sizes of a module's input and output.
 Sizes = tuple[int, int]

@@ -1,4 +1,4 @@
-"""The PEFT tuner: finds the decoder layers, wraps them, and keeps the tracker."""
+"""The PEFT tuner: finds the decoder layers, wraps them, and keeps the hooks."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from axolotl_reft.core.tensors import check_complete
 from axolotl_reft.settings.components import check_list_of_layers
 from axolotl_reft.tuner.adapter_rows import BASE
-from axolotl_reft.tuner.config import LoreftConfig, layer_ranks
+from axolotl_reft.tuner.config import LoreftConfig
+from axolotl_reft.tuner.hooks import ModelHooks
 from axolotl_reft.tuner.input_gradients import (
     keep_from_packing,
     spare_frozen_layers,
     treat_as_usual,
 )
 from axolotl_reft.tuner.layer import LoreftDecoderLayer, cannot_merge
-from axolotl_reft.tuner.prompts import PromptTracker
 from axolotl_reft.tuner.trained_modules import (
     check_modules_to_save,
     fit_vocabulary,
     tie_trained_embeddings,
 )
 
-_TRACKER = "loreft_tracker"
+_HOOKS = "loreft_hooks"
 _ASKED_OF_OUTPUT = ("output_attentions", "output_hidden_states", "return_dict")
 # What PEFT and this package put into the paths of parameters.
 _PARTS = {BASE, "base_model", "model", "base_layer", "modules_to_save"}
@@ -65,7 +65,7 @@ class LoreftModel(BaseTuner):
         for name in _ASKED_OF_OUTPUT:
             if name in kwargs and kwargs[name] is None:
                 del kwargs[name]
-        # By __call__ where PEFT uses .forward, so that the tracker's hook sees labels.
+        # By __call__ where PEFT uses .forward, so that the hooks's hook sees labels.
         return self.model(*args, **kwargs)
 
     def inject_adapter(
@@ -83,23 +83,23 @@ class LoreftModel(BaseTuner):
     ) -> AbstractContextManager[None]:
         """PEFT's door for ``adapter_names``: an adapter for each row of a batch."""
         names = kwargs.get("adapter_names")
-        tracker = _tracker_of(self.model)
-        if names is None or tracker is None:
+        hooks = hooks_of(self.model)
+        if names is None or hooks is None:
             return nullcontext()
         self._check_adapter_names(names)
-        return self._adapters_by_row(tracker, names)
+        return self._adapters_by_row(hooks, names)
 
     @contextmanager
     def _adapters_by_row(
-        self, tracker: PromptTracker, names: Sequence[str]
+        self, hooks: ModelHooks, names: Sequence[str]
     ) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(tracker.adapters_by_row(names))
+            stack.enter_context(hooks.state.adapters_by_row(names))
             for module in self.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     stack.callback(
                         module.register_forward_pre_hook(
-                            partial(_add_adapter_names, tracker), with_kwargs=True
+                            partial(_add_adapter_names, hooks), with_kwargs=True
                         ).remove
                     )
             yield
@@ -154,7 +154,7 @@ class LoreftModel(BaseTuner):
     ) -> LoreftConfig:
         path, layers = find_decoder_layers(self.model)
         check_list_of_layers(peft_config.component, path)
-        numbers: Iterable[int] = layer_ranks(peft_config, len(layers))
+        numbers: Iterable[int] = peft_config.spec().ranks(len(layers))
         if peft_config.lora is not None:
             numbers = range(len(layers))
         peft_config.target_modules = {f"{path}.{number}" for number in numbers}
@@ -170,9 +170,9 @@ class LoreftModel(BaseTuner):
         fit_vocabulary(peft_config, model)
         if not peft_config.inference_mode:
             keep_from_packing(model)
-        if _tracker_of(model) is None:
-            # A plain attribute, of the model and not of this tuner: see prompts.py.
-            model.__dict__[_TRACKER] = PromptTracker(model, model.base_model)
+        if hooks_of(model) is None:
+            # A plain attribute, of the model and not of this tuner: see hooks.py.
+            model.__dict__[_HOOKS] = ModelHooks(model, model.base_model)
             spare_frozen_layers(model, self.prefix)
 
     @staticmethod
@@ -189,14 +189,14 @@ class LoreftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        ranks = layer_ranks(peft_config, len(parent))
+        ranks = peft_config.spec().ranks(len(parent))
         rank = ranks.get(int(target_name))
         if isinstance(target, LoreftDecoderLayer):
             target.update_layer(adapter_name, peft_config, rank)
             return
-        tracker = _tracker_of(self.model)
-        assert tracker is not None, "_prepare_model comes first"
-        wrapper = LoreftDecoderLayer(target, tracker, _text_config(self.model))
+        hooks = hooks_of(self.model)
+        assert hooks is not None, "_prepare_model comes first"
+        wrapper = LoreftDecoderLayer(target, hooks.state, _text_config(self.model))
         wrapper.training = target.training
         wrapper.update_layer(adapter_name, peft_config, rank)
         setattr(parent, target_name, wrapper)
@@ -220,18 +220,18 @@ class LoreftModel(BaseTuner):
             if isinstance(module, LoreftDecoderLayer):
                 module.detach()
         model = super()._unload_and_optionally_merge(merge=False, **kwargs)
-        tracker = _tracker_of(model)
-        if tracker is not None:
-            tracker.detach()
-            del model.__dict__[_TRACKER]
+        hooks = hooks_of(model)
+        if hooks is not None:
+            hooks.detach()
+            del model.__dict__[_HOOKS]
             treat_as_usual(model)
         return model
 
 
 def _add_adapter_names(
-    tracker: PromptTracker, module: nn.Module, args: Any, kwargs: Any
+    hooks: ModelHooks, module: nn.Module, args: Any, kwargs: Any
 ) -> tuple[Any, Any]:
-    names = tracker.adapter_names
+    names = hooks.state.thread.adapter_names
     if names is None:  # of another thread's batch
         return args, kwargs
     # ``generate`` has several rows for each, whoever asked for its beams.
@@ -259,7 +259,7 @@ def _adapters_of(model: nn.Module) -> set[str]:
         name
         for module in model.modules()
         if isinstance(module, LoreftDecoderLayer)
-        for name in module.positions
+        for name in module.specs
     } | {
         name
         for module in model.modules()
@@ -268,8 +268,8 @@ def _adapters_of(model: nn.Module) -> set[str]:
     }
 
 
-def _tracker_of(model: nn.Module) -> PromptTracker | None:
-    return model.__dict__.get(_TRACKER)
+def hooks_of(model: nn.Module) -> ModelHooks | None:
+    return model.__dict__.get(_HOOKS)
 
 
 def _text_config(model: Any) -> Any:

@@ -1,0 +1,148 @@
+"""The edit h + Pᵀ(Mh + b), on the stacked parameters of several interventions.
+
+All six kinds are this edit while their source is linear: P is R or W₂, and M is W − P,
+W, −P or nothing (``kinds.py``). Stacking the interventions of a model makes one
+computation of what would be one for each. Torch only.
+
+Shapes: K interventions, N rows, D hidden size, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from axolotl_reft.core.rotation import rotations
+
+
+@dataclass(frozen=True)
+class AffineStack:
+    """M, b and P of K interventions of one kind, width and rank, in float32.
+
+    Attributes:
+        m_KRD: None where the kind does not read the hidden state.
+        b_KR: b.
+        p_KRD: P.
+    """
+
+    m_KRD: Tensor | None
+    b_KR: Tensor
+    p_KRD: Tensor
+
+    def __getitem__(self, part: slice) -> AffineStack:
+        m_KRD = None if self.m_KRD is None else self.m_KRD[part]
+        return AffineStack(m_KRD, self.b_KR[part], self.p_KRD[part])
+
+
+def affine_stack(interventions: Sequence[Any]) -> AffineStack:
+    """Stack the parameters of interventions of one kind, width and rank."""
+    kind = interventions[0].kind
+    p_KRD = projections(interventions)
+    b_KR = _stacked(interventions, "bias")
+    m_KRD = None
+    if kind.has_weight:
+        m_KRD = _stacked(interventions, "weight")
+        if kind.subtracts:
+            m_KRD = m_KRD - p_KRD
+    elif kind.subtracts:
+        m_KRD = -p_KRD
+    return AffineStack(m_KRD, b_KR, p_KRD)
+
+
+def projections(interventions: Sequence[Any]) -> Tensor:
+    """Stack P (K, R, D), which is R or W₂, of interventions of one kind."""
+    if not interventions[0].kind.has_rotation:
+        return _stacked(interventions, "proj_weight")
+    vectors = [module._parameters["rotation"].float() for module in interventions]
+    return rotations(
+        vectors, [module._buffers["rotation_base"] for module in interventions]
+    )
+
+
+def _stacked(interventions: Sequence[Any], name: str) -> Tensor:
+    # Past nn.Module's getattr: there may be hundreds, in every step. A sharded model
+    # lends its parameters in the dtype of its mixed precision.
+    return torch.stack([module._parameters[name] for module in interventions]).float()
+
+
+def affine_rows(h_ND: Tensor, m_RD: Tensor | None, b_R: Tensor, p_RD: Tensor) -> Tensor:
+    """Return h + Pᵀ(Mh + b) for rows in float32, of one intervention."""
+    if m_RD is None:
+        return h_ND + b_R @ p_RD
+    return torch.addmm(h_ND, F.linear(h_ND, m_RD, b_R), p_RD)
+
+
+def joint_rows(h_ND: Tensor, prefixes: int, stack: AffineStack) -> Tensor:
+    """Edit the first rows by the first of two interventions, the others by the second.
+
+    For compiled graphs, whose time with few tokens is their number of kernels: one
+    product for both sides in the place of two, of which each row keeps its side's half.
+
+    Args:
+        h_ND: rows in float32.
+        prefixes: how many rows are the first intervention's.
+        stack: of the two.
+    """
+    p_KD, b_K = stack.p_KRD.flatten(0, 1), stack.b_KR.flatten()
+    source_NK = b_K.expand(h_ND.shape[0], -1)
+    if stack.m_KRD is not None:
+        source_NK = F.linear(h_ND, stack.m_KRD.flatten(0, 1), b_K)
+    rows_N1 = torch.arange(h_ND.shape[0], device=h_ND.device).unsqueeze(1)
+    columns_K = torch.arange(b_K.shape[0], device=h_ND.device)
+    is_own_side_NK = (rows_N1 < prefixes) ^ (columns_K >= stack.b_KR.shape[1])
+    return torch.addmm(h_ND, source_NK.where(is_own_side_NK, 0), p_KD)
+
+
+class StackCache:
+    """Keeps a stack while the tensors that it was built from stay as they were.
+
+    In eval mode without gradients alone. torch's version counters show every change but
+    those through ``.data``; these are made in training, so a change of mode or a
+    gradient that is there builds the stack anew.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[list[Any], AffineStack] | None = None
+
+    def get(self, interventions: Sequence[Any]) -> AffineStack:
+        """Return the stack of these interventions."""
+        state = _kept_state(interventions)
+        if state is None:
+            self._kept = None
+            return affine_stack(interventions)
+        kept = self._kept
+        if kept is None or not _same(kept[0], state):
+            kept = self._kept = state, affine_stack(interventions)
+        return kept[1]
+
+    def __reduce__(self) -> tuple[type[StackCache], tuple[()]]:
+        return type(self), ()  # a copy or a pickle keeps nothing
+
+
+def _kept_state(interventions: Sequence[Any]) -> list[Any] | None:
+    """What a kept stack depends on; None where it must not be kept."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    state: list[Any] = []
+    for module in interventions:
+        if module.training:
+            return None
+        state.append(module.mode_changes)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor.grad is not None or tensor.is_inference():
+                return None
+            state += (tensor, tensor._version, tensor.data_ptr())
+    return state
+
+
+def _same(state: list[Any], other: list[Any]) -> bool:
+    """Compare by identity: tensors have an equality of their own."""
+    return len(state) == len(other) and all(
+        one is two or (type(one) is int and one == two)
+        for one, two in zip(state, other, strict=True)
+    )

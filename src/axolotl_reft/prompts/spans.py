@@ -1,0 +1,118 @@
+"""Prompts of a batch: where each of its tokens stands in the prompt of its sample.
+
+Computed by torch on whole batches; padding, packing and earlier turns are masks.
+
+Shapes: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from axolotl_reft.prompts.positions import Positions
+
+
+@dataclass(frozen=True)
+class PromptSpans:
+    """Where each token of a batch stands in the prompt of its sample.
+
+    Attributes:
+        inside_BT: the token belongs to a prompt.
+        rank_BT: its place in that prompt, from 0; meaningless where not inside.
+        length_BT: the number of tokens of that prompt.
+    """
+
+    inside_BT: Tensor
+    rank_BT: Tensor
+    length_BT: Tensor
+
+    def columns(self, start: int, stop: int) -> PromptSpans:
+        """Return the spans of some columns; columns past the end are in no prompt."""
+        beyond = max(stop - self.inside_BT.shape[1], 0)
+        return PromptSpans(
+            *(
+                F.pad(tensor_BT[:, start:stop], (0, beyond))
+                for tensor_BT in (self.inside_BT, self.rank_BT, self.length_BT)
+            )
+        )
+
+    def edited(self, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Return masks (B, T) of the edited prefix and of the edited suffix.
+
+        A side never takes more than half of the prompt, and what is cut off is not
+        applied: the rule of pyreft's ``LoReftSupervisedDataset``, with which the paper
+        was run. The two sides therefore never overlap.
+        """
+        half_BT = self.length_BT // 2
+        prefix_BT = self.rank_BT < half_BT.clamp(max=positions.first)
+        suffix_BT = self.rank_BT >= self.length_BT - half_BT.clamp(max=positions.last)
+        return self.inside_BT & prefix_BT, self.inside_BT & suffix_BT
+
+    def cut(self, positions: Positions) -> Tensor:
+        """Return the mask (B, T) of the prompts that are too short for a whole side."""
+        longest = max(positions.first, positions.last)
+        return self.inside_BT & (self.length_BT // 2 < longest)
+
+
+def prompt_spans(
+    real_BT: Tensor,
+    starts_BT: Tensor | None = None,
+    answer_BT: Tensor | None = None,
+    every: bool = False,
+) -> PromptSpans:
+    """Find the prompts of every sample in a batch of rows.
+
+    The first prompt of a sample runs from its first real token to its first answer
+    token; with no answer in sight, to its end. A later turn's prompt is what stands
+    between two answers, or after the last.
+
+    Args:
+        real_BT: True for tokens, False for padding.
+        starts_BT: True where a packed sample begins; None for one sample a row.
+        answer_BT: True for tokens of answers; None if there are none.
+        every: find the prompts of all turns, not the first turn's alone.
+    """
+    if answer_BT is None:
+        inside_BT = real_BT
+    elif every:
+        # a > b is a & ~b, as one operation.
+        inside_BT = real_BT > answer_BT
+        begins_BT = inside_BT > F.pad(inside_BT, (1, -1))
+        starts_BT = begins_BT if starts_BT is None else begins_BT | starts_BT
+    else:
+        inside_BT = real_BT & (count_in_sample(answer_BT, starts_BT) == 0)
+    count_BT, start_BT, end_BT = _counts(inside_BT, starts_BT)
+    return PromptSpans(inside_BT, count_BT - start_BT - 1, end_BT - start_BT)
+
+
+def count_in_sample(mask_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
+    """Return the running count of a mask, this token included, anew in each sample."""
+    count_BT, start_BT, _ = _counts(mask_BT, starts_BT)
+    return count_BT - start_BT
+
+
+def any_in_sample(mask_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
+    """Return whether a mask is True for any token of the same sample."""
+    _, start_BT, end_BT = _counts(mask_BT, starts_BT)
+    return end_BT > start_BT
+
+
+def _counts(
+    mask_BT: Tensor, starts_BT: Tensor | None
+) -> tuple[Tensor, Tensor | int, Tensor]:
+    """Return a row's running counts: at each token, before the first of its sample, and
+    at the last."""
+    count_BT = mask_BT.cumsum(1)
+    total_B1 = count_BT[:, -1:]
+    if starts_BT is None:
+        return count_BT, 0, total_B1.expand_as(count_BT)
+    # The count before a token; at its sample's start, and at the next sample's.
+    earlier_BT = count_BT.add(mask_BT, alpha=-1)
+    start_BT = (earlier_BT * starts_BT).cummax(1).values
+    next_BT = torch.cat([earlier_BT.where(starts_BT, total_B1)[:, 1:], total_B1], 1)
+    end_BT = next_BT.flip(1).cummin(1).values.flip(1)
+    return count_BT, start_BT, end_BT

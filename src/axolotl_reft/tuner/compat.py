@@ -1,0 +1,55 @@
+"""The one place where versions of transformers and PEFT are told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import peft
+import transformers
+from packaging.specifiers import SpecifierSet
+from transformers import Cache
+
+# As in pyproject.toml, and there why.
+SUPPORTED = {"transformers": ">=5.16.1,<5.25", "peft": ">=0.20,<0.22"}
+
+
+def check_versions() -> None:
+    """Refuse releases that the package was not run with.
+
+    Raises:
+        ValueError: transformers or PEFT is too old or too new.
+    """
+    # Not an ImportError: axolotl swallows those of plugins.
+    for package in (transformers, peft):
+        name, found = package.__name__, package.__version__
+        if not SpecifierSet(SUPPORTED[name]).contains(found, prereleases=True):
+            raise ValueError(
+                f"axolotl-reft needs {name}{SUPPORTED[name]}, and {found} is "
+                f"installed; run: pip install '{name}{SUPPORTED[name]}'"
+            )
+
+
+def cache_of(holder: Any) -> Cache | None:
+    """Return the key-value cache among a model's arguments or outputs, by its class.
+
+    transformers 5.24 calls it ``cache``, earlier ones ``past_key_values``, and asking
+    an output for the name of another release logs a warning.
+
+    Args:
+        holder: arguments by name, a ``ModelOutput`` or a tuple of outputs.
+    """
+    if isinstance(holder, Mapping):
+        holder = holder.values()
+    elif not isinstance(holder, tuple):
+        return None
+    return next((held for held in holder if isinstance(held, Cache)), None)
+
+
+def pages_of(inputs: Mapping[str, Any]) -> Any:
+    """Return the pages of continuous batching among a model's arguments, or None.
+
+    Every release calls them ``cache``; their class is not a ``Cache``.
+    """
+    held = inputs.get("cache")
+    return None if isinstance(held, Cache) else held

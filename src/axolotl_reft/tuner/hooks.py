@@ -1,0 +1,368 @@
+"""Hooks on the base model that find out, once a forward, which tokens are edited.
+
+They hang on the model by public hooks, so that they also work where PEFT's tuner object
+is passed over: inner steps of ``generate``, and models from
+``AutoModel.from_pretrained(adapter)``.
+
+Where an adapter knows the marks of a chat template (``turn_markers``) and a sample has
+them, the marks tell its prompts, in training and at inference. Elsewhere,
+
+- in a forward with labels, the prompt is everything before the first trained token, and
+  with ``turns: every`` the tokens between trained ones as well;
+- where a trainer that keeps the labels to itself has set ``find_answers``, the same of
+  its answer tokens;
+- while ``generate`` runs, the prompt is its input, cached or not, at every step, except
+  what it had answered on the same cache before;
+- in any other forward without a cache, the whole sample;
+- with a filled cache, nothing.
+
+Shapes: B batch, T tokens of this forward, W columns seen so far (the cache's and T).
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from axolotl_reft.prompts.generation import Conversations, Generation, Tokens
+from axolotl_reft.tuner.adapter_rows import AdapterRows, wrong_length
+from axolotl_reft.tuner.compat import cache_of, pages_of
+from axolotl_reft.tuner.context import (
+    POSITIONS,
+    ForwardContext,
+    ModelState,
+    prompt_turns,
+)
+from axolotl_reft.tuner.executor import EditPlan
+from axolotl_reft.tuner.prompt_sources import (
+    CachedChunk,
+    ContinuousBatch,
+    DecodeStep,
+    GenerationStep,
+    PromptSource,
+    SampleBatch,
+    cannot_batch_continuously,
+)
+
+
+class _Override:
+    """A method of one model in the place of its class's, with the same signature:
+    ``generate`` reads the parameters of ``prepare_inputs_for_generation``."""
+
+    def __init__(self, model: nn.Module, name: str, method: Callable[..., Any]) -> None:
+        self._model, self._name, self._method = model, name, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        method = getattr(type(self._model), self._name)
+        return inspect.signature(method.__get__(self._model))
+
+
+class ModelHooks:
+    """Makes the :class:`ForwardContext` of every forward of a model.
+
+    Args:
+        model: the base model.
+        backbone: the part of it with the layers; ``model.base_model``.
+    """
+
+    def __init__(self, model: PreTrainedModel, backbone: nn.Module) -> None:
+        self.state = ModelState()
+        self._conversations = Conversations()
+        self._has_checked_first_batch = False
+        can_generate = getattr(model, "can_generate", None)
+        # A classifier's labels are not tokens of an answer.
+        self._labels_mark_answers = bool(can_generate and can_generate())
+        self._model = model
+        self._parameters = list(inspect.signature(backbone.forward).parameters)
+        self._handles = [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            backbone.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
+            backbone.register_forward_hook(self._after_backbone, with_kwargs=True),
+        ]
+        # Patch: generate tells its steps nowhere else, and continuous batching is
+        # refused before its own thread would hide the error.
+        if self._labels_mark_answers:
+            for name, method in self._overrides().items():
+                model.__dict__[name] = _Override(model, name, method)
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+        for name in self._overrides():
+            self._model.__dict__.pop(name, None)
+
+    def _overrides(self) -> dict[str, Callable[..., Any]]:
+        methods = {
+            "generate": self._generate,
+            "prepare_inputs_for_generation": self._prepare_inputs,
+            "init_continuous_batching": self._init_continuous_batching,
+        }
+        return {n: ours for n, ours in methods.items() if hasattr(type(self._model), n)}
+
+    # --- a forward -----------------------------------------------------------------
+
+    def _before_model(
+        self, module: nn.Module, args: Any, kwargs: Any
+    ) -> tuple[Any, Any] | None:
+        """Take what the backbone is not given: the labels, and a collator's indices."""
+        labels = kwargs.get("labels")
+        if labels is None and len(args) > 1:
+            names = inspect.signature(module.forward).parameters
+            labels = dict(zip(names, args, strict=False)).get("labels")
+        thread = self.state.thread
+        thread.labels, thread.given = labels, kwargs.get(POSITIONS)
+        if thread.given is None:
+            return None
+        return args, {key: kwargs[key] for key in kwargs if key != POSITIONS}
+
+    def _before_backbone(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if getattr(module, "_is_replica", False):
+            raise ValueError(
+                "LoReFT does not run under torch.nn.DataParallel, which transformers' "
+                "Trainer takes for several GPUs in one process; start a process for "
+                "each GPU (accelerate launch, torchrun), or let Python see one of them "
+                "(CUDA_VISIBLE_DEVICES=0)"
+            )
+        inputs, thread = self._inputs(args, kwargs), self.state.thread
+        labels, thread.labels = thread.labels, None
+        given, thread.given = thread.given, None
+        source = self._source(inputs, labels, module.training)
+        context = ForwardContext(source, self.state.adapters)
+        wants_states = inputs.get("output_hidden_states")
+        if wants_states is None:
+            wants_states = getattr(module.config, "output_hidden_states", False)
+        context.edited_outputs = {} if wants_states else None
+        context.is_compiled = torch.compiler.is_compiling()
+        if thread.adapter_names is not None:
+            context.adapter_rows = AdapterRows.of_batch(
+                thread.adapter_names,
+                source.shape[0],
+                expands=thread.generation is not None,
+            )
+        # Rows that a trainer cut out of the collator's batch are found anew.
+        elif given is not None and tuple(given["shape"]) == source.shape:
+            context.given = given["indices"]
+        thread.context = context
+        if not source.past:
+            # At the start, where a device is still at work on the step before, as a
+            # rule; with its first layer to compute it would soon wait for this.
+            context.plan = EditPlan.build(self.state, context)
+
+    def _after_backbone(
+        self, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
+        thread = self.state.thread
+        context, thread.context = thread.context, None
+        if context is not None and not self._has_checked_first_batch:
+            self._check_first_batch(context)
+        edited = context.edited_outputs if context else None
+        states = getattr(output, "hidden_states", None) if edited else None
+        if edited and states is not None:
+            output.hidden_states = tuple(edited.get(id(h), h) for h in states)
+        if thread.generation is None:  # else noted as a whole, when it has ended
+            self._note_forward(self._inputs(args, kwargs), output, context)
+
+    def _inputs(self, args: Any, kwargs: Any) -> Mapping[str, Any]:
+        if not args:
+            return kwargs
+        return dict(zip(self._parameters, args, strict=False)) | kwargs
+
+    def _source(
+        self, inputs: Mapping[str, Any], labels: Tensor | None, training: bool
+    ) -> PromptSource:
+        """Tell where this forward's prompts are read from."""
+        thread, tokens = self.state.thread, _tokens(inputs)
+        shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
+        if not self._labels_mark_answers or (
+            labels is not None and tuple(labels.shape) != shape
+        ):
+            labels = None
+        find_answers = self.state.find_answers
+        if labels is None and thread.generation is not None:
+            return _generation_step(thread.generation, inputs, shape, device)
+        past = _cached(cache_of(inputs))
+        if past and labels is None and find_answers is None:
+            return self._cached_source(inputs, past, shape)
+        if pages_of(inputs) is not None:
+            return ContinuousBatch(shape, past=0)
+        answers = None
+        if labels is not None:
+            answers = partial(torch.ne, labels, -100)
+        elif find_answers is not None:
+            answers = partial(find_answers, tokens)
+        learns = training and torch.is_grad_enabled() and self._labels_mark_answers
+        return SampleBatch(shape, device, inputs, answers, expects_labels=learns)
+
+    def _cached_source(
+        self, inputs: Mapping[str, Any], past: int, shape: tuple[int, int]
+    ) -> PromptSource:
+        """Of a forward outside ``generate`` on a filled cache."""
+        ids_BT, turns = inputs.get("input_ids"), prompt_turns(self.state.adapters)
+        if ids_BT is not None and any(turn.generation_prompts for turn in turns):
+            known = self._conversations.before(cache_of(inputs), past, shape[0])
+            if known is not None:
+                return CachedChunk(known, ids_BT, inputs.get("attention_mask"), past)
+        return DecodeStep(shape, past)
+
+    def _check_first_batch(self, context: ForwardContext) -> None:
+        """Warn once of answers that leave no prompt; later batches must not wait."""
+        if torch.compiler.is_compiling() or not context.has_found_prompts:
+            return
+        if getattr(context.source, "find_answers", None) is None:
+            return
+        self._has_checked_first_batch = True
+        if context.has_no_prompt():
+            warnings.warn(
+                "LoReFT: every token of the first batch is trained, so it has no "
+                "prompt and nothing is edited. Set the labels of prompt tokens to "
+                "-100 (train_on_inputs: false), or use positions: all",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _note_forward(
+        self, inputs: Mapping[str, Any], output: Any, context: ForwardContext | None
+    ) -> None:
+        """Remember the tokens that were put into a cache."""
+        ids_BT, cache = inputs.get("input_ids"), cache_of(output)
+        if cache is None or ids_BT is None or torch.compiler.is_compiling():
+            return
+        # Asking a cache takes longer than the rest of this.
+        past = (context and context.source.past) or _cached(cache) - ids_BT.shape[1]
+        self._conversations.note_forward(cache, past, ids_BT)
+
+    # --- generate ------------------------------------------------------------------
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        thread, generation = self.state.thread, self._begin(args, kwargs)
+        outer, thread.generation = thread.generation, generation
+        try:
+            output = type(self._model).generate(self._model, *args, **kwargs)
+        finally:
+            thread.generation = outer
+        cache = cache_of(output)
+        self._note_answer(
+            generation, cache_of(kwargs) if cache is None else cache, output
+        )
+        return output
+
+    def _begin(self, args: Any, kwargs: Any) -> Generation:
+        """Read what ``generate`` is asked to go on with; cut an ill-fitting cache."""
+        names = ("inputs_embeds", "inputs", "input_ids")
+        given = [*args[:1], *(kwargs.get(name) for name in names)]
+        first = next((value for value in given if value is not None), None)
+        width = 1 if first is None else first.shape[1]
+        rows = self.state.thread.adapter_names
+        if rows is not None and first is not None and len(rows) != len(first):
+            raise wrong_length(rows, len(first))
+        ids_BP = first if first is not None and first.ndim == 2 else None
+        mask_BW, cache = _two_dimensional(kwargs), cache_of(kwargs)
+        past = _cached(cache)
+        if not past:
+            return Generation(width, ids_BP, mask_BW=mask_BW)
+        omitted = 0 if mask_BW is None else max(mask_BW.shape[1] - width, 0)
+        if omitted and ids_BP is not None:
+            known = self._conversations.before(cache, omitted, ids_BP.shape[0])
+            ids_BP = None if known is None else torch.cat([known.ids_BW, ids_BP], 1)
+        answer_BP = None
+        if ids_BP is not None:
+            answer_BP = self._conversations.answers(cache, ids_BP)
+        generation = Generation(
+            width + omitted, ids_BP, answer_BP, True, omitted, mask_BW
+        )
+        turns = prompt_turns(self.state.adapters)
+        keep = min((generation.cut(turn, past) for turn in turns), default=past)
+        if keep < past:
+            _cut_back(cache, past, keep, bool(omitted))
+        return generation
+
+    def _note_answer(self, generation: Generation, cache: Any, output: Any) -> None:
+        """Remember what was answered, should the cache be gone on with."""
+        sequences = getattr(output, "sequences", output)
+        ids_BP, answer_BP = generation.ids_BP, generation.answer_BP
+        if cache is None or ids_BP is None or sequences.shape[0] != ids_BP.shape[0]:
+            return
+        ids_BW = torch.cat([ids_BP[:, : generation.omitted], sequences], 1)
+        answer_BW = torch.ones_like(ids_BW, dtype=torch.bool)
+        answer_BW[:, : generation.width] = False if answer_BP is None else answer_BP
+        self._conversations.note(cache, Tokens(ids_BW, answer_BW))
+
+    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        prepare = type(self._model).prepare_inputs_for_generation
+        inputs = prepare(self._model, *args, **kwargs)
+        generation = self.state.thread.generation
+        if generation is not None:
+            mask_BW, tokens = _two_dimensional(kwargs), _tokens(inputs).shape[1]
+            cached = 0 if mask_BW is not None else _cached(cache_of(kwargs))
+            generation.prepare(mask_BW, tokens, cached)
+        return inputs
+
+    def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Of ``generate_batch`` and servers, whose own thread would hide an error."""
+        if any(layer.asks_for_prompts for layer in self.state.layers):
+            raise cannot_batch_continuously()
+        return type(self._model).init_continuous_batching(self._model, *args, **kwargs)
+
+
+def _generation_step(
+    generation: Generation,
+    inputs: Mapping[str, Any],
+    shape: tuple[int, int],
+    device: torch.device,
+) -> PromptSource:
+    """Of a forward inside ``generate``."""
+    if generation.is_decode_step:
+        return DecodeStep(shape, past=1)
+    if generation.mask_BW is not None:
+        past = generation.mask_BW.shape[1] - shape[1]
+    else:
+        past = _cached(cache_of(inputs))
+    return GenerationStep(generation, shape, past, device)
+
+
+def _tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """Return a forward's tokens (B, T), or their embeddings (B, T, D)."""
+    ids_BT: Tensor | None = inputs.get("input_ids")
+    return inputs["inputs_embeds"] if ids_BT is None else ids_BT
+
+
+def _two_dimensional(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the attention mask if it is 2-D."""
+    mask = kwargs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _cached(cache: Any) -> int:
+    """Return the columns in a cache."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _cut_back(cache: Any, past: int, keep: int, has_new_tokens_alone: bool) -> None:
+    """Drop what was cached of a prompt that ended elsewhere then."""
+    remedy = "pass a fresh cache and the whole conversation"
+    if has_new_tokens_alone:
+        raise ValueError(
+            f"past_key_values: the cache ends within a prompt, {past - keep} tokens of "
+            "it are cached and the rest is new, so that its first and last tokens "
+            f"cannot be told; {remedy}"
+        )
+    try:
+        cache.crop(keep - past)
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            "past_key_values: the cache ends within a prompt and was edited for "
+            f"another end of it, and a {type(cache).__name__} cannot be cut back "
+            f"({error}); {remedy}"
+        ) from error
