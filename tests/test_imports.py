@@ -15,7 +15,7 @@ ROOMS = {
     "errors": ((), ()),
     "core": (("errors",), ("torch", "transformers", "pyreft")),
     "prompts": (("errors",), ("torch",)),
-    "settings": (("errors", "prompts"), ("torch",)),
+    "settings": (("errors", "core", "prompts"), ("torch",)),
     "kernels": (("core",), ("torch", "triton")),
     "tuner": (
         ("errors", "core", "prompts", "settings", "kernels"),

@@ -1,25 +1,21 @@
-"""What pyreft and LoRA call things that have another name here, for messages.
+"""Hints for names of pyreft's and LoRA's that are something else here.
 
-``did_you_mean`` would take some for something else: ``nodireft`` for noreft.
+``did_you_mean`` would suggest the wrong one for some: ``noreft`` for ``nodireft``.
 """
 
 from __future__ import annotations
 
+from axolotl_reft.core.kinds import KINDS
 from axolotl_reft.errors import did_you_mean
 
-_CLASSES = {
-    "LoreftIntervention": "loreft",
-    "NoreftIntervention": "noreft",
-    "NodireftIntervention": "direft",
-    "DireftIntervention": "orthogonal_direft",
-    "ConsreftIntervention": "consreft",
-    "LobireftIntervention": "lobireft",
-}
 _INTERVENTIONS = {
-    written: ours
-    for theirs, ours in _CLASSES.items()
-    # Without the ending direft is the paper's, which is ours, and not pyreft's class.
-    for written in (theirs.lower(), theirs.lower().removesuffix("intervention"))
+    written: kind.name
+    for kind in KINDS.values()
+    for written in (
+        kind.pyreft_class.lower(),
+        kind.pyreft_class.lower().removesuffix("intervention"),
+    )
+    # Alone, "direft" is the paper's name, not short for pyreft's class.
     if written != "direft"
 }
 
