@@ -5,7 +5,9 @@ Shapes: D width of the edited hidden state, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class InterventionKind:
         if not self.has_rotation:
             shapes["proj_weight"] = (rank, width)
         return shapes
+
+    def width(self, tensors: Mapping[str, Any]) -> int | None:
+        """Return D of an intervention's tensors; None where P is not among them."""
+        name, axis = ("rotation", 0) if self.has_rotation else ("proj_weight", 1)
+        shape = tensors[name].shape if name in tensors else ()
+        return shape[axis] if len(shape) == 2 else None
 
 
 KINDS = {
