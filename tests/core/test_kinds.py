@@ -21,8 +21,8 @@ def test_a_row_describes_the_intervention(kind):
     made = INTERVENTION_CLASSES[kind.name](embed_dim=5, low_rank_dimension=2)
     shapes = {name: tuple(t.shape) for name, t in made.state_dict().items()}
     assert shapes == kind.expected_shapes(5, 2)
-    assert kind.width(made.state_dict()) == 5
-    assert kind.width({"bias": made.bias}) is None
+    assert kind.sizes(made.state_dict()) == (5, 2)
+    assert kind.sizes({"bias": made.bias}) == (0, 0)
     assert made.has_weight == kind.has_weight
     assert made.subtracts == kind.subtracts
     assert isinstance(made, getattr(pyreft, kind.pyreft_class))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load, save
 
-from axolotl_reft.exchange.directory import export_adapter, from_pyreft
+from axolotl_reft import from_pyreft
+from axolotl_reft.exchange.directory import export_adapter
 from axolotl_reft.saved.directory import check_adapter_fits
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

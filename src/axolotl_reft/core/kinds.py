@@ -48,11 +48,13 @@ class InterventionKind:
             shapes["proj_weight"] = (rank, width)
         return shapes
 
-    def width(self, tensors: Mapping[str, Any]) -> int | None:
-        """Return D of an intervention's tensors; None where P is not among them."""
-        name, axis = ("rotation", 0) if self.has_rotation else ("proj_weight", 1)
+    def sizes(self, tensors: Mapping[str, Any]) -> tuple[int, int]:
+        """Return D and R of an intervention's tensors; zeros where P is no matrix."""
+        name = "rotation" if self.has_rotation else "proj_weight"
         shape = tensors[name].shape if name in tensors else ()
-        return shape[axis] if len(shape) == 2 else None
+        if len(shape) != 2:
+            return 0, 0
+        return tuple(shape if self.has_rotation else reversed(shape))
 
 
 KINDS = {

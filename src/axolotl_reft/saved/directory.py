@@ -145,8 +145,8 @@ def _check_width(config: LoreftConfig, hidden_size: int, saved: SavedTensors) ->
     if not as_wide_as_the_model(config.component):
         return
     for tensors in saved.interventions.values():
-        width = KINDS[config.intervention].width(tensors)
-        if width not in (None, hidden_size):
+        width, _ = KINDS[config.intervention].sizes(tensors)
+        if width not in (0, hidden_size):
             raise ValueError(
                 f"the adapter in {saved.file!r} was trained on a base model of hidden "
                 f"size {width}, this base has {hidden_size}; {_REMEDY}"
@@ -174,7 +174,7 @@ def _check_interventions(
     expected = {}
     for layer, rank in ranks.items():
         for side in (0, 1) if untied else (0,):
-            width = kind.width(saved.interventions.get((layer, side), {}))
+            width, _ = kind.sizes(saved.interventions.get((layer, side), {}))
             for name, shape in kind.expected_shapes(width or hidden_size, rank).items():
                 expected[f"layers.{layer}.intv_{side}.{name}"] = shape
     tensors = {
