@@ -432,7 +432,7 @@ HOSTILE = [
     (no_component, "is not an intervention on a component that can be imported"),
     (strange_name, "is not an intervention on a component that can be imported"),
     (path_in_a_key, "the file of '../../x' is missing"),
-    (unknown_class, "of the class .*os.system.*, which is none of pyreft's six"),
+    (unknown_class, "has the class .*os.system.*, which is none of pyreft's six"),
     (no_config, "config.json is not one of pyreft's"),
 ]
 

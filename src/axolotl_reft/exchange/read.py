@@ -157,13 +157,7 @@ def read_directory(
 
 
 def _place(file: Path, key: str, component: str | None) -> tuple[int, int, str]:
-    """Layer, side and our component of an intervention.
-
-    Args:
-        file: its file, for the message.
-        key: pyvene's key of it.
-        component: pyreft's, where it is known.
-    """
+    """Return layer, side and our component for pyvene's key of an intervention."""
     match = _KEY.fullmatch(key)
     parsed = match and from_pyreft_name(
         component or match["named"] or _path(match["path"], file)
@@ -205,12 +199,11 @@ def _read_config(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
         raise ValueError(
             f"DIR: config.json is not one of pyreft's ({error})"
         ) from error
-    for key, written in classes.items():
-        if written not in _KINDS:
-            raise ValueError(
-                f"DIR: {key!r} is of the class {written!r}, which is none of pyreft's "
-                "six"
-            )
+    if unknown := [written for written in classes.values() if written not in _KINDS]:
+        raise ValueError(
+            f"DIR: config.json has the class {unknown[0]!r}, which is none of pyreft's "
+            "six"
+        )
     return {key: _KINDS[written] for key, written in classes.items()}, components
 
 
@@ -234,9 +227,8 @@ def _guess(state: dict[str, Tensor], file: Path) -> str:
         return "loreft"
     if "learned_source.weight" in state and "proj_layer.weight" not in state:
         return "orthogonal_direft"
-    either = (
-        "noreft or direft" if "proj_layer.weight" in state else "consreft or lobireft"
-    )
+    projected = "proj_layer.weight" in state
+    either = "noreft or direft" if projected else "consreft or lobireft"
     raise ValueError(
         f"DIR: {file.name!r} may be {either}, and a checkpoint of pyreft's trainer "
         "does not say; pass --intervention"
