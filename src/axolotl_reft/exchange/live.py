@@ -76,7 +76,7 @@ def to_pyreft(peft_model: PeftModel) -> pyreft.ReftModel:
 
 @cache
 def _live_class() -> Any:
-    class LiveReftModel(import_pyreft().ReftModel):
+    class LiveReftModel(import_pyreft().ReftModel):  # type: ignore[misc]
         """pyreft's model over our interventions, saved as pyreft saves its own."""
 
         write: Callable[[Path], None]
