@@ -12,7 +12,7 @@ import pytest
 import yaml
 from documents import ROOT, dropped, validated
 
-from axolotl_reft.core.pyreft import INSTALL_COMMAND
+from axolotl_reft.exchange.install import INSTALL_COMMAND
 from axolotl_reft.plugin.args import LoreftBlock
 
 README = (ROOT / "README.md").read_text()

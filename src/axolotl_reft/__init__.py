@@ -29,8 +29,8 @@ __all__ = [
 # Imported when asked for: these bring in axolotl, or pyreft.
 _LAZY = {
     "LoreftPlugin": "axolotl_reft.plugin",
-    "from_pyreft": "axolotl_reft.exchange.directory",
-    "to_pyreft": "axolotl_reft.exchange.directory",
+    "from_pyreft": "axolotl_reft.exchange.live",
+    "to_pyreft": "axolotl_reft.exchange.live",
 }
 
 register_loreft()

@@ -420,11 +420,11 @@ def no_config(exported):
 HOSTILE = [
     (pickle_bomb, "is damaged, or holds something other than tensors"),
     (truncated, "is damaged, or holds something other than tensors"),
-    (not_finite, "'weight' has numbers that are not finite"),
-    (wrong_shape, r"'bias' has shape \(7,\), not \(2,\)"),
-    (no_tensor, "'bias' is not a tensor of numbers"),
-    (missing_number, "'bias' is missing, so this is no loreft"),
-    (unknown_number, "'more' does not belong to loreft"),
+    (not_finite, "tensor 'weight' of pyreft's LoreftIntervention has NaN"),
+    (wrong_shape, r"'bias' in pyreft's .* has shape \(7,\), expected \(2,\)"),
+    (no_tensor, "'bias' is not a tensor"),
+    (missing_number, "missing tensor 'bias' in pyreft's LoreftIntervention; save"),
+    (unknown_number, "unexpected tensor 'more' in pyreft's LoreftIntervention"),
     (drifted, "the rotation is not orthonormal .* --intervention noreft"),
     (decayed, "the rotation is zero, as weight decay leaves pyreft's"),
     (missing_file, "the file of 'layer_0_comp_block_output.* is missing"),
@@ -432,7 +432,7 @@ HOSTILE = [
     (no_component, "is not an intervention on a component that can be imported"),
     (strange_name, "is not an intervention on a component that can be imported"),
     (path_in_a_key, "the file of '../../x' is missing"),
-    (unknown_class, "of the class .*os.system.*, which is none of pyreft's six"),
+    (unknown_class, "has the class .*os.system.*, which is none of pyreft's six"),
     (no_config, "config.json is not one of pyreft's"),
 ]
 

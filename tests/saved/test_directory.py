@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from conftest import HIDDEN, LAYERS, build_adapter, build_model
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from axolotl_reft.saved.directory import check_adapter_fits
 
@@ -56,6 +57,41 @@ def test_damaged(saved):
         check(saved)
     weights.unlink()
     with pytest.raises(ValueError, match="weights .* are missing or damaged"):
+        check(saved)
+
+
+def change(saved, changed):
+    file = saved / "adapter_model.safetensors"
+    save_file(changed(load_file(file)), file)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            lambda key, t: {k: v for k, v in t.items() if k != key},
+            "lora_model_dir: missing tensor 'layers.1.intv_0.weight' in "
+            ".*adapter_model.safetensors; save the adapter again, or load another",
+        ),
+        (
+            lambda key, t: t | {key: t[key][:1].clone()},
+            r"tensor 'layers.1.intv_0.weight' in .* has shape \(1, 32\), expected "
+            r"\(2, 32\); save",
+        ),
+        (
+            lambda key, t: t | {key: t[key] * float("nan")},
+            "tensor 'layers.1.intv_0.weight' of .*adapter_model.safetensors has NaN or",
+        ),
+        (
+            lambda key, t: t | {key.replace("_0", "_1"): t[key].clone()},
+            "unexpected tensor 'layers.1.intv_1.weight' in .*adapter_model.safetensors",
+        ),
+    ],
+)
+def test_tensors_that_are_not_the_adapters_are_named(saved, changed, message):
+    key = "base_model.model.model.layers.1.intv_0.weight"
+    change(saved, lambda tensors: changed(key, tensors))
+    with pytest.raises(ValueError, match=message):
         check(saved)
 
 

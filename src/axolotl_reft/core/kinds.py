@@ -5,7 +5,9 @@ Shapes: D width of the edited hidden state, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,14 @@ class InterventionKind:
         if not self.has_rotation:
             shapes["proj_weight"] = (rank, width)
         return shapes
+
+    def sizes(self, tensors: Mapping[str, Any]) -> tuple[int, int]:
+        """Return D and R of an intervention's tensors; zeros where P is no matrix."""
+        name = "rotation" if self.has_rotation else "proj_weight"
+        shape = tensors[name].shape if name in tensors else ()
+        if len(shape) != 2:
+            return 0, 0
+        return tuple(shape if self.has_rotation else reversed(shape))
 
 
 KINDS = {

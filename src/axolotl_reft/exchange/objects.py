@@ -1,6 +1,6 @@
-"""Our interventions and pyreft's own objects, one made from the other.
+"""Converts interventions to pyreft's objects, and their state dicts to ours.
 
-Shapes: D hidden size, R rank.
+Shapes: D width of the edited hidden state, R rank.
 """
 
 from __future__ import annotations
@@ -11,45 +11,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from axolotl_reft.core.interventions import INTERVENTION_CLASSES
 from axolotl_reft.core.kinds import KINDS
 from axolotl_reft.core.rotation import compact_base, rotation, square_base
+from axolotl_reft.core.tensors import check_tensors
+from axolotl_reft.exchange.install import import_pyreft
 
 # How far from orthonormal a saved R may be: bfloat16 rounding passes, pyreft's drift
 # after a resume (0.05 and more, stanfordnlp/pyreft#179) does not.
 ORTHONORMALITY_TOLERANCE = 0.02
 
-# pyreft's names for our numbers. R is under a name of its own in LoReFT's files and
-# under torch's parametrization in the others'.
+# Our names of the tensors in pyreft's state dicts. LoReFT's holds R itself; the others'
+# hold torch's parametrization, vectors and a base (D, D).
+_VECTORS = "rotate_layer.parametrizations.weight.original"
+_BASE = "rotate_layer.parametrizations.weight.0.base"
 _AFFINE = {"learned_source.weight": "weight", "learned_source.bias": "bias"}
 _NAMES = {
-    "loreft": {"weight": "weight", "bias": "bias"},
+    "loreft": {"weight": "weight", "bias": "bias", "rotate_layer": "rotation"},
     "noreft": {**_AFFINE, "proj_layer.weight": "proj_weight"},
     "direft": {**_AFFINE, "proj_layer.weight": "proj_weight"},
-    "orthogonal_direft": _AFFINE,
-    "consreft": {"learned_source": "bias"},
-    "lobireft": {"learned_source": "bias"},
+    "orthogonal_direft": {**_AFFINE, _VECTORS: "rotation"},
+    "consreft": {"learned_source": "bias", _VECTORS: "rotation"},
+    "lobireft": {"learned_source": "bias", _VECTORS: "rotation"},
 }
-_PARAMETRIZATION = "rotate_layer.parametrizations.weight"
+# Our names of the parameters of pyreft's objects, rotations apart.
+_PARAMETERS = {
+    **_AFFINE,
+    "learned_source": "bias",
+    "proj_layer.weight": "proj_weight",
+}
 # Bookkeeping of pyvene's.
 _IGNORED = ("embed_dim", "interchange_dim")
 
 
-def pyreft_class(intervention: str) -> type[nn.Module]:
-    """pyreft's class for our name of an intervention."""
-    import pyreft
-
-    return getattr(pyreft, KINDS[intervention].pyreft_class)
-
-
+@torch.no_grad()
 def make_pyreft_object(
     intervention: str, ours: Any, act_fn: str | None, dropout: float
 ) -> nn.Module:
-    """pyreft's own object with the numbers of ours, in float32.
+    """Build pyreft's own object with the parameters of ours, in float32.
 
-    A rotation gets the same base and vectors, so that a training goes on alike.
+    A rotation gets the same base and vectors, so that training goes on alike.
     """
-    theirs = pyreft_class(intervention)(
+    theirs = getattr(import_pyreft(), KINDS[intervention].pyreft_class)(
         embed_dim=ours.hidden_size,
         low_rank_dimension=ours.rank,
         dtype=torch.float32,
@@ -57,117 +59,68 @@ def make_pyreft_object(
         act_fn=act_fn,
         dropout=dropout,
     )
-    numbers = dict(ours.named_parameters())
-    with torch.no_grad():
-        own = dict(theirs.named_parameters())
-        for name, our_name in _NAMES[intervention].items():
-            target = own.get(name)
-            if target is None:  # LoReFT's file has shorter names than its modules
-                target = own[f"learned_source.{name}"]
-            target.copy_(numbers[our_name])
-        if "rotation" in numbers:
-            vectors = theirs.get_submodule(_PARAMETRIZATION)
-            vectors.get_buffer("0.base").copy_(square_base(ours.rotation_base))
-            unit_DR = torch.zeros_like(ours.rotation).fill_diagonal_(1)
-            vectors.get_parameter("original").copy_(ours.rotation.tril(-1) - unit_DR)
+    tensors = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
+    for name, our_name in _PARAMETERS.items():
+        if name in tensors:
+            tensors[name].copy_(getattr(ours, our_name))
+    if KINDS[intervention].has_rotation:
+        unit_DR = torch.zeros_like(ours.rotation).fill_diagonal_(1)
+        tensors[_VECTORS].copy_(ours.rotation.tril(-1) - unit_DR)
+        tensors[_BASE].copy_(square_base(ours.rotation_base))
     return theirs
 
 
 def read_pyreft_state(
     intervention: str, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Our state dict for the state dict of one of pyreft's objects.
-
-    Args:
-        intervention: our name of the kind.
-        state: as ``torch.load`` gave it.
+    """Convert the state dict of one of pyreft's objects to ours, in float32.
 
     Raises:
-        ValueError: a number is missing, unknown, not finite or of a wrong shape, or R
-            is not orthonormal.
+        ValueError: a tensor is missing, unexpected, not finite or of a wrong shape, or
+            R is not orthonormal.
     """
-    left = _checked(state)
-    numbers = {}
-    for name, our_name in _NAMES[intervention].items():
-        if name not in left:
-            raise ValueError(f"{name!r} is missing, so this is no {intervention}")
-        numbers[our_name] = left.pop(name)
-    if "rotation" in _state_names(intervention):
-        numbers["R"] = _pop_rotation(left)
-    if "proj_layer.bias" in left:
+    state = {k: tensor.float() for k, tensor in state.items() if k not in _IGNORED}
+    if "proj_layer.bias" in state:
         raise ValueError(
             "'proj_layer.bias': it was trained with add_bias=True, which has no "
             "counterpart here; train it without"
         )
-    if left:
-        raise ValueError(f"{sorted(left)[0]!r} does not belong to {intervention}")
-    _check_shapes(numbers)
-    if (r_DR := numbers.pop("R", None)) is not None:
+    kind, names = KINDS[intervention], _NAMES[intervention]
+    ours = {name: state[theirs] for theirs, name in names.items() if theirs in state}
+    width, rank = kind.sizes(ours)
+    shapes = kind.expected_shapes(width, rank)
+    expected = {theirs: shapes[name] for theirs, name in names.items()}
+    if _VECTORS in expected:
+        expected[_BASE] = (width, width)
+    check_tensors(state, expected, f"pyreft's {kind.pyreft_class}")
+    if kind.has_rotation:
+        r_DR = ours["rotation"]
+        if _VECTORS in expected:
+            r_DR = _parametrized_rotation(r_DR, state[_BASE])
         _check_orthonormal(r_DR, intervention)
-        numbers["rotation"] = torch.zeros_like(r_DR)
-        numbers["rotation_base"] = compact_base(r_DR)
-    return numbers
+        ours["rotation"] = torch.zeros_like(r_DR)
+        ours["rotation_base"] = compact_base(r_DR)
+    return ours
 
 
 def read_as_noreft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A LoReFT of pyreft's as NoReFT, which computes the same for any R."""
+    """Read a LoReFT of pyreft's as NoReFT, which computes the same for any R."""
+    theirs = {ours: name for name, ours in _NAMES["noreft"].items()}
     names = {
-        "weight": "learned_source.weight",
-        "bias": "learned_source.bias",
-        "rotate_layer": "proj_layer.weight",
+        name: theirs["proj_weight" if ours == "rotation" else ours]
+        for name, ours in _NAMES["loreft"].items()
     }
-    renamed = {names.get(key, key): value for key, value in _checked(state).items()}
-    matrix = renamed["proj_layer.weight"]
-    if matrix.ndim != 2:
-        raise ValueError(f"'rotate_layer' has shape {tuple(matrix.shape)}")
-    return read_pyreft_state("noreft", renamed | {"proj_layer.weight": matrix.T})
+    r_DR = state["rotate_layer"]
+    state = {**state, "rotate_layer": r_DR.T if r_DR.ndim == 2 else r_DR}
+    return read_pyreft_state("noreft", {names.get(k, k): t for k, t in state.items()})
 
 
-def _checked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The numbers of a state dict in float32, once they are seen to be numbers."""
-    left = {key: value for key, value in state.items() if key not in _IGNORED}
-    for name, tensor in left.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"{name!r} is not a tensor of numbers")
-        if tensor.dtype.itemsize == 1 or not _held(tensor):
-            raise ValueError(f"{name!r} is not an ordinary tensor of numbers")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name!r} has numbers that are not finite")
-    return {name: tensor.float() for name, tensor in left.items()}
-
-
-def _held(tensor: Tensor) -> bool:
-    """Whether each of its numbers is there: it is not sparse, nor a huge tensor that
-    stands on a few numbers."""
-    if tensor.is_meta or tensor.layout != torch.strided:
-        return False
-    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
-
-
-def _state_names(intervention: str) -> set[str]:
-    made = INTERVENTION_CLASSES[intervention](embed_dim=1, low_rank_dimension=1)
-    return set(made.state_dict())
-
-
-def _pop_rotation(left: dict[str, Tensor]) -> Tensor:
-    """R (D, R) from a state dict: itself, or torch's vectors and D×D base."""
-    if "rotate_layer" in left:
-        return left.pop("rotate_layer")
-    try:
-        vectors_DR = left.pop(f"{_PARAMETRIZATION}.original")
-        base_DD = left.pop(f"{_PARAMETRIZATION}.0.base")
-    except KeyError as error:
-        raise ValueError(f"{error} is missing, so there is no rotation") from None
-    size = vectors_DR.shape[0] if vectors_DR.ndim == 2 else -1
-    if base_DD.shape != (size, size) or vectors_DR.shape[1] > size:
-        raise ValueError(
-            f"the rotation's base has shape {tuple(base_DD.shape)}, and its vectors "
-            f"{tuple(vectors_DR.shape)}"
-        )
+def _parametrized_rotation(vectors_DR: Tensor, base_DD: Tensor) -> Tensor:
+    """R (D, R), as torch's parametrization computes it."""
     plain_DR = compact_base(torch.eye(*vectors_DR.shape))
     q_DR = rotation(vectors_DR, plain_DR)
-    # What torch multiplies by as well; see fault 3 of pyreft's: after a step of weight
-    # decay it is zero, and with it R.
+    # torch multiplies by whole numbers too: after a step of weight decay the diagonal
+    # is zero, and with it R.
     return base_DD @ (q_DR * -vectors_DR.diagonal().int())
 
 
@@ -186,22 +139,3 @@ def _check_orthonormal(r_DR: Tensor, intervention: str) -> None:
             f"the rotation is not orthonormal (off by {error:.3f}), as pyreft's are "
             f"after it resumed a training (stanfordnlp/pyreft#179); {remedy}"
         )
-
-
-def _check_shapes(numbers: Mapping[str, Tensor]) -> None:
-    name, matrix = next((n, t) for n, t in numbers.items() if n != "bias")
-    shape = tuple(matrix.shape[::-1] if name == "R" else matrix.shape)
-    if len(shape) != 2 or not 1 <= shape[0] <= shape[1]:
-        raise ValueError(f"{name!r} has shape {tuple(matrix.shape)}, no matrix's")
-    rank, size = shape
-    expected = {
-        "weight": (rank, size),
-        "bias": (rank,),
-        "proj_weight": (rank, size),
-        "R": (size, rank),
-    }
-    for name, tensor in numbers.items():
-        if tuple(tensor.shape) != expected[name]:
-            raise ValueError(
-                f"{name!r} has shape {tuple(tensor.shape)}, not {expected[name]}"
-            )

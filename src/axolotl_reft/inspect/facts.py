@@ -15,7 +15,8 @@ from axolotl_reft.core.interventions import INTERVENTION_CLASSES
 from axolotl_reft.exchange.objects import ORTHONORMALITY_TOLERANCE
 from axolotl_reft.inspect.training_record import training_record
 from axolotl_reft.prompts.positions import Positions
-from axolotl_reft.saved.directory import read_adapter_config, read_numbers
+from axolotl_reft.saved.directory import read_adapter_config
+from axolotl_reft.saved.directory import read_tensors as read_numbers
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.trained_modules import WRAPPED_PARTS
 

@@ -27,7 +27,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from axolotl_reft.inspect.edit_size import edit_sizes, named_interventions, nan_mean
 from axolotl_reft.inspect.facts import AdapterFacts
 from axolotl_reft.inspect.tokens import ShownToken, edited_sides, shown_tokens
-from axolotl_reft.saved.directory import check_adapter_fits, read_numbers
+from axolotl_reft.saved.directory import check_adapter_fits
+from axolotl_reft.saved.directory import read_tensors as read_numbers
 
 _ADAPTER = "default"
 

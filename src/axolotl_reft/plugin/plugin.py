@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel, TrainerCallback
 
-from axolotl_reft.core.pyreft import check_pyreft
+from axolotl_reft.exchange.install import check_pyreft
 from axolotl_reft.plugin import observation, quantised
 from axolotl_reft.plugin.args import check_as_written
 from axolotl_reft.plugin.chat import markers_of_data

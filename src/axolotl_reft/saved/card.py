@@ -1,8 +1,4 @@
-"""The section on LoReFT in an adapter's model card (its ``README.md``).
-
-PEFT writes a card wherever it saves an adapter, and trainers write over it; each time
-the section is put into what they left.
-"""
+"""Puts a section on LoReFT into the model cards that PEFT and trainers write."""
 
 from __future__ import annotations
 
@@ -38,18 +34,19 @@ _OF_NO_BASE = re.compile(
 def section(
     config: LoreftConfig, name: str | None = None, own_tokenizer: bool = False
 ) -> str:
-    """What a card says of an adapter.
+    """Describe an adapter.
 
     Args:
         name: hub id of the adapter, where it is known.
         own_tokenizer: whether a tokenizer is saved beside it.
     """
-    tied = (
-        "" if "+" not in config.positions else f", tied_weights {config.tied_weights}"
-    )
-    layers = f"layers `{_plain(config.layers)}`, "
+    tied = f", tied_weights {config.tied_weights}" if "+" in config.positions else ""
+    layers = f"layers `{config.layers}`, "
     if component_layer(config.component) is not None:
         layers = ""
+    rank: object = config.rank
+    if isinstance(rank, dict):
+        rank = ", ".join(f"{r} in layers {at}" for at, r in rank.items())
     return f"""{_BEGIN}
 ## LoReFT adapter
 
@@ -57,7 +54,7 @@ A [LoReFT](https://arxiv.org/abs/2404.03592) adapter for PEFT. It edits hidden s
 so it cannot be merged. Edited are positions `{config.positions}`:
 {_in_words(config.positions)}.
 
-- intervention `{config.intervention}`, rank {_plain(config.rank)}{tied}
+- intervention `{config.intervention}`, rank {rank}{tied}
 - {layers}component `{config.component}`
 - the base model's weights are {_frozen(config)}
 {_lora(config)}
@@ -72,7 +69,7 @@ Load it, with `axolotl-reft` installed:
 
 
 def add_section(directory: str, config: LoreftConfig, name: str | None = None) -> None:
-    """Put the section into the card in ``directory``; again replaces it.
+    """Put the section into the card in ``directory``, or replace it there.
 
     Of an adapter on a base that is a local path, transformers writes that it was
     trained from scratch, and TRL that it is fine-tuned from ``None``.
@@ -99,10 +96,9 @@ def add_section(directory: str, config: LoreftConfig, name: str | None = None) -
 
 
 def extend_pefts_cards() -> None:
-    """Have PEFT's cards of LoReFT adapters hold the section; again is harmless.
+    """Patch PEFT to add the section to cards of LoReFT adapters; again is harmless.
 
-    PEFT has no hook for this, and transformers' Trainer, when it has written a card of
-    its own, calls this very method to have the adapter's part put in.
+    PEFT has no hook for this, and transformers' Trainer calls this method too.
     """
     write = PeftModel.create_or_update_model_card
     if hasattr(write, _WRAPPED):
@@ -138,9 +134,7 @@ def _in_words(positions: str) -> str:
     sides = []
     for part in positions.split("+"):
         which, count = "first" if part.startswith("f") else "last", part[1:]
-        sides.append(
-            f"the {which} token" if count == "1" else f"the {which} {count} tokens"
-        )
+        sides.append(f"the {which} " + ("token" if count == "1" else f"{count} tokens"))
     each = " each" if len(sides) == 2 else ""
     return f"{' and '.join(sides)} of a prompt, at most half of a prompt{each}"
 
@@ -152,11 +146,8 @@ def _frozen(config: LoreftConfig) -> str:
         whole.append("the classifier's head")
     if not whole:
         return "frozen"
-    return f"frozen, but for {_listed(whole)}, trained whole and saved with the adapter"
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    listed = " and ".join(filter(None, (", ".join(whole[:-1]), whole[-1])))
+    return f"frozen, but for {listed}, trained whole and saved with the adapter"
 
 
 def _lora(config: LoreftConfig) -> str:
@@ -171,20 +162,17 @@ def _lora(config: LoreftConfig) -> str:
 
 
 def _form(config: LoreftConfig) -> str:
+    form = "A prompt must have the form that it had in training:"
     if config.turn_markers is None:
-        return (
-            "A prompt must have the form that it had in training: the same prompt "
-            "template."
-        )
-    edited = "each turn's" if config.turns == "every" else "the first turn's"
+        return f"{form} the same prompt template."
+    turn = "each turn's" if config.turns == "every" else "the first turn's"
     return (
-        "A prompt must have the form that it had in training: the chat template, by "
-        f"whose marks\n{edited} prompt is found and edited."
+        f"{form} the chat template, by whose marks\n{turn} prompt is found and edited."
     )
 
 
 def _code(config: LoreftConfig, name: str, own_tokenizer: bool) -> str:
-    """Python that loads an adapter and, where it knows how, has it answer."""
+    """Write Python that loads an adapter and, of a causal LM, generates."""
     task = str(getattr(config.task_type, "value", config.task_type))
     loader = _CLASSES.get(task, "AutoPeftModel")
     lines = [
@@ -214,9 +202,3 @@ def _code(config: LoreftConfig, name: str, own_tokenizer: bool) -> str:
         "print(tokenizer.decode(answer, skip_special_tokens=True))",
     ]
     return "\n".join(lines)
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{rank} in layers {key}" for key, rank in value.items())
-    return str(value)

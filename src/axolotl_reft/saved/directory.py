@@ -1,34 +1,29 @@
-"""A saved adapter, looked at before any model is loaded."""
+"""Saved adapters, read and checked before any model is loaded."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from axolotl_reft.core.tensors import check_intervention, check_lora, check_values
-from axolotl_reft.errors import shown
+from axolotl_reft.core.keys import parse_saved_key
+from axolotl_reft.core.kinds import KINDS
+from axolotl_reft.core.tensors import check_tensors, check_values
 from axolotl_reft.prompts.positions import Positions
 from axolotl_reft.settings.components import as_wide_as_the_model
 from axolotl_reft.settings.format_version import NewerFormatError
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.peft_type import LOREFT
 
-_KEY = re.compile(r"\.(?P<layer>\d+)\.intv_(?P<part>[01]|lora)\.(?P<name>\w+)$")
-# What PEFT's keys begin with.
-_BASE = "base_model.model."
-# Which axis of each parameter is the hidden size.
-_HIDDEN_AXIS = {"rotation": 0, "rotation_base": 0, "weight": 1, "proj_weight": 1}
+_REMEDY = "set base_model to the one it was trained on"
 
 
 def read_adapter_config(directory: str, setting: str) -> LoreftConfig:
-    """The configuration of a LoReFT adapter, in a directory or on the hub.
+    """Read the configuration of a LoReFT adapter, in a directory or on the hub.
 
     Args:
         directory: path or hub id.
@@ -63,163 +58,161 @@ def read_adapter_config(directory: str, setting: str) -> LoreftConfig:
     return config
 
 
-def check_adapter_fits(
-    directory: str, setting: str, hidden_size: int, num_layers: int
-) -> LoreftConfig:
-    """See that a saved adapter belongs to a base model of this size.
-
-    Raises:
-        ValueError: it does not, or :func:`read_adapter_config` refuses it.
-    """
-    config = read_adapter_config(directory, setting)
-    weights = Path(directory) / SAFETENSORS_WEIGHTS_NAME
-    if not Path(directory).is_dir():
-        return config  # on the hub: PEFT compares when it has fetched the weights
-    found_layers, lora_layers, sizes = _sizes(weights, setting)
-    if as_wide_as_the_model(config.component) and sizes - {hidden_size}:
-        raise ValueError(
-            f"{setting}: the adapter in {directory!r} was trained on a base model of "
-            f"hidden size {min(sizes - {hidden_size})}, this base has {hidden_size}; "
-            "set base_model to the one it was trained on"
-        )
-    try:
-        ranks = config.spec().ranks(num_layers)
-    except ValueError as error:
-        raise ValueError(
-            f"{setting}: the adapter in {directory!r} does not fit this base of "
-            f"{num_layers} layers: {error}"
-        ) from error
-    expected = set(ranks)
-    if found_layers != expected:
-        raise ValueError(
-            f"{setting}: the adapter in {directory!r} holds layers "
-            f"{sorted(found_layers)}, but on this base of {num_layers} layers it "
-            f"needs {sorted(expected)}; set base_model to the one it was trained on"
-        )
-    expected = set(range(num_layers)) if config.lora is not None else set()
-    if lora_layers != expected:
-        raise ValueError(
-            f"{setting}: the adapter in {directory!r} holds LoRA in layers "
-            f"{sorted(lora_layers)}, but with lora: {config.lora} on this base of "
-            f"{num_layers} layers it needs {sorted(expected)}; set base_model to the "
-            "one it was trained on"
-        )
-    _check_numbers(weights, setting, config, ranks)
-    return config
-
-
 @dataclass(frozen=True)
-class SavedNumbers:
+class SavedTensors:
     """The tensors of a saved adapter.
 
     Attributes:
+        file: where they are from, for messages.
+        layers: path of the base model's list of layers.
         interventions: the state dict of each, by layer and side; side 1 is that of an
             untied suffix.
         lora: the matrices of a LoRA beside them, by their keys.
         others: what else was saved, such as a classifier's head, by its key.
     """
 
-    interventions: dict[tuple[int, int], dict[str, Tensor]]
-    lora: dict[str, Tensor]
-    others: dict[str, Tensor]
+    file: str
+    layers: str = ""
+    interventions: dict[tuple[int, int], dict[str, Tensor]] = field(
+        default_factory=dict
+    )
+    lora: dict[str, Tensor] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
 
 
-def read_numbers(directory: str, setting: str) -> SavedNumbers:
-    """Every tensor of an adapter, in a directory or on the hub.
+def read_tensors(directory: str, setting: str) -> SavedTensors:
+    """Read every tensor of an adapter, in a directory or on the hub.
 
     Raises:
         ValueError: the weights are missing or damaged, or hold no intervention.
     """
+    file, local = directory, Path(directory).is_dir()
+    if local:
+        file = str(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
     try:
-        tensors = load_peft_weights(directory, device="cpu")
+        tensors = load_file(file) if local else load_peft_weights(file, device="cpu")
     except Exception as error:  # the hub's and safetensors' own kinds
         raise ValueError(
-            f"{setting}: the adapter's weights in {directory!r} are missing or damaged "
+            f"{setting}: the adapter's weights {file!r} are missing or damaged "
             f"({error}); save the adapter again, or name another checkpoint"
         ) from error
-    numbers = SavedNumbers({}, {}, {})
-    for key, tensor in sorted(tensors.items()):
-        match = _KEY.search(key)
-        if match is None:
-            numbers.others[key] = tensor
-            continue
-        if match["part"] == "lora":
-            numbers.lora[key] = tensor
-            continue
-        place = (int(match["layer"]), int(match["part"]))
-        numbers.interventions.setdefault(place, {})[match["name"]] = tensor
-    if not numbers.interventions:
+    keys = {key: parse_saved_key(key) for key in sorted(tensors)}
+    layers = next((parsed.layers for parsed in keys.values() if parsed), "")
+    saved = SavedTensors(file, layers)
+    for key, parsed in keys.items():
+        if parsed is None:
+            saved.others[key] = tensors[key]
+        elif parsed.side is None:
+            saved.lora[key] = tensors[key]
+        else:
+            state = saved.interventions.setdefault((parsed.layer, parsed.side), {})
+            state[parsed.tensor] = tensors[key]
+    if not saved.interventions:
         raise ValueError(
             f"{setting}: the weights in {directory!r} hold no LoReFT intervention; "
             "name the directory that an adapter was saved to"
         )
-    return numbers
+    return saved
 
 
-def _check_numbers(
-    weights: Path, setting: str, config: LoreftConfig, ranks: dict[int, int]
+def check_adapter_fits(
+    directory: str, setting: str, hidden_size: int, num_layers: int
+) -> LoreftConfig:
+    """Check that a saved adapter belongs to a base model of this size.
+
+    An adapter on the hub has its configuration checked alone: PEFT compares the tensors
+    once it has fetched them.
+
+    Raises:
+        ValueError: it does not, or its files are damaged.
+    """
+    config = read_adapter_config(directory, setting)
+    if not Path(directory).is_dir():
+        return config
+    saved = read_tensors(directory, setting)
+    try:
+        _check_width(config, hidden_size, saved)
+        _check_interventions(config, hidden_size, num_layers, saved)
+        _check_lora(config, num_layers, saved)
+        for key, tensor in saved.others.items():
+            check_values(key, tensor, saved.file)
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from error
+    return config
+
+
+def _check_width(config: LoreftConfig, hidden_size: int, saved: SavedTensors) -> None:
+    if not as_wide_as_the_model(config.component):
+        return
+    for tensors in saved.interventions.values():
+        width, _ = KINDS[config.intervention].sizes(tensors)
+        if width not in (0, hidden_size):
+            raise ValueError(
+                f"the adapter in {saved.file!r} was trained on a base model of hidden "
+                f"size {width}, this base has {hidden_size}; {_REMEDY}"
+            )
+
+
+def _check_interventions(
+    config: LoreftConfig, hidden_size: int, num_layers: int, saved: SavedTensors
 ) -> None:
-    """See that the file has each number of the adapter, and no other."""
-    parts = ["0"]
-    if Positions.parse(config.positions).two_sided and not config.tied_weights:
-        parts.append("1")
-    found: dict[tuple[int, str], dict[str, Tensor]] = {
-        (layer, part): {} for layer in ranks for part in parts
+    try:
+        ranks = config.spec().ranks(num_layers)
+    except ValueError as error:
+        raise ValueError(
+            f"the adapter in {saved.file!r} does not fit this base of {num_layers} "
+            f"layers: {error}"
+        ) from error
+    found = sorted({layer for layer, _ in saved.interventions})
+    if found != sorted(ranks):
+        raise ValueError(
+            f"the adapter in {saved.file!r} holds layers {found}, but on this base of "
+            f"{num_layers} layers it needs {sorted(ranks)}; {_REMEDY}"
+        )
+    kind = KINDS[config.intervention]
+    untied = Positions.parse(config.positions).two_sided and not config.tied_weights
+    expected = {}
+    for layer, rank in ranks.items():
+        for side in (0, 1) if untied else (0,):
+            width, _ = kind.sizes(saved.interventions.get((layer, side), {}))
+            for name, shape in kind.expected_shapes(width or hidden_size, rank).items():
+                expected[f"layers.{layer}.intv_{side}.{name}"] = shape
+    tensors = {
+        f"layers.{layer}.intv_{side}.{name}": tensor
+        for (layer, side), state in saved.interventions.items()
+        for name, tensor in state.items()
     }
-    try:
-        tensors = load_file(weights)
-        for key, tensor in tensors.items():
-            match = _KEY.search(key)
-            if match is not None and key.startswith(_BASE):
-                place = int(match["layer"]), match["part"]
-                found.setdefault(place, {})[match["name"]] = tensor
-            elif "intv_" in key or not key.startswith(_BASE):
-                raise ValueError(f"{shown(key)} is no part of a LoReFT adapter")
-            else:
-                check_values(key, tensor)
-        for (layer, part), numbers in found.items():
-            where = f"layer {layer}, intv_{part}"
-            if part == "lora":
-                lora = config.lora or {}
-                check_lora(lora["r"], lora["target_modules"], numbers, where)
-            elif part not in parts:
-                raise ValueError(
-                    f"{where} is the suffix's own intervention, which positions: "
-                    f"{config.positions} with tied_weights: {config.tied_weights} has "
-                    "not"
-                )
-            else:
-                check_intervention(config.intervention, ranks[layer], numbers, where)
-    except (ValueError, OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{setting}: the adapter's weights {str(weights)!r} are damaged, or not "
-            f"those of its adapter_config.json: {error}"
-        ) from error
+    check_tensors(tensors, expected, saved.file)
 
 
-def _sizes(weights: Path, setting: str) -> tuple[set[int], set[int], set[int]]:
-    """Numbers of the edited layers and of those with LoRA, and hidden sizes, in an
-    adapter's file; no tensor is read."""
-    layers: set[int] = set()
-    lora_layers: set[int] = set()
-    sizes: set[int] = set()
-    try:
-        with safe_open(weights, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                match = _KEY.search(key)
-                if match is None:
-                    continue
-                if match["part"] == "lora":
-                    lora_layers.add(int(match["layer"]))
-                    continue
-                layers.add(int(match["layer"]))
-                axis = _HIDDEN_AXIS.get(match["name"])
-                shape = file.get_slice(key).get_shape()
-                if axis is not None and axis < len(shape):
-                    sizes.add(shape[axis])
-    except (OSError, SafetensorError) as error:
+def _check_lora(config: LoreftConfig, num_layers: int, saved: SavedTensors) -> None:
+    """Check a LoRA's matrices A (r, in) and B (out, r); the base tells in and out."""
+    tensors = {}
+    modules: dict[int, set[str]] = {}
+    for key, tensor in saved.lora.items():
+        parsed = parse_saved_key(key)
+        assert parsed is not None, "read_tensors parsed it"
+        tensors[f"layers.{parsed.layer}.intv_lora.{parsed.tensor}"] = tensor
+        modules.setdefault(parsed.layer, set()).add(parsed.tensor[: -len("_A")])
+    needed = list(range(num_layers)) if config.lora else []
+    if sorted(modules) != needed:
         raise ValueError(
-            f"{setting}: the adapter's weights {str(weights)!r} are missing or damaged "
-            f"({error}); save the adapter again, or name another checkpoint"
-        ) from error
-    return layers, lora_layers, sizes
+            f"the adapter in {saved.file!r} holds LoRA in layers {sorted(modules)}, "
+            f"but with lora: {config.lora} on this base of {num_layers} layers it "
+            f"needs {needed}; {_REMEDY}"
+        )
+    if config.lora is None:
+        return
+    r, targets = config.lora["r"], config.lora["target_modules"]
+    expected = {}
+    for layer, names in modules.items():
+        # all-linear depends on the base.
+        for target in [] if isinstance(targets, str) else targets:
+            module = target.replace(".", "_")
+            if not any(f"_{name}".endswith(f"_{module}") for name in names):
+                names.add(module)
+        for name in names:
+            a, b = (f"layers.{layer}.intv_lora.{name}_{matrix}" for matrix in "AB")
+            expected[a] = (r, tensors[a].shape[-1] if a in tensors else 0)
+            expected[b] = (tensors[b].shape[0] if b in tensors else 0, r)
+    check_tensors(tensors, expected, saved.file)

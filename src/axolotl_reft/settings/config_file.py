@@ -6,13 +6,13 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from axolotl_reft.errors import did_you_mean, shown
+from axolotl_reft.errors import did_you_mean
 from axolotl_reft.settings.format_version import FORMAT_VERSION, check_format
 
 # PEFT's name for the method; see tuner/peft_type.py.
 _METHOD = "LOREFT"
 
-# Without one of these an adapter would be another one, with the default in its place.
+# Their defaults would make another adapter of it.
 _NEEDED = (
     "layers",
     "positions",
@@ -26,19 +26,19 @@ _NEEDED = (
 
 
 def read_config_file(path: str, known: Collection[str]) -> dict[str, Any]:
-    """The settings in an ``adapter_config.json``.
+    """Read the settings in an ``adapter_config.json``.
 
     Args:
         known: keys that a LoReFT adapter may have.
 
     Raises:
-        ValueError: it is no JSON object, says something twice, or, for a LoReFT
-            adapter, lacks a setting or has an unknown one.
+        ValueError: it is no adapter's configuration, or, for a LoReFT adapter, lacks a
+            setting or has an unknown one.
     """
     try:
         with open(path, encoding="utf-8") as file:
-            settings = json.load(file, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
+            settings = json.load(file)
+    except ValueError as error:
         raise ValueError(
             f"{path}: is not readable as JSON ({error}); save the adapter again"
         ) from error
@@ -48,31 +48,21 @@ def read_config_file(path: str, known: Collection[str]) -> dict[str, Any]:
             "the adapter again"
         )
     if settings["peft_type"] != _METHOD:
-        return settings  # PEFT makes another method's of it
+        return settings  # left to PEFT
     # Ahead of unknown keys, which a newer format may have.
     check_format(
         settings.get("format_version", FORMAT_VERSION),
         settings.get("axolotl_reft_version"),
     )
-    for key in _NEEDED:
-        if key not in settings:
-            raise ValueError(
-                f"{path}: {key} is missing; write what the adapter was trained with, "
-                "or save it again"
-            )
-    for key in settings:
-        if key not in known:
-            raise ValueError(
-                f"{path}: unknown key {shown(key)}.{did_you_mean(key, tuple(known))} "
-                "Upgrade axolotl-reft and PEFT if a newer version saved the adapter; "
-                "otherwise remove the key"
-            )
-    return settings
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    settings = dict(pairs)
-    if len(settings) < len(pairs):
-        twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
-        raise ValueError(f"{shown(twice)} is written twice")
+    if missing := [key for key in _NEEDED if key not in settings]:
+        raise ValueError(
+            f"{path}: {missing[0]} is missing; write what the adapter was trained "
+            "with, or save it again"
+        )
+    if unknown := [key for key in settings if key not in known]:
+        hint = did_you_mean(unknown[0], tuple(known))
+        raise ValueError(
+            f"{path}: unknown key {unknown[0]!r}.{hint} Upgrade axolotl-reft and PEFT "
+            "if a newer version saved the adapter; otherwise remove the key"
+        )
     return settings

@@ -1,21 +1,21 @@
-"""Which version of the package, and of its format, an adapter was saved with."""
+"""Versions of the package and of the adapter format."""
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-# Raised when an adapter holds something that earlier packages would read wrongly.
+# To be raised when an adapter holds what earlier packages would read wrongly.
 FORMAT_VERSION = 1
 
 
 class NewerFormatError(ValueError):
-    """The adapter may hold what this version of the package does not know."""
+    """Raised for an adapter that a newer version of the package saved."""
 
 
 @cache
 def package_version() -> str:
-    """The installed version; ``unknown`` where the package is not installed."""
+    """Return the installed version; ``unknown`` where the package is not installed."""
     try:
         return version("axolotl-reft")
     except PackageNotFoundError:
@@ -23,7 +23,7 @@ def package_version() -> str:
 
 
 def check_format(format_version: object, saved_by: object) -> None:
-    """See that an adapter of this format can be read.
+    """Check that an adapter of this format can be read.
 
     Args:
         format_version: from ``adapter_config.json``.
