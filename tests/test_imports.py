@@ -36,7 +36,7 @@ ROOMS = {
     ),
     "inspect": (
         ("core", "exchange", "prompts", "saved", "tuner"),
-        ("torch", "transformers", "peft", "rich", "matplotlib", "yaml"),
+        ("torch", "transformers", "peft", "rich", "matplotlib"),
     ),
     "training": (("inspect", "prompts", "tuner"), ("torch", "transformers")),
     "plugin": (

@@ -1,4 +1,4 @@
-"""How far an adapter moves the hidden states it edits: ‖Φ(h)−h‖/‖h‖.
+"""The relative size of an edit, ‖Φ(h)−h‖/‖h‖, and the interventions that make edits.
 
 Shapes: N positions, D hidden size.
 """
@@ -14,29 +14,22 @@ from axolotl_reft.tuner.layer import LoreftDecoderLayer
 
 
 def edit_sizes(before_ND: Tensor, after_ND: Tensor) -> Tensor:
-    """‖Φ(h)−h‖/‖h‖ of each vector, in float32.
+    """Return ‖Φ(h)−h‖/‖h‖ of each hidden state, in float32 and without its last axis.
 
-    Returns:
-        The leading shape of the inputs; NaN for zero vectors, which is what slots that
-        are reserved and not used hold.
+    Zero vectors, which unused reserved slots hold, give NaN.
     """
     before_ND = before_ND.detach().float()
     change_ND = after_ND.detach().float() - before_ND
-    length_N = before_ND.norm(dim=-1)
-    return change_ND.norm(dim=-1) / length_N.where(length_N > 0, torch.nan)
+    norm_N = before_ND.norm(dim=-1)
+    return change_ND.norm(dim=-1) / norm_N.where(norm_N > 0, torch.nan)
 
 
 def named_interventions(
     model: nn.Module, adapter: str
 ) -> Iterator[tuple[int, int, LoreftDecoderLayer, nn.Module]]:
-    """Layer number, side, wrapper and intervention of an adapter."""
+    """Yield the layer number, side, wrapper and intervention of an adapter."""
     for path, module in model.named_modules():
         if isinstance(module, LoreftDecoderLayer):
             for side, container in enumerate((module.intv_0, module.intv_1)):
                 if adapter in container:
                     yield int(path.rpartition(".")[2]), side, module, container[adapter]
-
-
-def nan_mean(values: Tensor) -> float:
-    """The mean without NaN; NaN of nothing."""
-    return float(torch.nanmean(values)) if values.numel() else float("nan")

@@ -1,44 +1,42 @@
-"""What a saved adapter is: its settings, sizes and subspaces. No model is loaded.
-
-Shapes: D hidden size, R rank.
-"""
+"""Facts about a saved adapter: settings, sizes, subspaces. No model is loaded."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from axolotl_reft.core.interventions import INTERVENTION_CLASSES
 from axolotl_reft.exchange.objects import ORTHONORMALITY_TOLERANCE
-from axolotl_reft.inspect.training_record import training_record
+from axolotl_reft.inspect.subspaces import (
+    bases_to_compare,
+    orthogonality_error,
+    orthonormal_basis,
+    projection,
+    subspace_overlap,
+)
 from axolotl_reft.prompts.positions import Positions
-from axolotl_reft.saved.directory import read_adapter_config
-from axolotl_reft.saved.directory import read_tensors as read_numbers
+from axolotl_reft.saved.directory import read_adapter_config, read_tensors
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.trained_modules import WRAPPED_PARTS
-
-# Those with a free W₂ in the place of R.
-WITHOUT_ROTATION = ("noreft", "direft")
-# Kept in float64 to be rebuilt, not learned.
-_NOT_TRAINED = "rotation_base"
 
 
 @dataclass
 class LayerFacts:
-    """One edited layer.
+    """Facts about one edited layer.
 
     Attributes:
         rank: R.
-        parameters: trained numbers, of both sides.
+        parameters: trained, of both sides together.
         orthogonality_error: by side, max |R Rᵀ − I|, which is 0 for orthonormal rows;
-            of W₂ where the intervention has a free one.
+            of W₂ where there is no R.
         overlap: of the subspaces that prefix and suffix write to, from 0 to 1; None
             where one intervention serves both.
         overlap_with: by side, with the same layer of another adapter.
-        edit_size: by side, the mean of ‖Φ(h)−h‖/‖h‖ over edited tokens.
+        edit_size: by side, the mean of ‖Φ(h)−h‖/‖h‖ over the edited tokens of prompts.
     """
 
     layer: int
@@ -52,18 +50,17 @@ class LayerFacts:
 
 @dataclass
 class AdapterFacts:
-    """An adapter, as :func:`inspect_adapter` finds it.
+    """Facts about an adapter.
 
     Attributes:
-        size: of what is edited, D.
+        size: width D of the edited hidden states.
         bytes: of all tensors in the file.
-        chance: the overlap to expect of two random subspaces, R/D.
-        trained_whole: numbers of each module of modules_to_save; 0 for one that shares
-            the numbers of another.
+        chance: the expected overlap of two random subspaces, R/D.
+        trained_whole: parameters of each module in modules_to_save; 0 for a module
+            that is tied to another.
         also_saved: modules that were not trained, such as the head of a base whose
             vocabulary had grown.
-        training: steps, epochs and losses, and settings of axolotl's config, as far as
-            they lie beside the adapter.
+        training: steps, epochs and losses by the trainer's state, if it was saved.
         other: the adapter that ``overlap_with`` compares with.
     """
 
@@ -81,155 +78,99 @@ class AdapterFacts:
     other: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return asdict(self)
 
     @property
     def all_parameters(self) -> int:
-        """What was trained: LoReFT's numbers, LoRA's, and those of whole modules."""
+        """The trained parameters of LoReFT, LoRA and whole modules together."""
         return self.parameters + self.lora_parameters + sum(self.trained_whole.values())
 
     @property
     def has_rotation(self) -> bool:
-        """Whether there is an R, and not a free W₂ in its place."""
-        return self.settings["intervention"] not in WITHOUT_ROTATION
+        """Whether the interventions have an R, and not a free W₂ in its place."""
+        return self.settings["intervention"] not in ("noreft", "direft")
 
     @property
     def orthonormal(self) -> float | None:
-        """The largest error of an R that is orthonormal in every layer; None where it
-        is not, or nothing makes it so."""
+        """The largest error of R if it is orthonormal in every layer, or None."""
         largest = max(e for x in self.layers for e in x.orthogonality_error.values())
         fine = self.has_rotation and largest <= ORTHONORMALITY_TOLERANCE
         return largest if fine else None
 
 
 def inspect_adapter(directory: str, other: str | None = None) -> AdapterFacts:
-    """Everything that an adapter's files say.
+    """Read an adapter's files and compute its facts.
 
     Args:
         directory: path or hub id of the adapter.
-        other: another one, to compare subspaces with.
+        other: path or hub id of an adapter to compare subspaces with.
 
     Raises:
         ValueError: an adapter cannot be read, or the two have no layer in common or
             different hidden sizes.
     """
     config = read_adapter_config(directory, "DIR")
-    numbers = read_numbers(directory, "DIR")
-    bases = _write_bases(config, numbers.interventions)
-    sides = _side_names(config, max(side for _, side in bases))
+    saved = read_tensors(directory, "DIR")
+    states = saved.interventions
+    layers = sorted({layer for layer, _ in states})
+    projections = {place: projection(state) for place, state in states.items()}
+    bases = {place: orthonormal_basis(p_DR) for place, p_DR in projections.items()}
     size, rank = next(iter(bases.values())).shape
-    whole, also = _other_modules(config, numbers.others)
-    facts = AdapterFacts(
+    other_bases = bases_to_compare(other, size, set(layers)) if other else {}
+    sides = _side_names(config, max(side for _, side in states))
+
+    def layer_facts(layer: int) -> LayerFacts:
+        places = {sides[side]: (at, side) for at, side in bases if at == layer}
+        first, *second = (bases[place] for place in places.values())
+        return LayerFacts(
+            layer=layer,
+            rank=first.shape[1],
+            parameters=sum(_trained(states[place]) for place in places.values()),
+            orthogonality_error={
+                name: orthogonality_error(projections[place])
+                for name, place in places.items()
+            },
+            overlap=subspace_overlap(first, *second) if second else None,
+            overlap_with={
+                # A tied adapter has one intervention for both sides.
+                name: subspace_overlap(
+                    bases[place], other_bases.get(place, other_bases[layer, 0])
+                )
+                for name, place in places.items()
+                if (layer, 0) in other_bases
+            },
+        )
+
+    whole, also = _other_modules(config, saved.others)
+    tensors = [
+        tensor
+        for state in (*states.values(), saved.lora, saved.others)
+        for tensor in state.values()
+    ]
+    return AdapterFacts(
         directory=directory,
         settings=_settings(config),
         size=size,
-        parameters=sum(map(_count, numbers.interventions.values())),
-        lora_parameters=_count(numbers.lora),
-        bytes=sum(
-            tensor.numel() * tensor.element_size()
-            for state in (
-                *numbers.interventions.values(),
-                numbers.lora,
-                numbers.others,
-            )
-            for tensor in state.values()
-        ),
+        parameters=sum(map(_trained, states.values())),
+        lora_parameters=_trained(saved.lora),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         chance=rank / size,
-        layers=[],
+        layers=[layer_facts(layer) for layer in layers],
         trained_whole=whole,
         also_saved=also,
-        training=training_record(directory),
+        training=_training(Path(directory)),
         other=other,
     )
-    others = _other_bases(other, size, {layer for layer, _ in bases}) if other else {}
-    for layer in sorted({layer for layer, _ in bases}):
-        own = {side: basis for (at, side), basis in bases.items() if at == layer}
-        states = [numbers.interventions[layer, side] for side in own]
-        facts.layers.append(
-            LayerFacts(
-                layer=layer,
-                rank=own[0].shape[1],
-                parameters=sum(map(_count, states)),
-                orthogonality_error={
-                    sides[side]: _orthogonality_error(config, state)
-                    for side, state in zip(own, states, strict=True)
-                },
-                overlap=subspace_overlap(own[0], own[1]) if len(own) == 2 else None,
-                overlap_with={
-                    sides[side]: subspace_overlap(
-                        basis, others.get((layer, side), others[layer, 0])
-                    )
-                    for side, basis in own.items()
-                    if (layer, 0) in others
-                },
-            )
-        )
-    return facts
 
 
-def subspace_overlap(a_DR: Tensor, b_DR: Tensor) -> float:
-    """The mean squared cosine of the angles between two subspaces.
-
-    ‖AᵀB‖²/min(R_A, R_B) for orthonormal columns (Hu et al., arXiv 2106.09685, section
-    7.2): 1 where one contains the other, 0 where they are orthogonal, about R/D by
-    chance.
-    """
-    smaller = min(a_DR.shape[1], b_DR.shape[1])
-    return float((a_DR.T @ b_DR).square().sum() / smaller)
-
-
-def _intervention(config: LoreftConfig, state: dict[str, Tensor]) -> Any:
-    key, axis = ("rotation", 0) if "rotation" in state else ("proj_weight", 1)
-    intervention = INTERVENTION_CLASSES[config.intervention](
-        embed_dim=state[key].shape[axis],
-        low_rank_dimension=state[key].shape[1 - axis],
-        act_fn=config.act_fn,
-    )
-    intervention.load_state_dict(state)
-    return intervention.requires_grad_(False)
-
-
-def _written(config: LoreftConfig, state: dict[str, Tensor]) -> Tensor:
-    """(D, R): the directions an intervention writes to, as columns."""
-    intervention = _intervention(config, state)
-    if intervention.kind.has_rotation:
-        return intervention.rotation_matrix()
-    return intervention.proj_weight.T
-
-
-def _write_bases(
-    config: LoreftConfig, states: dict[tuple[int, int], dict[str, Tensor]]
-) -> dict[tuple[int, int], Tensor]:
-    """The same, made orthonormal."""
-    return {
-        place: torch.linalg.qr(_written(config, state)).Q
-        for place, state in states.items()
-    }
-
-
-def _other_bases(
-    directory: str, size: int, layers: set[int]
-) -> dict[tuple[int, int], Tensor]:
-    config = read_adapter_config(directory, "--with")
-    bases = _write_bases(config, read_numbers(directory, "--with").interventions)
-    found = next(iter(bases.values())).shape[0]
-    if found != size:
-        raise ValueError(
-            f"--with: the adapter in {directory!r} edits vectors of size {found}, the "
-            f"other one of {size}; compare adapters of one base model"
-        )
-    if not layers & {layer for layer, _ in bases}:
-        raise ValueError(
-            f"--with: the adapter in {directory!r} edits layers "
-            f"{sorted({layer for layer, _ in bases})} and the other one "
-            f"{sorted(layers)}; there is no layer to compare"
-        )
-    return bases
+def _settings(config: LoreftConfig) -> dict[str, Any]:
+    settings = config.to_dict() | {"peft_type": config.peft_type.value}
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _side_names(config: LoreftConfig, last_side: int) -> dict[int, str]:
-    """What each intervention of a layer edits."""
+    """Name the tokens that each intervention of a layer edits."""
     positions = Positions.parse(config.positions)
     if last_side == 1:
         return {0: "prefix", 1: "suffix"}
@@ -240,28 +181,23 @@ def _side_names(config: LoreftConfig, last_side: int) -> dict[int, str]:
     return {0: "prefix" if positions.first else "suffix"}
 
 
-def _orthogonality_error(config: LoreftConfig, state: dict[str, Tensor]) -> float:
-    r_DR = _written(config, state).double()
-    identity = torch.eye(r_DR.shape[1], dtype=r_DR.dtype)
-    return float((r_DR.T @ r_DR - identity).abs().max())
-
-
-def _count(state: dict[str, Tensor]) -> int:
-    return sum(t.numel() for name, t in state.items() if name != _NOT_TRAINED)
+def _trained(state: dict[str, Tensor]) -> int:
+    """Count trained parameters; a rotation's base is fixed."""
+    return sum(t.numel() for name, t in state.items() if name != "rotation_base")
 
 
 def _other_modules(
-    config: LoreftConfig, others: dict[str, Tensor]
+    config: LoreftConfig, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, int], list[str]]:
-    """Modules trained whole, with their numbers, and what else was saved.
+    """Count the parameters of modules trained whole, and name the untrained ones.
 
-    PEFT wrote a trained embedding up to three times, under its own name and two of the
-    wrapper's; and it writes tied ones twice.
+    PEFT writes tied embeddings twice, and once wrote a trained one under two names of
+    its wrapper's too.
     """
     whole: dict[str, int] = {}
     counted: list[Tensor] = []
     rest: dict[str, Tensor] = {}
-    for key, tensor in others.items():
+    for key, tensor in tensors.items():
         if any(f".{part}." in key for part in WRAPPED_PARTS):
             continue
         matches = (n for n in config.modules_to_save or () if f"{n}." in key)
@@ -272,17 +208,24 @@ def _other_modules(
             whole[name] = whole.get(name, 0) + tensor.numel()
             counted.append(tensor)
     for name in list(rest):
-        if any(_same(rest[name], tensor) for tensor in counted):
+        same = (t for t in counted if t.dtype == rest[name].dtype)
+        if any(torch.equal(rest[name], tensor) for tensor in same):
             whole[name] = 0
             del rest[name]
     return dict(sorted(whole.items())), sorted(rest)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
-
-
-def _settings(config: LoreftConfig) -> dict[str, Any]:
-    settings = config.to_dict()
-    settings["peft_type"] = config.peft_type.value
-    return {key: value for key, value in settings.items() if value is not None}
+def _training(directory: Path) -> dict[str, Any]:
+    """Read steps, epochs and losses from the newest trainer_state.json, if any."""
+    checkpoints = directory.glob("checkpoint-*[0-9]/trainer_state.json")
+    files = sorted(checkpoints, key=lambda f: int(f.parent.name.rpartition("-")[2]))
+    files += directory.glob("trainer_state.json")
+    if not files:
+        return {}
+    state = json.loads(files[-1].read_text())
+    facts = {"steps": state["global_step"], "epochs": state["epoch"]}
+    for key in ("loss", "eval_loss"):
+        values = [entry[key] for entry in state["log_history"] if key in entry]
+        if values:
+            facts[f"first_{key}"], facts[f"last_{key}"] = values[0], values[-1]
+    return facts

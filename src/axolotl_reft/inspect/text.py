@@ -1,64 +1,82 @@
-"""An inspected adapter as tables in the terminal, plain where the output is piped."""
+"""Print an adapter's facts as tables: styled in a terminal, plain where piped.
+
+rich is imported when something is printed.
+"""
 
 from __future__ import annotations
 
-from typing import Any, TextIO
+from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from axolotl_reft.inspect.facts import AdapterFacts, LayerFacts
+from axolotl_reft.inspect.facts import AdapterFacts
 from axolotl_reft.inspect.probe import ProbedPrompt
-from axolotl_reft.inspect.tokens import bracketed, legend, runs
+from axolotl_reft.inspect.tokens import legend, runs
 
-_STYLES = {"prefix": "bold cyan", "suffix": "bold yellow", "all": "bold cyan"}
+_STYLES = {"": "", "prefix": "bold cyan", "suffix": "bold yellow", "all": "bold cyan"}
 # Wide enough that nothing wraps where there is no terminal.
 _PIPED_WIDTH = 200
+_MOST_PROMPTS = 3
 
 
-def print_facts(
-    facts: AdapterFacts, prompts: list[ProbedPrompt], file: TextIO | None = None
-) -> None:
-    """Write settings, layers and prompts to ``file``, standard output by default."""
-    console = Console(file=file, highlight=False, soft_wrap=True)
+def print_facts(facts: AdapterFacts, prompts: list[ProbedPrompt]) -> None:
+    """Print settings, layers and the first prompts."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        console = Console(file=file, highlight=False, width=_PIPED_WIDTH)
-    console.print(_grid(summary(facts)))
-    if facts.training:
+        console = Console(highlight=False, width=_PIPED_WIDTH)
+    for lines in filter(None, (summary(facts), training_lines(facts.training))):
+        grid = Table.grid(padding=(0, 2))
+        for name, value in lines:
+            grid.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
+        console.print(grid)
         console.print()
-        console.print(_grid(training_lines(facts.training)))
-    console.print()
-    console.print(_layer_table(facts))
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    by_name = columns(facts)
+    for name in by_name:
+        table.add_column(name, justify="right")
+    for row in zip(*by_name.values(), strict=True):
+        table.add_row(*row)
+    console.print(table)
     for line in notes(facts):
         console.print(line)
-    for number, prompt in enumerate(prompts[:3], 1):
-        console.print()
+    shown = prompts[:_MOST_PROMPTS]
+    for number, prompt in enumerate(shown, 1):
         edited = sum(token.edited is not None for token in prompt.tokens)
-        console.print(f"prompt {number}: {len(prompt.tokens)} tokens, {edited} edited")
-        console.print(_marked(prompt), soft_wrap=True)
-    signs = legend(token for prompt in prompts[:3] for token in prompt.tokens)
+        console.print(
+            f"\nprompt {number}: {len(prompt.tokens)} tokens, {edited} edited"
+        )
+        pieces = ((text, _STYLES[side]) for side, text in runs(prompt.tokens))
+        console.print(Text.assemble(*pieces), soft_wrap=True)
+    signs = legend(token for prompt in shown for token in prompt.tokens)
     if signs:
-        console.print()
-        console.print(f"edited: {signs}", markup=False)
+        console.print(f"\nedited: {signs}", markup=False)
 
 
 def summary(facts: AdapterFacts) -> list[tuple[str, str]]:
-    """What the adapter is, as names and values."""
+    """Return names and values of what the adapter is."""
     settings = facts.settings
+    layers = as_ranges([layer.layer for layer in facts.layers])
     ranks = sorted({layer.rank for layer in facts.layers})
-    edited = [layer.layer for layer in facts.layers]
+    positions, parameters = str(settings["positions"]), f"{facts.parameters:,}"
+    if "+" in positions:
+        each = "for both" if settings["tied_weights"] else "each"
+        positions += f", one intervention {each}"
+    if facts.all_parameters != facts.parameters:
+        parameters += f" of LoReFT, {facts.all_parameters:,} in all"
+    kb = facts.bytes / 1e3
     lines = [
         ("adapter", facts.directory),
         ("method", f"{settings['peft_type']}, {settings['intervention']}"),
         ("base model", str(settings.get("base_model_name_or_path", "not named"))),
-        ("layers", f"{as_ranges(edited)} ({count_layers(facts)})"),
+        ("layers", f"{layers} ({count_layers(facts)})"),
         ("component", f"{settings['component']}, {facts.size} wide"),
-        ("positions", _positions(settings)),
+        ("positions", positions),
         ("rank", ", ".join(map(str, ranks))),
-        ("parameters", _parameters(facts)),
-        ("size", _size(facts.bytes)),
+        ("parameters", parameters),
+        ("size", f"{kb / 1e3:,.2f} MB" if kb >= 1e3 else f"{kb:,.1f} kB"),
     ]
     if facts.lora_parameters:
         lines.append(("LoRA beside it", f"{facts.lora_parameters:,} parameters"))
@@ -67,67 +85,37 @@ def summary(facts: AdapterFacts) -> list[tuple[str, str]]:
     if settings.get("act_fn"):
         lines.append(("activation", settings["act_fn"]))
     if facts.trained_whole:
-        names, numbers = ", ".join(facts.trained_whole), facts.trained_whole.values()
-        lines.append(
-            ("also saved", f"{names} (trained whole): {sum(numbers):,} parameters")
-        )
+        names, count = ", ".join(facts.trained_whole), sum(facts.trained_whole.values())
+        lines.append(("also saved", f"{names} (trained whole): {count:,} parameters"))
     if facts.also_saved:
         lines.append(("also saved", f"{', '.join(facts.also_saved)} (not trained)"))
-    version = settings.get("axolotl_reft_version")
-    if version:
-        lines.append(("saved by", f"axolotl-reft {version}"))
+    if settings.get("axolotl_reft_version"):
+        lines.append(("saved by", f"axolotl-reft {settings['axolotl_reft_version']}"))
     return lines
 
 
+def training_lines(training: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return names and values of how the adapter was trained."""
+    if not training:
+        return []
+    epochs = training["epochs"]
+    length = f"{training['steps']} steps" + (f", {epochs:.3g} epochs" if epochs else "")
+    losses = [
+        (k, f"{training[f'first_{k}']:.4g} first, {training[f'last_{k}']:.4g} last")
+        for k in ("loss", "eval_loss")
+        if f"last_{k}" in training
+    ]
+    return [("trained", length), *losses]
+
+
 def count_layers(facts: AdapterFacts) -> str:
-    """``3 layers``, or ``1 layer``."""
+    """Return ``3 layers``, or ``1 layer``."""
     count = len(facts.layers)
     return f"{count} layer{'s' if count > 1 else ''}"
 
 
-def _parameters(facts: AdapterFacts) -> str:
-    if facts.all_parameters == facts.parameters:
-        return f"{facts.parameters:,}"
-    return f"{facts.parameters:,} of LoReFT, {facts.all_parameters:,} in all"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.2f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
-
-
-def _positions(settings: dict[str, Any]) -> str:
-    text = str(settings["positions"])
-    if "+" in text:
-        tied = settings["tied_weights"]
-        text += ", one intervention for both" if tied else ", one intervention each"
-    return text
-
-
-def training_lines(training: dict[str, Any]) -> list[tuple[str, str]]:
-    """How it was trained, as names and values."""
-    lines = []
-    if training.get("steps") is not None:
-        epochs = training.get("epochs")
-        lines.append(
-            (
-                "trained",
-                f"{training['steps']} steps"
-                + (f", {epochs:.3g} epochs" if epochs else ""),
-            )
-        )
-    for key in ("loss", "eval_loss"):
-        if f"last_{key}" in training:
-            first, last = training[f"first_{key}"], training[f"last_{key}"]
-            lines.append((key, f"{first:.4g} first, {last:.4g} last"))
-    for key, value in training.get("settings", {}).items():
-        if key == "datasets" and isinstance(value, list):
-            value = ", ".join(str(item.get("path")) for item in value)
-        lines.append((key, str(value)))
-    return lines
-
-
 def as_ranges(numbers: list[int]) -> str:
-    """``0-3, 7`` for [0, 1, 2, 3, 7]."""
+    """Return ``0-3, 7`` for [0, 1, 2, 3, 7]."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:
@@ -137,8 +125,34 @@ def as_ranges(numbers: list[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
+def columns(facts: AdapterFacts) -> dict[str, list[str]]:
+    """Return the layers' table: names of the columns, and their cells."""
+
+    def by_side(name: str, field: str, form: str) -> dict[str, list[str]]:
+        values = [getattr(layer, field) for layer in facts.layers]
+        cells = {}
+        for side in dict.fromkeys(side for value in values for side in value):
+            column = [format(v[side], form) if side in v else "" for v in values]
+            cells[f"{name} {side}"] = column
+        return cells
+
+    layers = facts.layers
+    table = {
+        "layer": [str(layer.layer) for layer in layers],
+        "rank": [str(layer.rank) for layer in layers],
+        "parameters": [f"{layer.parameters:,}" for layer in layers],
+    }
+    if facts.orthonormal is None:
+        name = "R error" if facts.has_rotation else "W₂ error"
+        table |= by_side(name, "orthogonality_error", ".1e")
+    if layers[0].overlap is not None:
+        table["overlap prefix/suffix"] = [f"{layer.overlap:.3f}" for layer in layers]
+    table |= by_side("overlap with other,", "overlap_with", ".3f")
+    return table | by_side("edit", "edit_size", ".3f")
+
+
 def notes(facts: AdapterFacts) -> list[str]:
-    """What the columns mean, for those that are there."""
+    """Explain the columns of the layers' table."""
     if facts.orthonormal is not None:
         lines = [
             "R: its rows are orthonormal in every layer, as they should be "
@@ -162,70 +176,3 @@ def notes(facts: AdapterFacts) -> list[str]:
             "changes nothing, 1 is as large as the hidden state itself"
         )
     return lines
-
-
-def columns(facts: AdapterFacts) -> list[tuple[str, list[str]]]:
-    """The layers' table, column by column."""
-
-    def values(get: Any) -> list[str]:
-        return [get(layer) for layer in facts.layers]
-
-    def by_side(name: str, field: str, form: str) -> list[tuple[str, list[str]]]:
-        sides = list(
-            dict.fromkeys(s for layer in facts.layers for s in getattr(layer, field))
-        )
-
-        def cell(layer: LayerFacts, side: str) -> str:
-            value = getattr(layer, field).get(side)
-            return "" if value is None else format(value, form)
-
-        return [
-            (f"{name} {side}", [cell(layer, side) for layer in facts.layers])
-            for side in sides
-        ]
-
-    table = [
-        ("layer", values(lambda x: str(x.layer))),
-        ("rank", values(lambda x: str(x.rank))),
-        ("parameters", values(lambda x: f"{x.parameters:,}")),
-    ]
-    if facts.orthonormal is None:
-        name = "R error" if facts.has_rotation else "W₂ error"
-        table += by_side(name, "orthogonality_error", ".1e")
-    if any(layer.overlap is not None for layer in facts.layers):
-        table.append(
-            (
-                "overlap prefix/suffix",
-                values(lambda x: "" if x.overlap is None else f"{x.overlap:.3f}"),
-            )
-        )
-    table += by_side("overlap with other,", "overlap_with", ".3f")
-    table += by_side("edit", "edit_size", ".3f")
-    return table
-
-
-def _layer_table(facts: AdapterFacts) -> Table:
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    built = columns(facts)
-    for name, _ in built:
-        table.add_column(name, justify="right")
-    for row in zip(*(cells for _, cells in built), strict=True):
-        table.add_row(*row)
-    return table
-
-
-def _grid(lines: list[tuple[str, str]]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    for name, value in lines:
-        grid.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
-    return grid
-
-
-def _marked(prompt: ProbedPrompt) -> Text:
-    line = Text()
-    for edited, texts in runs(prompt.tokens):
-        if edited:
-            line.append(bracketed(edited, texts, keep=24), style=_STYLES[edited])
-        else:
-            line.append("".join(texts))
-    return line

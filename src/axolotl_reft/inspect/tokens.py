@@ -1,8 +1,7 @@
-"""Which tokens of a batch are edited, written so that a reader can check it.
+"""Write tokens so that a reader sees which are edited. Free of rich.
 
 Prefix tokens stand in ``« »``, suffix tokens in ``‹ ›``, tokens of ``positions: all``
-in ``« »``, signs that no tokenizer's special tokens are written with; prompts, answers
-and what is neither are told apart.
+in ``« »``: brackets that no tokenizer's special tokens have.
 
 Shapes: B batch, T tokens.
 """
@@ -21,7 +20,12 @@ from axolotl_reft.prompts.positions import Positions
 from axolotl_reft.prompts.spans import PromptSpans
 
 PROMPT, ANSWER, OTHER = "prompt", "answer", "other"
-BRACKETS = {"prefix": ("«", "»"), "suffix": ("‹", "›"), "all": ("«", "»")}
+# By side, and the legend's name of what is in them.
+BRACKETS = {
+    "prefix": ("«", "prefix", "»"),
+    "suffix": ("‹", "suffix", "›"),
+    "all": ("«", "every token", "»"),
+}
 BETWEEN = "·"
 
 
@@ -41,12 +45,12 @@ class ShownToken:
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """One token as text, with the space that it begins with and no line breaks."""
+    """Decode one token with its leading space, and with line breaks escaped."""
     text, twice = (
         tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         for ids in ([token], [token, token])
     )
-    # Some drop a leading space from what is decoded first.
+    # Some tokenizers drop the leading space of what is decoded first.
     if text and twice == f"{text} {text}":
         text = f" {text}"
     return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
@@ -55,7 +59,7 @@ def token_text(tokenizer: Any, token: int) -> str:
 def edited_sides(
     positions: Positions, spans: PromptSpans | None, real_BT: Tensor
 ) -> dict[str, Tensor]:
-    """Masks (B, T) of what is edited, by side, on the CPU."""
+    """Return masks (B, T) of the edited tokens by side, on the CPU."""
     if positions.everywhere:
         return {"all": real_BT.cpu()}
     if spans is None:
@@ -72,13 +76,13 @@ def shown_tokens(
     inside: list[bool],
     trained: list[bool] | None,
 ) -> list[ShownToken]:
-    """The tokens of one sample.
+    """Describe the tokens of one sample.
 
     Args:
-        sides: as :func:`edited_sides`, of this sample.
-        inside: of a prompt.
-        trained: of an answer; None where the batch had no labels, and what follows the
-            prompt counts as the answer.
+        sides: by side, whether each token is edited.
+        inside: whether each token is in a prompt.
+        trained: whether each token is in an answer; None where the batch had no labels,
+            and everything outside prompts counts as an answer.
     """
     shown = []
     for place, token in enumerate(ids):
@@ -93,42 +97,28 @@ def shown_tokens(
     return shown
 
 
-def runs(tokens: list[ShownToken]) -> list[tuple[str | None, list[str]]]:
-    """Neighbours that are edited alike: the side, and their texts."""
-    return [
-        (edited, [token.text for token in group])
-        for edited, group in groupby(tokens, key=lambda token: token.edited)
-    ]
-
-
-def plain_line(tokens: list[ShownToken], keep: int = 12) -> str:
-    """The tokens of one part in one line; long stretches without edits shortened.
+def runs(tokens: list[ShownToken], keep: int | None = None) -> list[tuple[str, str]]:
+    """Group neighbours with the same edit into (side or "", text with brackets).
 
     Args:
-        keep: tokens of such a stretch, or of a longer run of edits, to show at most.
+        keep: shorten a run to this many tokens, an edited one to 24; None
+            keeps the tokens that are not edited whole.
     """
-    return "".join(
-        bracketed(edited, texts, keep) if edited else "".join(_shortened(texts, keep))
-        for edited, texts in runs(tokens)
-    )
+    found = []
+    for side, group in groupby(tokens, key=lambda token: token.edited):
+        texts = [token.text for token in group]
+        if side:
+            left, _, right = BRACKETS[side]
+            edits = BETWEEN.join(_shortened(texts, 24))
+            found.append((side, f"{left}{edits}{right}"))
+        else:
+            found.append(("", "".join(_shortened(texts, keep) if keep else texts)))
+    return found
 
 
-def bracketed(side: str, texts: list[str], keep: int) -> str:
-    """A run of edited tokens, with a dot between any two."""
-    left, right = BRACKETS[side]
-    return left + BETWEEN.join(_shortened(texts, max(keep, 24))) + right
-
-
-def legend(tokens: Iterable[ShownToken]) -> str:
-    """What the signs mean that occur among these tokens; empty where none does."""
-    edited = {token.edited for token in tokens}
-    names = {"prefix": "prefix", "suffix": "suffix", "all": "every token"}
-    signs = [
-        f"{left}{names[side]}{right}"
-        for side, (left, right) in BRACKETS.items()
-        if side in edited
-    ]
-    return f"{' '.join(signs)}, with {BETWEEN} between two tokens" if signs else ""
+def plain_line(tokens: list[ShownToken]) -> str:
+    """Return tokens as one line of plain text, long runs shortened."""
+    return "".join(text for _, text in runs(tokens, keep=12))
 
 
 def _shortened(texts: list[str], keep: int) -> list[str]:
@@ -139,8 +129,15 @@ def _shortened(texts: list[str], keep: int) -> list[str]:
     return [*texts[:half], left_out, *texts[-half:]]
 
 
+def legend(tokens: Iterable[ShownToken]) -> str:
+    """Explain the brackets around these tokens; empty if no token is edited."""
+    edited = {token.edited for token in tokens}
+    signs = ["".join(signs) for side, signs in BRACKETS.items() if side in edited]
+    return f"{' '.join(signs)}, with {BETWEEN} between two tokens" if signs else ""
+
+
 def parts(tokens: list[ShownToken]) -> list[tuple[str, list[ShownToken]]]:
-    """Prompt, answer and the rest, in the order in which they stand."""
+    """Group the tokens into prompts, answers and the rest, in their order."""
     return [
         (part, list(group)) for part, group in groupby(tokens, key=lambda t: t.part)
     ]

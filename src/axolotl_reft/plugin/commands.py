@@ -136,8 +136,7 @@ def config_schema_command() -> None:
 @click.option(
     "--sample",
     type=click.IntRange(1, 1000),
-    help="How many prompts to draw from the file; without one, the base model writes "
-    "them.",
+    help="How many prompts to draw from the file; default: all.",
 )
 @click.option("--chat", is_flag=True, help="Put prompts into the chat template.")
 @click.option(
@@ -145,16 +144,14 @@ def config_schema_command() -> None:
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to run it.")
 @click.option("--with", "other", metavar="OTHER_DIR", help="Compare with this adapter.")
-@click.option(
-    "--plot", metavar="FILE", help="Also draw it: .png, .svg, .pdf, or .html."
-)
+@click.option("--plot", metavar="FILE", help="Also draw it: .png, .svg or .pdf.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @_plain_errors
 def inspect_command(directory: str, **options: Any) -> None:
     """Show what the adapter in DIR is, which tokens it edits, and by how much.
 
-    The base model is loaded when there are prompts to run, or when --base-model is
-    passed (it then writes eight itself); the rest is read from DIR's files.
+    The base model is loaded only when there are prompts to run, with --prompt or
+    --prompts-file; the rest is read from DIR's files.
     """
     from axolotl_reft.inspect.command import run
 

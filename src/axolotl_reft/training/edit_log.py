@@ -1,11 +1,11 @@
-"""Edit sizes and gradient norms in a trainer's own logs, by group of layers.
+"""Log edit sizes and gradient norms by group of layers, beside the trainer's loss.
 
-Nothing is watched, and the host waits for nothing, in steps that are not logged.
+Steps that are not logged are not watched, and the host never waits in them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
@@ -19,12 +19,12 @@ from transformers.trainer_utils import IntervalStrategy
 from axolotl_reft.inspect.edit_size import edit_sizes, named_interventions
 
 # More layers than this are logged in thirds.
-_FEW = 4
+_MOST_LAYERS = 4
 
 
 def layer_groups(layers: list[int]) -> dict[str, list[int]]:
-    """Edited layers by the name under which they are logged: each, or thirds."""
-    if len(layers) <= _FEW:
+    """Group edited layers, each alone or in thirds, by the name in the log."""
+    if len(layers) <= _MOST_LAYERS:
         return {f"layer_{layer}": [layer] for layer in layers}
     ends = [round(part * len(layers) / 3) for part in range(4)]
     thirds = [layers[a:b] for a, b in zip(ends, ends[1:], strict=False)]
@@ -39,22 +39,19 @@ class EditLog(TrainerCallback):
     clipping as the trainer's ``grad_norm``; it is left out where gradients are sharded.
 
     Args:
-        trainer: whose ``log`` is extended, so that every reporter gets the numbers.
+        trainer: its ``log`` is extended, so that every reporter gets the values.
         adapter: name of the adapter.
     """
 
     def __init__(self, trainer: Any, adapter: str = "default") -> None:
         self._model = trainer.model
         self._adapter = adapter
-        found = list(named_interventions(trainer.model, adapter))
-        self._groups = layer_groups(sorted({layer for layer, *_ in found}))
-        self._group_of = {n: name for name, ns in self._groups.items() for n in ns}
+        layers = {layer for layer, *_ in named_interventions(trainer.model, adapter)}
+        groups = layer_groups(sorted(layers))
+        self._group_of = {n: name for name, ns in groups.items() for n in ns}
         self._watched: list[Any] = []
         self._sizes: dict[str, list[Tensor]] = {}
         self._norms: dict[str, Tensor] = {}
-        self._extend(trainer)
-
-    def _extend(self, trainer: Any) -> None:
         log: Callable[..., None] = trainer.log
 
         @wraps(log)
@@ -66,12 +63,12 @@ class EditLog(TrainerCallback):
         trainer.log = log_with_edits
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._forget()
+        self._reset()
         if will_log(args, state) and not args.torch_compile:
-            for layer, _side, _wrapper, module in self._interventions():
-                sizes = self._sizes.setdefault(self._group_of[layer], [])
-                # Not by a hook, which would keep the edit from being made by kernels.
-                module.on_edit = _noting(module, sizes)
+            for group, module in self._interventions():
+                sizes = self._sizes.setdefault(group, [])
+                # A hook would keep the kernels from making the edit.
+                module.on_edit = _record(module, sizes)
                 self._watched.append(module)
 
     def on_pre_optimizer_step(
@@ -82,57 +79,62 @@ class EditLog(TrainerCallback):
             self._norms = self._gradient_norms()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._forget()
+        self._reset()
 
-    def _interventions(self) -> Any:
-        return named_interventions(self._model, self._adapter)
+    def _interventions(self) -> Iterator[tuple[str, Any]]:
+        """Yield the group and the module of each intervention."""
+        for layer, _, _, module in named_interventions(self._model, self._adapter):
+            yield self._group_of[layer], module
 
     def _unwatch(self) -> None:
         while self._watched:
             self._watched.pop().on_edit = None
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._unwatch()
         self._sizes, self._norms = {}, {}
 
     def _gradient_norms(self) -> dict[str, Tensor]:
-        """By group, and of everything trained under the empty name."""
+        """Return norms by group, and of all trained parameters under the empty name."""
         trained = [p for p in self._model.parameters() if p.requires_grad]
         if any(p.grad is None or isinstance(p.grad, DTensor) for p in trained):
             return {}
-        gradients: dict[str, list[Tensor]] = {"": [p.grad for p in trained]}
-        for layer, _side, _wrapper, module in self._interventions():
-            group = gradients.setdefault(self._group_of[layer], [])
-            group += [p.grad for p in module.parameters() if p.grad is not None]
-        return {name: get_total_norm(some) for name, some in gradients.items() if some}
+        gradients = {"": [p.grad for p in trained]}
+        for group, module in self._interventions():
+            gradients.setdefault(group, []).extend(
+                p.grad for p in module.parameters() if p.grad is not None
+            )
+        return {name: get_total_norm(g) for name, g in gradients.items() if g}
 
     def _collect(self, total: float | None) -> dict[str, float]:
-        """The numbers as floats: the one place where the host waits."""
-        means = {
-            name: torch.nanmean(torch.cat([some.cpu() for some in sizes]))
-            for name, sizes in self._sizes.items()
-            if sizes
-        }
+        """Convert to floats what was recorded, which the host has to wait for.
+
+        Args:
+            total: the trainer's norm of all gradients, by which ours are scaled:
+                clipping and float16's loss scale change every norm by one factor.
+        """
         norms = {name: float(norm) for name, norm in self._norms.items()}
-        clipped = norms.pop("", 0.0)
-        # Clipping, and the scaling of float16, change every norm by one factor.
-        factor = total / clipped if total and clipped else 1.0
-        values = {f"edit_size/{name}": float(mean) for name, mean in means.items()}
-        values |= {f"grad_norm/{name}": norm * factor for name, norm in norms.items()}
+        scaled_total = norms.pop("", 0.0)
+        factor = total / scaled_total if total and scaled_total else 1.0
+        values = {f"grad_norm/{name}": norm * factor for name, norm in norms.items()}
+        for name, sizes in self._sizes.items():
+            if sizes:
+                mean = torch.nanmean(torch.cat([size.cpu() for size in sizes]))
+                values[f"edit_size/{name}"] = float(mean)
         return {f"loreft/{name}": value for name, value in values.items()}
 
 
-def _noting(module: nn.Module, sizes: list[Tensor]) -> Callable[[Tensor, Tensor], None]:
-    def note(before: Tensor, after: Tensor) -> None:
-        # Not the forwards of evaluation, of generation, or of a checkpoint's first run.
+def _record(module: nn.Module, sizes: list[Tensor]) -> Callable[[Tensor, Tensor], None]:
+    def on_edit(before: Tensor, after: Tensor) -> None:
+        # Skip evaluation, generation, and the first forward of a checkpointed layer.
         if module.training and torch.is_grad_enabled():
             sizes.append(edit_sizes(before, after).flatten())
 
-    return note
+    return on_edit
 
 
 def will_log(args: Any, state: Any) -> bool:
-    """Whether the trainer logs the step under way, by its ``DefaultFlowCallback``."""
+    """Whether the trainer's ``DefaultFlowCallback`` will log the current step."""
     step = state.global_step + 1
     if step == 1 and args.logging_first_step:
         return True
