@@ -102,7 +102,7 @@ def test_every_row_of_the_support_tables_has_a_test(page):
 
 
 REPOSITORY = "https://github.com/axolotl-reft/axolotl-reft/"
-LINK = re.compile(r"\]\(\s*([^)\s#]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"(?:\]\(\s*|^\[[^]]+\]: )([^)\s#]+)", re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
