@@ -167,7 +167,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _size_table(step: Step) -> str:
-    header = ["Llama 3", "base, numbers", "LoReFT trains", "LoRA trains"]
+    header = ["Llama 3", "base, parameters", "LoReFT trains", "LoRA trains"]
     header += ["LoReFT, state", "LoRA, state", "full, state"]
     rows = []
     for name, shape in LLAMAS.items():
@@ -225,7 +225,7 @@ def _checks(directory: Path) -> str:
                     for series in result.series
                     for what, *values in check(series)
                 ]
-    return _table(["what", "setting", "on", "on paper", "measured"], rows)
+    return _table(["what", "setting", "on", "computed", "measured"], rows)
 
 
 def _setting(series: Series) -> str:

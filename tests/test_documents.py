@@ -101,13 +101,29 @@ def test_every_row_of_the_support_tables_has_a_test(page):
             assert f"def {test}(" in source, f"{file}::{test}"
 
 
+REPOSITORY = "https://github.com/axolotl-reft/axolotl-reft/"
+LINK = re.compile(r"(?:\]\(\s*|^\[[^]]+\]: )([^)\s#]+)", re.MULTILINE)
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_to_files_lead_somewhere(path):
-    """Those of the site's pages, to files that are in it."""
+    """Relative links, within the site in its pages, and absolute links to our files."""
     inside = ROOT / "docs" if path.is_relative_to(ROOT / "docs") else ROOT
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
-        file = (path.parent / target).resolve()
-        assert file.exists() and file.is_relative_to(inside), target
+    for target in LINK.findall(path.read_text()):
+        if target.startswith(REPOSITORY):
+            kind, branch, name = target.removeprefix(REPOSITORY).split("/", 2)
+            assert (kind, branch) == ("blob", "main"), target
+            assert (ROOT / name).is_file(), target
+        elif ":" not in target:
+            file = (path.parent / target).resolve()
+            assert file.exists() and file.is_relative_to(inside), target
+
+
+def test_links_of_the_readme_work_on_the_package_index():
+    """A relative link has no file there."""
+    targets = LINK.findall(README)
+    assert f"{REPOSITORY}blob/main/docs/getting-started.md" in targets
+    assert [target for target in targets if not target.startswith("https://")] == []
 
 
 def test_the_figures_are_drawn_anew(tmp_path):

@@ -12,11 +12,12 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerState, TrainingArguments
 from workspace import build_tokenizer
 
-from axolotl_reft.inspect.edit_size import edit_sizes, named_interventions
+from axolotl_reft.inspect.edit_size import edit_sizes
 from axolotl_reft.plugin import observation
 from axolotl_reft.training import edit_log
 from axolotl_reft.training.edit_log import EditLog, layer_groups
 from axolotl_reft.training.first_batch import FirstBatch
+from axolotl_reft.tuner.walk import interventions_of
 
 PROMPT, ANSWER = 9, 3
 TOKENIZER = build_tokenizer()
@@ -61,7 +62,7 @@ def test_groups_are_layers_or_thirds():
 def test_the_logged_numbers_are_the_edits_and_gradients(tmp_path):
     model = build_adapter(build_model(), tied_weights=False)
     sizes = {}
-    for layer, _, _, module in named_interventions(model, "default"):
+    for layer, _, _, module in interventions_of(model, "default"):
         hook = lambda m, a, out, layer=layer: sizes.setdefault(layer, []).append(  # noqa: E731
             edit_sizes(a[0], out)
         )
@@ -106,7 +107,7 @@ def test_only_logged_steps_are_watched(tmp_path, monkeypatch, settings, steps):
     assert [entry["step"] for entry in entries] == steps
     assert all("loreft/edit_size/layer_0" in entry for entry in entries)
     assert len(calls) == len(steps) * 2 * LAYERS
-    for _, _, _, module in named_interventions(model, "default"):
+    for _, _, _, module in interventions_of(model, "default"):
         assert module.on_edit is None
 
 
@@ -156,7 +157,7 @@ def test_unused_slots_and_compiled_steps_have_no_size(tmp_path):
     trainer, _ = train(model, tmp_path, max_steps=1)
     log = EditLog(trainer)
     log.on_step_begin(trainer.args, TrainerState(logging_steps=1), None)
-    intervention = next(named_interventions(model, "default"))[-1].train()
+    intervention = next(interventions_of(model, "default"))[-1].train()
     h = torch.randn(3, HIDDEN)
     (expected,) = edit_sizes(h[:1], intervention(h[:1]))
     log._sizes.clear()

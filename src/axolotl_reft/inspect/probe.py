@@ -19,10 +19,11 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from axolotl_reft.inspect.edit_size import edit_sizes, named_interventions
+from axolotl_reft.inspect.edit_size import edit_sizes
 from axolotl_reft.inspect.facts import AdapterFacts
 from axolotl_reft.inspect.tokens import ShownToken, edited_sides, shown_tokens
 from axolotl_reft.saved.directory import check_adapter_fits, read_tensors
+from axolotl_reft.tuner.walk import interventions_of
 
 _ADAPTER = "default"
 
@@ -168,7 +169,7 @@ def probe(model: PeftModel, tokenizer: Any, ids: list[int]) -> ProbedPrompt:
 
         return intervention.register_forward_hook(measure)
 
-    handles = [watch(*found) for found in named_interventions(model, _ADAPTER)]
+    handles = [watch(*found) for found in interventions_of(model, _ADAPTER)]
     try:
         model(input_ids=batch)
     finally:

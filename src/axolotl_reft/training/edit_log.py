@@ -16,7 +16,8 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from axolotl_reft.inspect.edit_size import edit_sizes, named_interventions
+from axolotl_reft.inspect.edit_size import edit_sizes
+from axolotl_reft.tuner.walk import interventions_of
 
 # More layers than this are logged in thirds.
 _MOST_LAYERS = 4
@@ -46,7 +47,7 @@ class EditLog(TrainerCallback):
     def __init__(self, trainer: Any, adapter: str = "default") -> None:
         self._model = trainer.model
         self._adapter = adapter
-        layers = {layer for layer, *_ in named_interventions(trainer.model, adapter)}
+        layers = {layer for layer, *_ in interventions_of(trainer.model, adapter)}
         groups = layer_groups(sorted(layers))
         self._group_of = {n: name for name, ns in groups.items() for n in ns}
         self._watched: list[Any] = []
@@ -83,7 +84,7 @@ class EditLog(TrainerCallback):
 
     def _interventions(self) -> Iterator[tuple[str, Any]]:
         """Yield the group and the module of each intervention."""
-        for layer, _, _, module in named_interventions(self._model, self._adapter):
+        for layer, _, _, module in interventions_of(self._model, self._adapter):
             yield self._group_of[layer], module
 
     def _unwatch(self) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from axolotl_reft.inspect.edit_size import named_interventions
 from axolotl_reft.inspect.tokens import (
     PROMPT,
     ShownToken,
@@ -28,6 +27,7 @@ from axolotl_reft.inspect.tokens import (
 from axolotl_reft.prompts.batch import sample_starts
 from axolotl_reft.prompts.positions import Positions
 from axolotl_reft.prompts.spans import PromptSpans
+from axolotl_reft.tuner.walk import interventions_of
 
 # More parts of a sample, such as the turns of a conversation, are not shown.
 _MOST_PARTS = 8
@@ -60,7 +60,7 @@ class FirstBatch(TrainerCallback):
         self._inputs: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        first = next(named_interventions(self._model, self._adapter), None)
+        first = next(interventions_of(self._model, self._adapter), None)
         if first is None or not state.is_world_process_zero or args.torch_compile:
             return
         base = self._model.get_base_model()
