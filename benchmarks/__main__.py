@@ -118,9 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
                 result = _ALONE[name](options.size)
             else:
                 result = run(name, suite[name], options.size, elsewhere, **changes)
-            if options.before:
-                print(*before_and_after(result), sep="\n")
-            print(result.write(results))
+            print(*before_and_after(result), result.write(results), sep="\n")
 
 
 def _has_ours(name: str) -> bool:

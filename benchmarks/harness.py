@@ -71,9 +71,12 @@ class Result:
 
 
 def before_and_after(result: Result) -> list[str]:
-    """By setting, ``ours`` over ``before``, round by round; a line each."""
+    """A line for each setting where both took part: ``ours`` over ``before``, round by
+    round."""
     lines = []
     for series in result.series:
+        if not series.paired("ours", "before"):
+            continue
         found = sorted(series.ratios("ours", "before"))
         quarter = len(found) // 4
         low, high = found[quarter], found[-1 - quarter]

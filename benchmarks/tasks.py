@@ -201,6 +201,12 @@ def generate(name: str, base: nn.Module, setting: Setting) -> Callable[[], float
     return turn
 
 
+def trained(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
+    """How many parameters are trained."""
+    count = sum(p.numel() for p in CONTESTANTS[name](share(base), setting).trained)
+    return lambda: float(count)
+
+
 def building(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
     """Seconds to build the adapter on the base, everything imported."""
     from peft import get_peft_model
@@ -331,6 +337,7 @@ TASKS: dict[str, Callable[[str, nn.Module, Setting], Callable[[], float]]] = {
     "prefill": prefill,
     "decode": decode,
     "generate": generate,
+    "trained": trained,
     "building": building,
     "first_adapter": first_adapter,
     "peak_memory": peak_memory,
