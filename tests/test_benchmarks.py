@@ -154,6 +154,11 @@ def test_the_lines_that_compare_builds(results):
 def test_the_time_of_a_first_adapter_has_its_import_in_it():
     with pytest.raises(RuntimeError, match="imported before the time began"):
         tasks.first_adapter("ours", build_base(TOY), TOY)
+    bench = RemoteBench()
+    bench.build("first_adapter", "ours", TOY)
+    first, second = bench.turn("ours"), bench.turn("ours")
+    bench.close()
+    assert first > second > 0
 
 
 def test_what_a_contestant_says_when_it_fails_is_kept():
