@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import plot, scale, table
-from benchmarks.harness import RESULTS
-from benchmarks.parts import PARTS
-from benchmarks.running import ELSEWHERE, run
-from benchmarks.suite import SUITE
+from benchmarks.harness import RESULTS, before_and_after
+from benchmarks.parts import PARTS, build
+from benchmarks.running import ELSEWHERE, run, workers
+from benchmarks.suite import SUITE, Benchmark, with_before
 from benchmarks.synchronisation import synchronisation
 
 _ALONE = {**PARTS, "synchronisation": synchronisation}
+# Made of results that are there.
+_MADE = {"table", "plot", "scale"}
+_COMPARISONS = Path("build/comparisons")
 
 
 def environment(directory: str) -> str | None:
@@ -21,7 +25,7 @@ def environment(directory: str) -> str | None:
     return str(python) if python.exists() else None
 
 
-def main(arguments: list[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "what",
@@ -41,31 +45,85 @@ def main(arguments: list[str] | None = None) -> None:
             default=environment(directory),
             help="interpreter of its own environment, where make has not made it",
         )
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="SRC",
+        help="src/ of another checkout, whose `ours` takes turns as `before`",
+    )
+    parser.add_argument(
+        "--contestants",
+        help="who takes part, separated by commas; ratios are to the first",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="where JSON goes; results/ beside the benchmarks, or with --before or "
+        f"--contestants {_COMPARISONS}/",
+    )
+    return parser
+
+
+def _selected(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, names: list[str]
+) -> dict[str, Benchmark]:
+    """The suite, with the contestants that the options ask for."""
+    suite = dict(SUITE)
+    if options.before:
+        if unpaired := [n for n in names if n not in _MADE and not _has_ours(n)]:
+            parser.error(f"--before: {', '.join(unpaired)} cannot run another build")
+        suite = {n: with_before(b) for n, b in SUITE.items() if "ours" in b.contestants}
+    if options.contestants:
+        chosen = tuple(options.contestants.split(","))
+        for name in set(names) - _MADE:
+            known = suite[name].contestants if name in suite else ()
+            if missing := [one for one in chosen if one not in known]:
+                parser.error(
+                    f"--contestants: {name} has no {', '.join(missing)}, but "
+                    f"{', '.join(known) or 'none to choose from'}"
+                )
+            suite[name] = replace(suite[name], contestants=chosen)
+    return suite
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = _parser()
     options = parser.parse_args(arguments)
+    narrowed = options.before or options.contestants
+    results = options.results or (_COMPARISONS if narrowed else RESULTS)
     names = options.what
     if names == ["all"]:
         alone = ["synchronisation"] if options.size == "gpu" else PARTS
         names = [*SUITE, *alone, "table", "plot"]
-    unknown = set(names) - {*SUITE, *_ALONE, "table", "plot", "scale"}
+    unknown = set(names) - {*SUITE, *_ALONE, *_MADE}
     if unknown:
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
+    suite = _selected(parser, options, names)
     pythons = {name: vars(options)[name] for name in ELSEWHERE}
     pythons = {name: python for name, python in pythons.items() if python}
     changes = {"device": options.device, "dtype": options.dtype}
     changes = {name: value for name, value in changes.items() if value}
+    elsewhere = workers(pythons, options.before)
     for name in names:
         if name == "table":
-            print(table.write(options.results))
+            print(table.write(results))
         elif name == "plot":
-            print(*plot.write(options.results), sep="\n")
+            print(*plot.write(results), sep="\n")
         elif name == "scale":
-            print(scale.tables(options.results))
-        elif name in _ALONE:
-            print(_ALONE[name](options.size).write(options.results))
-        elif SUITE[name].sizes[options.size]:
-            result = run(name, SUITE[name], options.size, pythons, **changes)
-            print(result.write(options.results))
+            print(scale.tables(results))
+        elif name in _ALONE or suite[name].sizes[options.size]:
+            if name == "build":
+                result = build(options.size, options.before)
+            elif name in _ALONE:
+                result = _ALONE[name](options.size)
+            else:
+                result = run(name, suite[name], options.size, elsewhere, **changes)
+            print(*before_and_after(result), result.write(results), sep="\n")
+
+
+def _has_ours(name: str) -> bool:
+    """Whether a benchmark can run ``ours`` of another build."""
+    return name == "build" or name in SUITE and "ours" in SUITE[name].contestants
 
 
 if __name__ == "__main__":

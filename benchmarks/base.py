@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Setting:
 class Batch:
     """Inputs of one forward: rows of samples padded on the right, or packed."""
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     prompts: list[int]
     useful_tokens: int
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from benchmarks.base import Batch, Setting
@@ -71,13 +73,10 @@ def _autocast(setting: Setting) -> torch.autocast:
     return torch.autocast(setting.device, getattr(torch, setting.dtype), enabled=lower)
 
 
-def _plain(
-    model: nn.Module, setting: Setting, counts_prompts: bool = False
-) -> Contestant:
+def _plain(model: nn.Module, setting: Setting) -> Contestant:
     def loss(batch: Batch) -> Tensor:
-        told = {"loreft_prompts": len(batch.prompts)} if counts_prompts else {}
         with _autocast(setting):
-            return model(**batch.inputs, **told, use_cache=False).loss
+            return model(**batch.inputs, use_cache=False).loss
 
     trained = [p for p in model.parameters() if p.requires_grad]
     return Contestant(loss, trained, model)
@@ -87,31 +86,46 @@ def ours(base: nn.Module, setting: Setting) -> Contestant:
     """LoReFT as a PEFT method, with the logits of every token, as the others have."""
     from peft import get_peft_model
 
+    from axolotl_reft import PromptCounter
+
     model = get_peft_model(base, our_config(setting)).train()
-    return _plain(model, setting, counts_prompts=True)
+    collate = _collator(setting, partial(PromptCounter.of, model))
+    return replace(_plain(model, setting), collate=collate)
 
 
 def labelled(base: nn.Module, setting: Setting) -> Contestant:
     """Ours with the logits of labelled tokens alone, as the plugin trains it."""
-    from axolotl_reft.training.labelled_logits import labelled_logits
+    from axolotl_reft import LabelledLogits, PromptCounter
+
+    contestant = ours(base, setting)
+    counter = partial(PromptCounter.of, contestant.model)
+    return replace(contestant, collate=_collator(setting, LabelledLogits, counter))
+
+
+def _collator(
+    setting: Setting, *wrappers: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Callable[[Batch], Batch]:
+    """Apply this package's data collators, on the host, as a trainer does."""
 
     def collate(batch: Batch) -> Batch:
-        on_host = {name: tensor.cpu() for name, tensor in batch.inputs.items()}
-        added = labelled_logits(on_host)
-        moved = {name: tensor.to(setting.device) for name, tensor in added.items()}
-        return replace(batch, inputs=batch.inputs | moved)
+        host = {name: tensor.cpu() for name, tensor in batch.inputs.items()}
+        make: Callable[..., Any] = partial(dict, host)
+        for wrapper in wrappers:
+            make = wrapper(make)
+        inputs = send_to_device(make(), setting.device)
+        return replace(batch, inputs=inputs)
 
-    return replace(ours(base, setting), collate=collate)
+    return collate
 
 
 def operations(base: nn.Module, setting: Setting) -> Contestant:
     """Ours without its kernels: on a GPU, by operations of torch's alone."""
-    from axolotl_reft.kernels import dispatch as fused
+    from axolotl_reft.kernels import dispatch
 
     contestant = ours(base, setting)
 
     def loss(batch: Batch) -> Tensor:
-        with patch.object(fused, "_kernels", lambda: None):
+        with patch.object(dispatch, "_triton_workspace", lambda: None):
             return contestant.loss(batch)
 
     return replace(contestant, loss=loss)

@@ -70,6 +70,31 @@ class Result:
         return path
 
 
+def before_and_after(result: Result) -> list[str]:
+    """A line for each setting where both took part: ``ours`` over ``before``, round by
+    round."""
+    lines = []
+    for series in result.series:
+        if not series.paired("ours", "before"):
+            continue
+        found = sorted(series.ratios("ours", "before"))
+        quarter = len(found) // 4
+        low, high = found[quarter], found[-1 - quarter]
+        shape = " ".join(
+            f"{name}={series.setting[name]}"
+            for name in ("hidden_size", "layers", "batch", "length")
+        )
+        seconds = " -> ".join(
+            f"{median(series.values[name]):.4g}" for name in ("before", "ours")
+        )
+        lines.append(
+            f"{result.benchmark} {shape}: ours/before {median(found):.3f}, half of "
+            f"{len(found)} rounds in {low:.3f} to {high:.3f}; "
+            f"median {seconds} {result.unit}"
+        )
+    return lines
+
+
 def read(path: Path) -> Result:
     values = json.loads(path.read_text())
     values["series"] = [Series(**series) for series in values["series"]]

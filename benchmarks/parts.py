@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,8 @@ import torch
 from benchmarks.base import Setting, build_base
 from benchmarks.contestants import our_config
 from benchmarks.harness import Result, Series, hardware, now, take_turns, versions
+from benchmarks.tasks import Bench
+from benchmarks.worker import RemoteBench
 
 # Of Llama-3's 8B and 70B, as far as an adapter sees them, on bases without memory.
 SHAPES = {
@@ -68,21 +71,21 @@ def _gradient(module: torch.nn.Module, hidden: torch.Tensor) -> Callable[[], flo
     return turn
 
 
-def build(size: str) -> Result:
+def build(size: str, before: Path | None = None) -> Result:
     """Seconds to build the adapter for a base that has no memory, and pyreft's
-    interventions for the same."""
+    interventions for the same; or that of another build, at ``before``."""
     import pyreft
-    from peft import get_peft_model
 
+    benches: dict[str, Any] = {"ours": Bench()}
+    if before is not None:
+        benches = {"before": RemoteBench(source=before), "ours": RemoteBench()}
     series = []
     for setting in _shapes(size):
         sides = 2 * setting.layers
-
-        def ours(setting: Setting = setting) -> float:
-            base = build_base(setting)
-            start = time.perf_counter()
-            get_peft_model(base, our_config(setting))
-            return time.perf_counter() - start
+        turns: dict[str, Callable[[], float]] = {}
+        for name, bench in benches.items():
+            bench.build("building", "ours", setting)
+            turns[name] = partial(bench.turn, "ours")
 
         def theirs(setting: Setting = setting, sides: int = sides) -> float:
             start = time.perf_counter()
@@ -93,12 +96,14 @@ def build(size: str) -> Result:
             return time.perf_counter() - start
 
         # pyreft's 70B takes half an hour and is not needed to see the difference.
-        turns: dict[str, Callable[[], float]] = {"pyreft": theirs, "ours": ours}
-        if size == "quick" or setting.hidden_size > 4096:
-            del turns["pyreft"]
-        repetitions = 3 if "pyreft" not in turns else 1
+        if size != "quick" and setting.hidden_size <= 4096 and before is None:
+            turns["pyreft"] = theirs
+        repetitions = 1 if "pyreft" in turns else 3 if before is None else 15
         series.append(Series(setting.asdict(), take_turns(turns, repetitions, 0)))
-    return _result("build", "s", "ours", series)
+    if before is not None:
+        for bench in benches.values():
+            bench.close()
+    return _result("build", "s", next(iter(benches)), series)
 
 
 def adapter_bytes(size: str) -> Result:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from benchmarks.base import Setting
@@ -15,31 +17,55 @@ from benchmarks.worker import RemoteBench
 # Contestants from environments of their own: the environment's directory, and whom
 # they build there.
 ELSEWHERE = {"pyreft-own": "pyreft", "adapters": "adapters"}
+_BUILT_AS = ELSEWHERE | {"before": "ours"}
+
+Workers = Mapping[str, Callable[[], RemoteBench]]
+
+
+def workers(
+    pythons: Mapping[str, str] | None = None, before: Path | None = None
+) -> dict[str, Callable[[], RemoteBench]]:
+    """Starts of the processes in which contestants run that do not run in this one.
+
+    Args:
+        pythons: for contestants of ``ELSEWHERE``, the interpreter of the environment.
+        before: directory that holds another build of ``axolotl_reft``. ``ours`` gets a
+            process as well then, so that the two differ in the build alone.
+    """
+    starts = {name: partial(RemoteBench, p) for name, p in (pythons or {}).items()}
+    if before is not None:
+        starts |= {"before": partial(RemoteBench, source=before), "ours": RemoteBench}
+    return starts
 
 
 def run(
     name: str,
     benchmark: Benchmark,
     size: str,
-    pythons: Mapping[str, str] | None = None,
+    elsewhere: Workers | None = None,
     report: Callable[[str], None] = print,
     **changes: Any,
 ) -> Result:
     """Measure every setting of a size.
 
     Args:
-        pythons: for contestants of ``ELSEWHERE``, the interpreter of the environment;
-            those without are left out.
+        elsewhere: by contestant, the start of its process (:func:`workers`); those of
+            other environments or builds are left out without one.
         changes: of the settings, such as ``device``.
     """
     settings = [setting.but(**changes) for setting in benchmark.sizes[size]]
-    pythons = pythons or {}
+    elsewhere = elsewhere or {}
     device = settings[0].device if settings else "cpu"
     fresh = benchmark.fresh and device == "cpu"
-    remotes = {
-        contestant: RemoteBench(pythons[contestant])
+    contestants = [
+        contestant
         for contestant in benchmark.contestants
-        if contestant in pythons and not fresh
+        if contestant not in _BUILT_AS or contestant in elsewhere
+    ]
+    remotes = {
+        contestant: elsewhere[contestant]()
+        for contestant in contestants
+        if contestant in elsewhere and not fresh
     }
     found = {"here": versions()}
     found |= {contestant: bench.versions() for contestant, bench in remotes.items()}
@@ -47,9 +73,12 @@ def run(
     repetitions = benchmark.repetitions[size]
     for setting in settings:
         if fresh:
-            one = _in_fresh_processes(benchmark, setting, repetitions, pythons)
+            one = _in_fresh_processes(
+                benchmark.task, contestants, setting, repetitions, elsewhere
+            )
         else:
-            one = _together(benchmark, setting, repetitions, here, remotes)
+            benches: dict[str, Any] = {c: remotes.get(c, here) for c in contestants}
+            one = _together(benchmark.task, benches, setting, repetitions)
         report(f"{name} {_short(one)}")
         series.append(one)
     for bench in remotes.values():
@@ -57,7 +86,7 @@ def run(
     return Result(
         benchmark=name,
         unit=benchmark.unit,
-        floor=benchmark.contestants[0],
+        floor=contestants[0],
         series=series,
         versions=found,
         hardware=hardware(device),
@@ -65,26 +94,15 @@ def run(
     )
 
 
-def _takes_part(contestant: str, pythons: Mapping[str, Any]) -> bool:
-    return contestant not in ELSEWHERE or contestant in pythons
-
-
 def _together(
-    benchmark: Benchmark,
-    setting: Setting,
-    repetitions: int,
-    here: Bench,
-    remotes: Mapping[str, RemoteBench],
+    task: str, benches: Mapping[str, Any], setting: Setting, repetitions: int
 ) -> Series:
     one = Series(setting.asdict())
     turns: dict[str, Callable[[], float]] = {}
-    for contestant in benchmark.contestants:
-        if not _takes_part(contestant, remotes):
-            continue
-        built_as = ELSEWHERE.get(contestant, contestant)
-        bench: Any = remotes.get(contestant, here)
+    for contestant, bench in benches.items():
+        built_as = _BUILT_AS.get(contestant, contestant)
         try:
-            bench.build(benchmark.task, built_as, setting)
+            bench.build(task, built_as, setting)
             bench.turn(built_as)
         except Exception as error:
             one.failures[contestant] = f"{type(error).__name__}: {error}"
@@ -95,21 +113,23 @@ def _together(
 
 
 def _in_fresh_processes(
-    benchmark: Benchmark,
+    task: str,
+    contestants: list[str],
     setting: Setting,
     repetitions: int,
-    pythons: Mapping[str, str],
+    elsewhere: Workers,
 ) -> Series:
     one = Series(setting.asdict())
+    order, shuffle = list(contestants), random.Random(0).shuffle
     for _ in range(repetitions):
-        for contestant in benchmark.contestants:
-            if not _takes_part(contestant, pythons) or contestant in one.failures:
+        shuffle(order)
+        for contestant in order:
+            if contestant in one.failures:
                 continue
-            python = pythons.get(contestant)
-            bench = RemoteBench(python) if python else RemoteBench()
-            built_as = ELSEWHERE.get(contestant, contestant)
+            bench = elsewhere.get(contestant, RemoteBench)()
+            built_as = _BUILT_AS.get(contestant, contestant)
             try:
-                bench.build(benchmark.task, built_as, setting)
+                bench.build(task, built_as, setting)
                 one.values.setdefault(contestant, []).append(bench.turn(built_as))
             except RuntimeError as error:
                 one.failures[contestant] = str(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from benchmarks.base import Setting
 
@@ -31,6 +31,13 @@ class Benchmark:
     unit: str = "s"
     fresh: bool = False
     repetitions: dict[str, int] = field(default_factory=lambda: _repetitions())
+
+
+def with_before(benchmark: Benchmark) -> Benchmark:
+    """The benchmark with another build of this package beside ``ours``."""
+    contestants = list(benchmark.contestants)
+    contestants.insert(contestants.index("ours") + 1, "before")
+    return replace(benchmark, contestants=tuple(contestants))
 
 
 def _repetitions(quick: int = 5, full: int = 15, gpu: int = 9) -> dict[str, int]:
@@ -73,6 +80,7 @@ _ON_GPU = [
 ]
 # So few tokens that the host, not the GPU, decides how long a step takes.
 _FEW_TOKENS = _LLAMA_8B.but(batch=4, length=128)
+_FEW_ON_CPU = Setting(hidden_size=256, layers=16, length=64, prompt=32)
 
 _TOKEN_BY_TOKEN = _sizes(
     quick=[Setting(batch=1)],
@@ -164,6 +172,13 @@ SUITE: dict[str, Benchmark] = {
         ),
         repetitions=_repetitions(quick=3, full=9, gpu=15),
     ),
+    # So few tokens that what an adapter does around its arithmetic decides.
+    "step-of-few-tokens": Benchmark(
+        "training_step",
+        ("floor", "ours", "lora"),
+        _sizes(quick=[_FEW_ON_CPU], full=[_FEW_ON_CPU]),
+        repetitions=_repetitions(quick=41, full=121),
+    ),
     "steps-in-a-row": Benchmark(
         "steps_in_a_row",
         ("floor", "ours", "labelled"),
@@ -176,7 +191,7 @@ SUITE: dict[str, Benchmark] = {
         "compiled_step",
         _COMPILED,
         _sizes(
-            full=[Setting(hidden_size=256, layers=16, length=64, prompt=32), Setting()],
+            full=[_FEW_ON_CPU, Setting()],
             gpu=[_LLAMA_1B.but(batch=4, length=256)],
         ),
         repetitions=_repetitions(full=31),
@@ -284,6 +299,13 @@ SUITE: dict[str, Benchmark] = {
         "generate",
         ("base", "ours"),
         _TOKEN_BY_TOKEN,
+    ),
+    "first-adapter": Benchmark(
+        "first_adapter",
+        ("lora", "ours"),
+        _sizes(quick=[_FEW_ON_CPU], full=[_FEW_ON_CPU]),
+        fresh=True,
+        repetitions=_repetitions(quick=5, full=15),
     ),
     "peak-memory": Benchmark(
         "peak_memory",

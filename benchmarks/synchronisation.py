@@ -71,7 +71,10 @@ def _without(setting: Setting) -> Series:
         contestant = CONTESTANTS[name](share(base), setting)
         batch = contestant.collate(_batch(setting))
         _step(contestant, batch)()
-        batch.inputs = {k: v.to("meta") for k, v in batch.inputs.items()}
+        batch.inputs = {
+            k: v.to("meta") if isinstance(v, torch.Tensor) else v
+            for k, v in batch.inputs.items()
+        }
         _to_meta(contestant.model)
         try:
             with _unmasked():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.base import Batch, Setting, build_base, packed, padded, rectangle, share
-from benchmarks.contestants import CONTESTANTS, Contestant, ours
+from benchmarks.contestants import CONTESTANTS, Contestant, our_config, ours
 
 
 def clock(setting: Setting) -> Callable[[], float]:
@@ -91,12 +92,15 @@ def ragged(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
 
 def logged_step(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
     """Seconds of a training step, plain or with the edits logged in each."""
-    from axolotl_reft.training.edit_log import EditLog
-
-    contestant, batch = ours(share(base), setting), rectangle(setting)
+    contestant = ours(share(base), setting)
+    batch = contestant.collate(rectangle(setting))
     optimizer, now = _optimizer(contestant), clock(setting)
     trainer = SimpleNamespace(model=contestant.model, log=lambda logs: None)
-    told = EditLog(trainer) if name == "logged" else None
+    told = None
+    if name == "logged":
+        from axolotl_reft.training.edit_log import EditLog
+
+        told = EditLog(trainer)
     # What transformers' Trainer says of a step that is logged.
     step: Any = (
         SimpleNamespace(
@@ -128,7 +132,7 @@ def backward(name: str, base: nn.Module, setting: Setting) -> Callable[[], float
     """
     contestant = ours(share(base), setting.but(edited=name))
     contestant.model.enable_input_require_grads()  # type: ignore[operator]
-    batch, now = rectangle(setting), clock(setting)
+    batch, now = contestant.collate(rectangle(setting)), clock(setting)
 
     def turn() -> float:
         loss = contestant.loss(batch)
@@ -193,6 +197,43 @@ def generate(name: str, base: nn.Module, setting: Setting) -> Callable[[], float
         start = now()
         model.generate(input_ids=ids, pad_token_id=0, **asked)
         return (now() - start) / 32
+
+    return turn
+
+
+def trained(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
+    """How many parameters are trained."""
+    count = sum(p.numel() for p in CONTESTANTS[name](share(base), setting).trained)
+    return lambda: float(count)
+
+
+def building(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
+    """Seconds to build the adapter on the base, everything imported."""
+    from peft import get_peft_model
+
+    config = our_config(setting)
+
+    def turn() -> float:
+        model: Any = share(base)
+        start = time.perf_counter()
+        get_peft_model(model, config)
+        return time.perf_counter() - start
+
+    return turn
+
+
+def first_adapter(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
+    """Seconds of a process's first adapter: the import of what makes it, torch,
+    transformers and PEFT aside, and its building."""
+    import peft  # noqa: F401 - before the time
+
+    if "axolotl_reft" in sys.modules:
+        raise RuntimeError("axolotl_reft was imported before the time began")
+
+    def turn() -> float:
+        start = time.perf_counter()
+        CONTESTANTS[name](base, setting)
+        return time.perf_counter() - start
 
     return turn
 
@@ -296,6 +337,9 @@ TASKS: dict[str, Callable[[str, nn.Module, Setting], Callable[[], float]]] = {
     "prefill": prefill,
     "decode": decode,
     "generate": generate,
+    "trained": trained,
+    "building": building,
+    "first_adapter": first_adapter,
     "peak_memory": peak_memory,
     "launches": launches,
     "compiled_launches": compiled_launches,

@@ -23,14 +23,25 @@ class RemoteBench:
 
     Args:
         python: interpreter of the environment.
+        source: directory that holds another build of ``axolotl_reft``, which the
+            process imports in the place of this one.
 
     Raises:
         RuntimeError: the worker failed; the message is its last.
+        ValueError: ``source`` holds no ``axolotl_reft``.
     """
 
-    def __init__(self, python: str = sys.executable) -> None:
+    def __init__(
+        self, python: str = sys.executable, source: Path | None = None
+    ) -> None:
         own = os.path.abspath(python) == os.path.abspath(sys.executable)
         paths = [str(_ROOT), os.environ.get("PYTHONPATH", "") if own else ""]
+        if source is not None:
+            if not (source / "axolotl_reft" / "__init__.py").exists():
+                raise ValueError(
+                    f"{source} holds no axolotl_reft; name the src/ of a checkout"
+                )
+            paths.insert(1, str(source.resolve()))
         self._process = subprocess.Popen(
             [python, "-m", "benchmarks.worker"],
             stdin=subprocess.PIPE,

@@ -3,18 +3,20 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import axolotl_reft
 from benchmarks import harness, plot, table, tasks
 from benchmarks.__main__ import main
 from benchmarks.base import Setting, build_base, packed, padded, rectangle, share
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import Result, Series, take_turns
 from benchmarks.parts import PARTS
-from benchmarks.running import run
-from benchmarks.suite import SUITE
+from benchmarks.running import run, workers
+from benchmarks.suite import SUITE, with_before
 from benchmarks.synchronisation import synchronisation
 from benchmarks.tasks import _train
 from benchmarks.worker import RemoteBench
@@ -69,6 +71,94 @@ def test_a_contestant_runs_in_a_process_of_its_own():
     with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
         bench.turn("nobody")
     bench.close()
+
+
+@pytest.fixture
+def another_build(tmp_path):
+    """A source directory whose LoreftConfig says that it is not today's, and whose
+    rank is another."""
+    package = tmp_path / "axolotl_reft"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import sys\n"
+        "sys.modules.pop('axolotl_reft')\n"
+        "here = sys.path.pop(sys.path.index(%r))\n"
+        "import axolotl_reft as today\n"
+        "made = today.LoreftConfig\n"
+        "today.LoreftConfig = lambda **settings: made(**settings | {'rank': 1})\n"
+        "sys.modules['axolotl_reft'] = today\n" % str(tmp_path)
+    )
+    return tmp_path
+
+
+def test_ours_of_another_build_takes_turns_with_todays(another_build):
+    benchmark = with_before(SUITE["peak-memory"])
+    assert benchmark.contestants[:3] == ("floor", "ours", "before")
+    benchmark = replace(benchmark, contestants=("before", "ours"), task="trained")
+    starts = workers(before=another_build)
+    assert set(starts) == {"before", "ours"}
+    for fresh in (True, False):
+        result = run("trained", replace(benchmark, fresh=fresh), "toy", starts, print)
+        check(result)
+        (series,) = result.series
+        # Untied, on two layers: a rank of 1 in the place of 2.
+        assert series.ratios("ours", "before") == [2.0] * len(series.values["ours"])
+
+
+def test_another_build_is_where_one_says():
+    with pytest.raises(ValueError, match="benchmarks holds no axolotl_reft; name the "):
+        RemoteBench(source=harness.RESULTS.parent)
+
+
+def test_the_command_compares_builds(tmp_path, capsys):
+    source = str(Path(axolotl_reft.__file__).parents[1])
+    arguments = ["--size", "toy", "--before", source, "--results", str(tmp_path)]
+    main(["prefill", "build", *arguments])
+    for name in ("prefill", "build"):
+        (series,) = harness.read(tmp_path / f"{name}.json").series
+        assert {"ours", "before"} <= set(series.values) and not series.failures
+    said = capsys.readouterr().out
+    assert "prefill hidden_size=64 layers=2 batch=2 length=40: ours/before " in said
+    assert "build hidden_size=64 layers=2" in said
+    main(["prefill", *arguments, "--contestants", "before,ours"])
+    result = harness.read(tmp_path / "prefill.json")
+    assert result.floor == "before" and set(result.series[0].values) == {
+        "before",
+        "ours",
+    }
+    for wrong, why in (
+        (["start-up", *arguments], "--before: start-up cannot run another build"),
+        (
+            ["decode", "--contestants", "us"],
+            "--contestants: decode has no us, but base",
+        ),
+        (["build", "--contestants", "ours"], "build has no ours, but none to choose"),
+    ):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert why in capsys.readouterr().err
+
+
+def test_the_lines_that_compare_builds(results):
+    result = harness.read(results / "one.json")
+    assert harness.before_and_after(result) == []
+    setting = {"hidden_size": 8, "layers": 2, "batch": 1, "length": 4}
+    values = {"before": [1.0, 2.0, 4.0, 8.0, 1.0], "ours": [2.0, 1.0, 4.0, 8.0, 0.5]}
+    result.series = [Series(setting, values)]
+    assert harness.before_and_after(result) == [
+        "one hidden_size=8 layers=2 batch=1 length=4: ours/before 1.000, half of 5 "
+        "rounds in 0.500 to 1.000; median 2 -> 2 s"
+    ]
+
+
+def test_the_time_of_a_first_adapter_has_its_import_in_it():
+    with pytest.raises(RuntimeError, match="imported before the time began"):
+        tasks.first_adapter("ours", build_base(TOY), TOY)
+    bench = RemoteBench()
+    bench.build("first_adapter", "ours", TOY)
+    first, second = bench.turn("ours"), bench.turn("ours")
+    bench.close()
+    assert first > second > 0
 
 
 def test_what_a_contestant_says_when_it_fails_is_kept():

@@ -119,7 +119,7 @@ def test_the_collator_goes_to_other_processes_and_stands_beside_the_counter(toke
     collate = LabelledLogits.of(model, PromptCounter.of(model, BatchEncoding))
     got = pickle.loads(pickle.dumps(collate))(some)
     assert isinstance(got, BatchEncoding)
-    assert [*got] == [*some, "loreft_prompts", "logits_to_keep", "shift_labels"]
+    assert [*got] == [*some, "loreft_positions", "logits_to_keep", "shift_labels"]
 
 
 def test_padded_features_of_a_tokenizers_collator(tokens):
