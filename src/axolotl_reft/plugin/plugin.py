@@ -17,11 +17,12 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel, TrainerCallback
 
-from axolotl_reft.plugin import observation, quantised
+from axolotl_reft.plugin import quantised
 from axolotl_reft.plugin.against_base import check_against_base
 from axolotl_reft.plugin.args import check_as_written
 from axolotl_reft.plugin.chat import markers_of_data
 from axolotl_reft.plugin.labels import complete_batches, show_labels
+from axolotl_reft.plugin.observation import edit_callbacks
 from axolotl_reft.plugin.refusals import COMMANDS
 from axolotl_reft.plugin.rules import refuse
 from axolotl_reft.plugin.running import (
@@ -168,7 +169,7 @@ class LoreftPlugin(BasePlugin):
         elif cfg.adapter == "loreft" and not cfg.reward_model:
             complete_batches(trainer, cfg.loreft_labelled_logits)
             show_labels(trainer)
-        return observation.callbacks(cfg, trainer)
+        return edit_callbacks(cfg, trainer)
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         config = getattr(trainer.model, "peft_config", {}).get("default")
