@@ -32,7 +32,6 @@ from axolotl_reft.plugin.running import (
     warn_of_no_evaluation,
 )
 from axolotl_reft.plugin.typed_prompts import warn_of_other_prompts
-from axolotl_reft.plugin.version import check_axolotl
 from axolotl_reft.saved.card import keep_in_trainers_card
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.lora import LayerLora
@@ -60,7 +59,6 @@ class LoreftPlugin(BasePlugin):
     _has_block = True
 
     def register(self, cfg: Any) -> None:
-        check_axolotl()
         adapter = cfg.get("adapter")
         self._has_block = bool(cfg.get("loreft"))
         if adapter == "loreft":

@@ -54,14 +54,12 @@ class Answers:
         if self._columns is not None:
             columns, answers = self._columns
             if ids_BT.shape[1] == columns:
-                return torch.arange(columns, device=ids_BT.device)[None] >= (
-                    columns - answers
-                )
+                place_1T = torch.arange(columns, device=ids_BT.device)[None]
+                return place_1T >= columns - answers
         raise ValueError(
             "LoReFT cannot tell prompt from answer in a batch of shape "
-            f"{tuple(ids_BT.shape)} that the trainer gave the model: it is none of "
-            "those whose completion mask was seen. Use axolotl's own trainers, or edit "
-            "every token with positions: all"
+            f"{tuple(ids_BT.shape)}, of which the trainer gave no completion mask. Use "
+            "axolotl's own trainers, or edit every token with positions: all"
         )
 
     def masks(self, inputs: dict[str, Tensor], **_: Any) -> None:

@@ -247,9 +247,7 @@ PROCESSES = (
         "without its batch; set gradient_checkpointing: true in its place, or "
         "component: block_output"
         for key in ("activation_checkpointing", "fsdp_activation_checkpointing")
-    }, when=lambda config: config.block.component not in (
-        "block_output", "block_input"
-    )),
+    }, when=lambda config: not config.block.component.startswith("block_")),
 )  # fmt: skip
 
 COMPONENTS = (

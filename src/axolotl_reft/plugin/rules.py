@@ -24,7 +24,7 @@ class Config:
     """axolotl's settings, as written or as validated, and the adapter's block."""
 
     def __init__(self, settings: Mapping[str, Any], block: Any) -> None:
-        environment = {f"${name}": value for name, value in os.environ.items()}
+        environment = {f"${key}": value.lower() for key, value in os.environ.items()}
         read = {"deepspeed": _deepspeed(settings.get("deepspeed"))}
         self.settings = {**settings, **read, **environment}
         self.block = block
