@@ -124,8 +124,7 @@ class LoreftLM(HFLM):
         """Batches, longest first, so that one too large for memory fails at once."""
 
         def key(request: _Request) -> tuple[int, list[int]]:
-            tokens = request[1] + request[2]
-            return -len(tokens), tokens
+            return -len(request[1] + request[2]), request[1] + request[2]
 
         finds_size = self.batch_size == "auto" and not override_bs
         size = override_bs if self.batch_size == "auto" else self.batch_size

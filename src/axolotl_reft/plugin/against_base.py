@@ -26,27 +26,15 @@ LOG = get_logger(__name__)
 
 # Settings that make axolotl resize the embeddings.
 _NEW_TOKENS = (
-    "tokens",
-    "special_tokens",
-    "added_tokens_overrides",
-    "resize_token_embeddings_to_32x",
-    "shrink_embeddings",
-)
+    "tokens", "special_tokens", "added_tokens_overrides",
+    "resize_token_embeddings_to_32x", "shrink_embeddings",
+)  # fmt: skip
 # transformers' quantizers whose is_trainable is False, and axolotl's names for two.
 _NOT_TRAINABLE = (
-    "FineGrainedFP8Config",
-    "Mxfp4Config",
-    "auto-round",
-    "fbgemm_fp8",
-    "fp8",
-    "higgs",
-    "metal",
-    "mxfp4",
-    "nvfp4",
-    "quark",
-    "spqr",
-    "vptq",
-)
+    "FineGrainedFP8Config", "Mxfp4Config", "auto-round", "fbgemm_fp8", "fp8", "higgs",
+    "metal", "mxfp4", "nvfp4", "quark", "spqr", "vptq",
+)  # fmt: skip
+_FULL_PRECISION = "set base_model to the full-precision one, and load_in_4bit: true"
 _OPTIMUM_FOR_GPTQ = Version("1.24.0")
 # A module without which transformers fails when it has begun to load the base, and what
 # to install for it. gptqmodel 7.7 needs a newer torch than axolotl 0.19 takes.
@@ -151,18 +139,17 @@ def _check_quantised_base(
             f"{key}: true, but the base is quantised with {method} already; remove "
             f"{key}, or set base_model to the full-precision one"
         )
+    stored = f"the base is quantised with {method},"
     if method == "gptq" and Version(version("optimum")) < _OPTIMUM_FOR_GPTQ:
         raise ValueError(
-            "the base is quantised with gptq, for which transformers needs optimum "
-            f"{_OPTIMUM_FOR_GPTQ} or newer, and this axolotl pins {version('optimum')};"
-            " set base_model to the full-precision one, and load_in_4bit: true"
+            f"{stored} for which transformers needs optimum {_OPTIMUM_FOR_GPTQ} or "
+            f"newer, and this axolotl pins {version('optimum')}; {_FULL_PRECISION}"
         )
-    module, package = _NEEDED.get(str(method), (None, None))
+    module, package = _NEEDED.get(str(method), ("", ""))
     if module and find_spec(module) is None:
         raise ValueError(
-            f"the base is quantised with {method}, which transformers loads with the "
-            f"module {module}, and it is not installed; pip install '{package}', or "
-            "set base_model to the full-precision one, and load_in_4bit: true"
+            f"{stored} which transformers loads with the module {module}, and it is "
+            f"not installed; pip install '{package}', or {_FULL_PRECISION}"
         )
     dequantised = settings.get("model_quantization_config_kwargs") or base
     if not training or dequantised.get("dequantize"):
@@ -175,7 +162,5 @@ def _check_quantised_base(
         )
     if method in _NOT_TRAINABLE:
         raise ValueError(
-            f"the base is quantised with {method}, through which transformers cannot "
-            "train; set base_model to the full-precision one, and load_in_8bit or "
-            "load_in_4bit: true"
+            f"{stored} through which transformers cannot train; {_FULL_PRECISION}"
         )

@@ -89,7 +89,7 @@ def note_answers(trainer: Any) -> None:
     answers = Answers()
     if isinstance(trainer, (DPOTrainer, KTOTrainer)):
         for name in ("compute_loss", "compute_ref_log_probs"):
-            _note_arguments(trainer, name, answers.masks, answers.forget)
+            _note_arguments(trainer, name, answers, answers.masks)
     elif isinstance(trainer, (ORPOTrainer, CPOTrainer)):
         concatenate = trainer.concatenated_inputs
 
@@ -103,7 +103,7 @@ def note_answers(trainer: Any) -> None:
         trainer.concatenated_inputs = noted
     elif isinstance(trainer, GRPOTrainer):
         for name in ("_get_per_token_logps_and_entropies", "_get_last_hidden_state"):
-            _note_arguments(trainer, name, answers.columns, answers.forget)
+            _note_arguments(trainer, name, answers, answers.columns)
     else:
         raise ValueError(
             f"LoReFT does not know how {type(trainer).__name__} tells prompt from "
@@ -113,7 +113,7 @@ def note_answers(trainer: Any) -> None:
 
 
 def _note_arguments(
-    trainer: Any, name: str, note: Callable[..., None], forget: Callable[[], None]
+    trainer: Any, name: str, answers: Answers, note: Callable[..., None]
 ) -> None:
     """Note the arguments of a trainer's method while it runs."""
     method = getattr(trainer, name)
@@ -125,7 +125,7 @@ def _note_arguments(
         try:
             return method(*args, **kwargs)
         finally:
-            forget()
+            answers.forget()
 
     # Patch: TRL does not pass on to the model which tokens are answers.
     setattr(trainer, name, noted)

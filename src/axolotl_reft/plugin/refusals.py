@@ -214,6 +214,7 @@ def _fsdp1(config: Config) -> str | None:
     return f"fsdp_version: {version}" if old else None
 
 
+_WHOLE_LAYER = ("block_output", "block_input")
 # Replicas (DDP), FSDP2 and ZeRO keep sequences and hidden states whole. Refused is what
 # cuts up a sequence, a layer or the stack of layers.
 PROCESSES = (
@@ -247,7 +248,7 @@ PROCESSES = (
         "without its batch; set gradient_checkpointing: true in its place, or "
         "component: block_output"
         for key in ("activation_checkpointing", "fsdp_activation_checkpointing")
-    }, when=lambda config: not config.block.component.startswith("block_")),
+    }, when=lambda config: config.block.component not in _WHOLE_LAYER),
 )  # fmt: skip
 
 COMPONENTS = (
