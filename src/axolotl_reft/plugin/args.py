@@ -28,18 +28,17 @@ _SET_BY_THE_PACKAGE = (
     "axolotl_reft_version",
 )
 _TYPES = get_type_hints(LoreftConfig)
+_FIELDS: dict[str, Any] = {
+    field.name: (
+        _TYPES[field.name],
+        Field(default=field.default, description=field.metadata["help"]),
+    )
+    for field in fields(LoreftConfig)
+    if field.name in LoreftConfig.__annotations__
+    and field.name not in _SET_BY_THE_PACKAGE
+}
 _Settings: Any = create_model(
-    "_Settings",
-    __config__=ConfigDict(extra="forbid"),
-    **{
-        field.name: (
-            _TYPES[field.name],
-            Field(default=field.default, description=field.metadata["help"]),
-        )
-        for field in fields(LoreftConfig)
-        if field.name in LoreftConfig.__annotations__
-        and field.name not in _SET_BY_THE_PACKAGE
-    },
+    "_Settings", __config__=ConfigDict(extra="forbid"), **_FIELDS
 )
 
 

@@ -11,7 +11,7 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any
 
@@ -70,7 +70,7 @@ class Answers:
             if f"{kind}input_ids" in inputs
         ]
 
-    def labels(self, concatenated: dict[str, Tensor]) -> None:
+    def labels(self, concatenated: Mapping[str, Any]) -> None:
         """Note what ORPO and CPO concatenate from chosen and rejected answers."""
         ids_BT = concatenated["concatenated_input_ids"]
         self._known = [(ids_BT, concatenated["concatenated_labels"] != -100)]
@@ -100,7 +100,7 @@ def note_answers(trainer: Any) -> None:
             return batch
 
         # Patch: the labels are dropped before the model is called.
-        trainer.concatenated_inputs = noted
+        trainer.concatenated_inputs = noted  # type: ignore[method-assign]
     elif isinstance(trainer, GRPOTrainer):
         for name in ("_get_per_token_logps_and_entropies", "_get_last_hidden_state"):
             _note_arguments(trainer, name, answers, answers.columns)

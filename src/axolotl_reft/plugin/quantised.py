@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,10 @@ def asked_width(settings: Mapping[str, Any]) -> str | None:
 def sharding(settings: Mapping[str, Any]) -> str | None:
     """``fsdp`` or ``fsdp_config``, where the config sets it."""
     return next((key for key in _SHARDING if settings.get(key)), None)
+
+
+def _is_sharded_by(key: str, config: Config) -> bool:
+    return sharding(config.settings) == key
 
 
 def _misplaced_setting(config: Config) -> str | None:
@@ -84,8 +89,7 @@ REFUSALS = (
         "remove one of the two. Without FSDP, each process holds the whole base, in 8 "
         "or 4 bits"
         for key in ("load_in_4bit", "load_in_8bit")
-    }, when=lambda config, sharded=sharded: sharding(config.settings) == sharded)
-      for sharded in _SHARDING),
+    }, when=partial(_is_sharded_by, sharded)) for sharded in _SHARDING),
 )  # fmt: skip
 
 

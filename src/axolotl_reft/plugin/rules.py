@@ -50,13 +50,13 @@ class Table:
 
     Args:
         beside: what they contradict; ``<name>`` is a setting's value.
-        rows: conditions with reason and remedy. A function returns the offending
-            "KEY: VALUE", or None.
+        rows: a ``Condition`` each, with reason and remedy. A function returns the
+            offending "KEY: VALUE", or None.
         when: whether the table applies.
     """
 
     beside: str
-    rows: Mapping[Condition, str]
+    rows: Mapping[Any, str]
     when: Callable[[Config], Any] = lambda config: True
 
 
