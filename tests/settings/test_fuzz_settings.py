@@ -177,7 +177,11 @@ def test_what_is_accepted_trains_as_it_is_written(intervention):
 
     @settings(max_examples=40)
     @given(st.fixed_dictionaries({}, optional=IN_CODE))
+    @example({"positions": "f999999999+l999999999"})
     @example({"layers": [0, 2], "rank": {0: 3, 2: 5}, "positions": "f2+l1"})
+    @example({"lora": {"r": 999_999_999}})
+    @example({"lora": {"alpha": 1e6}})
+    @example({"lora": {"alpha": 1e-6}})
     def check(written):
         nonlocal trained
         written = written | {"intervention": intervention}

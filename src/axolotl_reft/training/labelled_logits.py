@@ -107,5 +107,9 @@ def _hands_arguments_to_loss(forward: Callable[..., Any]) -> bool:
     rest = [p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD]
     if not rest or "logits_to_keep" not in parameters:
         return False
+    try:
+        source = inspect.getsource(forward)
+    except OSError:  # installed without it
+        return False
     call = rf"self\.loss_function\((?:[^()]|\([^()]*\))*\*\*{rest[0]}\b"
-    return re.search(call, inspect.getsource(forward)) is not None
+    return re.search(call, source) is not None
