@@ -118,7 +118,9 @@ def test_sfttrainers_batches_edit_the_prompts(tmp_path, settings):
         note.ids = kwargs["input_ids"]
 
     def read(*_):
-        prefix, suffix = layer.prompts("default").edited(layer.positions["default"])
+        prefix, suffix = layer.prompts("default").edited(
+            layer.specs["default"].positions
+        )
         for mask in (prefix, suffix):
             edited.update(tokenizer.convert_ids_to_tokens(note.ids[mask].tolist()))
 

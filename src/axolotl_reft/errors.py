@@ -1,40 +1,23 @@
-"""Values of the user's in messages, whatever they are: a message must not fail."""
+"""Helpers for error messages: a shortened repr, and the nearest known name."""
 
 from __future__ import annotations
 
 from difflib import get_close_matches
 from reprlib import Repr
 
-# Longer ones are no slip of the pen, and comparing them takes minutes.
-_LONGEST_NAME = 64
-
-
-class _Shortened(Repr):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel = 4
-        self.maxdict = self.maxlist = self.maxtuple = self.maxset = 40
-        self.maxstring = self.maxlong = self.maxother = 200
-
-    def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to write out more than 4300 digits.
-        if x.bit_length() > 1000:
-            return f"<a number of {x.bit_length()} bits>"
-        return super().repr_int(x, level)
-
-
-_SHORTENED = _Shortened()
+_SHORT = Repr()
+_SHORT.maxlevel = 4
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = 40
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
 
 
 def shown(value: object) -> str:
     """A value's repr, shortened where it is long."""
-    return _SHORTENED.repr(value)
+    return _SHORT.repr(value)
 
 
-def did_you_mean(value: object, choices: tuple[str, ...], likeness: float = 0.6) -> str:
-    """`` Did you mean 'rank'?``, or nothing where nothing is near."""
-    if not isinstance(value, str) or len(value) > _LONGEST_NAME:
-        return ""
-    as_written = {choice.lower(): choice for choice in choices}
-    near = get_close_matches(value.lower(), as_written, n=1, cutoff=likeness)
-    return f" Did you mean {as_written[near[0]]!r}?" if near else ""
+def did_you_mean(value: object, choices: tuple[str, ...], cutoff: float = 0.6) -> str:
+    """`` Did you mean 'rank'?`` for a near miss of a choice, else nothing."""
+    by_lower_case = {choice.lower(): choice for choice in choices}
+    near = get_close_matches(str(value).lower(), by_lower_case, n=1, cutoff=cutoff)
+    return f" Did you mean {by_lower_case[near[0]]!r}?" if near else ""

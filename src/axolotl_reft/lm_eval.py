@@ -1,7 +1,7 @@
-"""LoReFT adapters as a model of lm_eval, the evaluation harness (0.4.11).
+"""Score LoReFT adapters with lm_eval, the evaluation harness (0.4.11).
 
-lm_eval's own ``hf`` model would score context and continuation as one prompt, so that
-the edited suffix fell on the continuation. Here every request's context is the prompt.
+lm_eval's own ``hf`` model scores context and continuation as one prompt, so that the
+edited suffix falls on the continuation. Here every request's context is the prompt.
 
 ``python -m axolotl_reft.lm_eval --model loreft --model_args peft=DIR --tasks …`` is
 lm_eval's command line with this model in it; lm_eval has no entry point for models.
@@ -28,14 +28,14 @@ from transformers import AutoConfig
 from axolotl_reft.saved.directory import check_adapter_fits, read_adapter_config
 from axolotl_reft.tuner.model import LoreftModel
 
-# What lm_eval scores: (what was asked, tokens of the context, of the continuation).
+# The request's text, tokens of its context, tokens of its continuation.
 _Request = tuple[Any, list[int], list[int]]
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @register_model("loreft")
 class LoreftLM(HFLM):
-    """A base model with a LoReFT adapter, each request's context being its prompt.
+    """A base model with a LoReFT adapter; each request's context is its prompt.
 
     Args:
         pretrained: the base model, by default the one that the adapter names; or a
@@ -74,8 +74,8 @@ class LoreftLM(HFLM):
 
     def _create_model(self, pretrained: str, peft: str, **kwargs: Any) -> None:
         super()._create_model(pretrained, **kwargs)
-        # lm_eval's own would also cut off rows that pad the vocabulary, and with them
-        # a part of the sum that every probability is divided by.
+        # lm_eval's own loading of adapters also cuts off rows that pad the vocabulary,
+        # which changes every probability.
         if len(self.tokenizer) > self._model.get_input_embeddings().num_embeddings:
             self._model.resize_token_embeddings(len(self.tokenizer))
         self._model = PeftModel.from_pretrained(self._model, peft)
@@ -93,7 +93,7 @@ class LoreftLM(HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         # Continuations that differ in their last token alone share a forward. Unlike in
-        # lm_eval's own, the same tokens split elsewhere do not: their prompts differ.
+        # lm_eval, equal tokens that are split elsewhere do not: their prompts differ.
         sharing: dict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
         for number, (_, context, continuation) in enumerate(requests):
             sharing[tuple(context), tuple(continuation[:-1])].append(number)
@@ -121,11 +121,10 @@ class LoreftLM(HFLM):
     def _batches(
         self, inputs: list[_Request], override_bs: int | None
     ) -> Iterator[list[_Request]]:
-        """Longest first, so that a batch too large for the memory fails at once."""
+        """Batches, longest first, so that one too large for memory fails at once."""
 
         def key(request: _Request) -> tuple[int, list[int]]:
-            tokens = request[1] + request[2]
-            return -len(tokens), tokens
+            return -len(request[1] + request[2]), request[1] + request[2]
 
         finds_size = self.batch_size == "auto" and not override_bs
         size = override_bs if self.batch_size == "auto" else self.batch_size
@@ -144,23 +143,16 @@ class LoreftLM(HFLM):
         mask_BT = torch.zeros_like(ids_BT)
         labels_BT = torch.full_like(ids_BT, -100)
         prompts = []
-        for index, (row, (_, _, continuation)) in enumerate(
-            zip(rows, batch, strict=True)
-        ):
+        for index, row in enumerate(rows):
             # The last token of the continuation is not in the row.
-            prompt = len(row) + 1 - len(continuation)
+            prompt = len(row) + 1 - len(batch[index][2])
             ids_BT[index, : len(row)] = torch.tensor(row)
             mask_BT[index, : len(row)] = 1
             labels_BT[index, prompt : len(row)] = ids_BT[index, prompt : len(row)]
             prompts.append(prompt)
-        with (
-            torch.no_grad(),
-            torch.autocast(
-                device_type=self.device.type,
-                dtype=self.mixed_precision_dtype,
-                enabled=self.mixed_precision_dtype is not None,
-            ),
-        ):
+        dtype = self.mixed_precision_dtype
+        autocast = torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+        with torch.no_grad(), autocast:
             logits_BTV = self.model(
                 input_ids=ids_BT.to(self.device),
                 attention_mask=mask_BT.to(self.device),
@@ -180,7 +172,7 @@ def _answer(scores_CV: Tensor, continuation: list[int]) -> tuple[float, bool]:
 
 
 def _base_of(peft: str | None, base: str | None) -> str:
-    """The base model to load, seen to fit the adapter."""
+    """The base model to load, checked against the adapter."""
     if not peft:
         raise ValueError(
             "peft: no adapter is given; name the output_dir of a training, for example "
@@ -193,7 +185,7 @@ def _base_of(peft: str | None, base: str | None) -> str:
 
 
 def check_rolling(positions: str) -> None:
-    """Refuse texts without a prompt, as perplexity tasks have, for prompt positions.
+    """Refuse perplexity tasks, whose texts have no prompt, with prompt positions.
 
     Raises:
         ValueError: the adapter edits prompt positions.

@@ -7,9 +7,9 @@ from axolotl.utils.fp32_norms import get_fp32_norm_patterns, tag_model_fp32_norm
 from conftest import build_adapter, build_model
 from transformers import AutoConfig
 
-from axolotl_reft.plugin import checks
+from axolotl_reft.plugin import against_base
+from axolotl_reft.plugin.against_base import check_against_base
 from axolotl_reft.plugin.args import LoreftBlock
-from axolotl_reft.plugin.checks import check_against_base
 from axolotl_reft.plugin.plugin import LoreftPlugin, trained_adapter
 
 
@@ -82,7 +82,9 @@ def test_training_goes_on_with_the_same_settings_alone(tmp_path, setting):
 def test_an_answering_adapter_keeps_its_own_settings(tmp_path, monkeypatch):
     build_adapter(build_model(), **SAVED).save_pretrained(tmp_path)
     told = []
-    monkeypatch.setattr(checks.LOG, "warning", lambda *message: told.append(message))
+    monkeypatch.setattr(
+        against_base.LOG, "warning", lambda *message: told.append(message)
+    )
     check({"positions": "l1"}, training=False, lora_model_dir=str(tmp_path))
     assert "has positions: f2+l3 (here l1)" in told[0][1]
     check(SAVED, training=False, resume_from_checkpoint="nowhere")

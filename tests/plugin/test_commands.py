@@ -6,6 +6,7 @@ In this process: a start of axolotl takes many seconds.
 import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from axolotl.integrations.base import PluginManager
 from click.testing import CliRunner
 from workspace import build_config, build_workspace
 
-from axolotl_reft.plugin import plugin
+from axolotl_reft.plugin import commands, plugin, version
 from axolotl_reft.plugin.args import LoreftBlock
 from axolotl_reft.plugin.commands import reft
 
@@ -161,6 +162,38 @@ def test_scoring_after_training_is_refused(config):
         load_cfg(str(config))
     build_config(config.parent, **settings, lm_eval_post_train=False)
     assert load_cfg(str(config)).adapter == "loreft"
+
+
+@pytest.mark.parametrize("found", ["0.18.0", "0.20.0.dev0", "0.20.1"])
+def test_another_axolotl_is_refused(config, monkeypatch, found):
+    monkeypatch.setattr(version, "version", lambda name: found)
+    message = f"works with axolotl>=0.19,<0.20, and {found} is installed; .*\n\n    pip"
+    with pytest.raises(ValueError, match=message):
+        load_cfg(str(config))
+
+
+def test_a_version_is_checked_before_modules_of_axolotl_are_imported():
+    """axolotl logs a plugin's ImportError and trains without it."""
+    code = (
+        "import sys\n"
+        "from axolotl_reft.plugin import version\n"
+        "version.version = lambda name: '0.18.0'\n"
+        "try:\n    import axolotl_reft\n    axolotl_reft.LoreftPlugin\n"
+        "except ValueError as error:\n"
+        "    print(error, [n for n in sys.modules if n.startswith('axolotl.')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "0.18.0 is installed" in done.stdout and done.stdout.endswith("\n []\n")
+
+
+def test_scoring_without_lm_eval_says_what_to_install(config, monkeypatch):
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    result = CliRunner().invoke(reft, ["lm-eval", str(config)])
+    assert result.output == (
+        "Error: axolotl reft lm-eval needs lm_eval, which is not installed; pip "
+        "install 'axolotl-reft[eval]'\n"
+    )
+    assert result.exit_code == 1
 
 
 def test_the_schema_of_the_block(monkeypatch):

@@ -17,10 +17,10 @@ REFUSED = [
     ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 .* LoRA alone; set tensor"),
     ({"expert_parallel_size": 2}, "expert_parallel_size: 2 .* LoRA alone; set expert"),
     ({"deepspeed": {"tensor_parallel": {"autotp_size": 2}}},
-     "deepspeed: tensor_parallel.autotp_size: 2 .*; remove it"),
+     "deepspeed.tensor_parallel.autotp_size: 2 .*; remove it"),
     ({"deepspeed": {"sequence_parallel_size": 4}},
-     "deepspeed: sequence_parallel_size: 4 .* piece of a sequence"),
-    ({"deepspeed": {"pipeline": {"stages": 2}}}, "deepspeed: pipeline.stages: 2"),
+     "deepspeed.sequence_parallel_size: 4 .* piece of a sequence"),
+    ({"deepspeed": {"pipeline": {"stages": 2}}}, "deepspeed.pipeline.stages: 2"),
     ({"fsdp_config": {"offload_params": True}}, "fsdp_version: 1 .* fsdp_version: 2"),
     ({"fsdp_config": {"fsdp_version": 1}}, "fsdp_version: 1 with adapter: loreft: FSD"),
     ({"fsdp_config": {"version": 1}}, "fsdp_version: 1 with adapter: loreft: FSDP1"),
@@ -65,7 +65,7 @@ def test_what_cuts_up_a_sample_or_the_adapter_is_refused(changes, message):
 def test_a_deepspeed_config_is_looked_into(tmp_path):
     path = tmp_path / "deepspeed.json"
     path.write_text(json.dumps({"tensor_parallel": {"autotp_size": 2}}))
-    with pytest.raises(ValueError, match="deepspeed: tensor_parallel.autotp_size: 2"):
+    with pytest.raises(ValueError, match="deepspeed.tensor_parallel.autotp_size: 2"):
         validated(deepspeed=str(path))
 
 

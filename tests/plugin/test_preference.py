@@ -16,7 +16,8 @@ from preferences import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from axolotl_reft.plugin.preference import Answers, prepare_trainer, tell_answers
+from axolotl_reft.plugin.labels import set_answers
+from axolotl_reft.plugin.preference import Answers, note_answers, prepare_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -156,7 +157,7 @@ def test_every_forward_is_that_of_prefill_and_decode(build, colon, method):
     _, seen = forwards_of(trainer, lambda: loss_of(trainer, batch))
     forward = next(f for f in seen if f.edited)
     model = trainer.model
-    find, tracker = loose(model)
+    find = set_answers(model, None)  # as at inference
     try:
         model.eval()
         for row, (tokens, prompt) in enumerate(
@@ -172,15 +173,8 @@ def test_every_forward_is_that_of_prefill_and_decode(build, colon, method):
             got = forward.output.logits[row][forward.mask[row].bool()[-kept:]]
             assert (got[-len(expected) :] - expected).abs().max() < TOLERANCE
     finally:
-        tracker.find_answers = find
+        set_answers(model, find)
         model.train()
-
-
-def loose(model):
-    """Take the trainer's answers away, as where the adapter is loaded to answer."""
-    tracker = model.get_base_model().loreft_tracker
-    find, tracker.find_answers = tracker.find_answers, None
-    return find, tracker
 
 
 def by_hand(method, model, base, batch, inputs, colon):
@@ -340,8 +334,7 @@ def test_training_that_goes_on_keeps_its_start_as_the_reference(
     _, seen = forwards_of(trainer, lambda: loss_of(trainer, batch))
     assert all(forward.edited for forward in seen)
     reference = seen[0] if method == "grpo" else seen[-1]
-    tracker = start.get_base_model().loreft_tracker
-    tracker.find_answers = answers_after_the_colon(directory)
+    set_answers(start, answers_after_the_colon(directory))
     same = start(
         reference.ids,
         attention_mask=reference.mask,
@@ -379,7 +372,7 @@ def test_answers_of_columns_hold_for_their_width_alone():
 
 def test_another_trainer_is_refused():
     with pytest.raises(ValueError, match="does not know how SimpleNamespace tells"):
-        tell_answers(SimpleNamespace(), None)
+        note_answers(SimpleNamespace())
 
 
 def test_dropout_is_off_where_trl_says_so(directory, caplog):

@@ -5,7 +5,9 @@ import re
 import pytest
 from axolotl.utils.schemas.enums import RLType
 
-from axolotl_reft.plugin.checks import check_settings
+from axolotl_reft.plugin.args import LoreftBlock
+from axolotl_reft.plugin.refusals import SETTINGS
+from axolotl_reft.plugin.rules import refuse
 
 REFUSED = [
     (
@@ -50,7 +52,7 @@ REFUSED = [
 @pytest.mark.parametrize(("settings", "message"), REFUSED)
 def test_refused(settings, message, positions):
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_settings(settings, positions)
+        refuse(SETTINGS, settings, LoreftBlock(positions=positions))
 
 
 @pytest.mark.parametrize(
@@ -63,4 +65,4 @@ def test_refused(settings, message, positions):
     ],
 )
 def test_let_be(settings):
-    check_settings(settings, "f7+l7")
+    refuse(SETTINGS, settings, LoreftBlock())

@@ -13,8 +13,7 @@ from workspace import build_workspace
 from yaml_config import validated
 
 from axolotl_reft import LoreftConfig
-from axolotl_reft.plugin import quantised
-from axolotl_reft.plugin.quantised import check_quantised_base
+from axolotl_reft.plugin import against_base, quantised
 
 NF4 = {
     "load_in_4bit": True,
@@ -179,7 +178,8 @@ REFUSED = [
      "load_in_8bit belongs at the top of the config"),
     ({"load_in_4bit": True, "model_kwargs": {"quantization_config": {"load_in_8bit": 1}}
       }, "both say how to quantise the base"),
-    ({"bnb_4bit_quant_type": "nf4"}, "bnb_4bit_quant_type: is not a key at the top"),
+    ({"bnb_4bit_quant_type": "nf4"},
+     "bnb_4bit_quant_type: nf4 with .* not a key at the top"),
 ]  # fmt: skip
 
 
@@ -235,12 +235,12 @@ def test_a_mistake_in_the_settings(changes, message):
     ],
 )
 def test_a_base_that_is_quantised_otherwise(monkeypatch, base, settings, message):
-    monkeypatch.setattr(quantised, "find_spec", lambda package: None)
+    monkeypatch.setattr(against_base, "find_spec", lambda package: None)
     model_config = AutoConfig.for_model("llama")
     if base:
         model_config.quantization_config = base
     with pytest.raises(ValueError, match=message):
-        check_quantised_base(settings, model_config, training=True)
+        against_base._check_quantised_base(settings, model_config, training=True)
 
 
 @pytest.mark.slow

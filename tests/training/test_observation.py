@@ -241,7 +241,7 @@ def test_it_starts_on_a_line_of_its_own(monkeypatch, terminal):
         observation.LOG, "info", lambda form, text: written.write(form % text + "\n")
     )
     with tqdm(total=3, file=written, desc="steps", ncols=40):
-        observation._tell("LoReFT edits at f1")
+        observation._log("LoReFT edits at f1")
     before, _, _ = written.getvalue().partition("LoReFT edits at f1")
     # Either way nothing of the bar is left in the line.
     assert "steps" in before
@@ -303,7 +303,7 @@ def test_the_key_turns_it_off(tmp_path):
     model = build_adapter(build_model())
     trainer, _ = train(model, tmp_path, max_steps=1)
     trainer.processing_class = TOKENIZER
-    on = observation.callbacks(DictDefault(adapter="loreft"), trainer)
+    on = observation.edit_callbacks(DictDefault(adapter="loreft"), trainer)
     assert [type(callback) for callback in on] == [EditLog, FirstBatch]
     for cfg in ({"adapter": "loreft", "loreft_log_edits": False}, {"adapter": "lora"}):
-        assert observation.callbacks(DictDefault(cfg), trainer) == []
+        assert observation.edit_callbacks(DictDefault(cfg), trainer) == []

@@ -4,43 +4,46 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from axolotl_reft.errors import did_you_mean, shown
-from axolotl_reft.plugin.checks import check_component, check_settings
-from axolotl_reft.plugin.parallel import check_parallel
-from axolotl_reft.plugin.quantised import check_quantisation, with_quantization
+from axolotl_reft.plugin.quantised import (
+    asked_width,
+    check_bnb_config,
+    with_quantization,
+)
+from axolotl_reft.plugin.refusals import SETTINGS
+from axolotl_reft.plugin.rules import refuse
 from axolotl_reft.settings.foreign_names import KEYS as FOREIGN_KEYS
 from axolotl_reft.settings.foreign_names import hint
 from axolotl_reft.tuner.config import LoreftConfig
 
-_FIELDS = {field.name: field for field in fields(LoreftConfig)}
+# Fields of the adapter's config that no user writes.
+_SET_BY_THE_PACKAGE = (
+    "turn_markers",
+    "vocab_size",
+    "format_version",
+    "axolotl_reft_version",
+)
+_TYPES = get_type_hints(LoreftConfig)
+_FIELDS: dict[str, Any] = {
+    field.name: (
+        _TYPES[field.name],
+        Field(default=field.default, description=field.metadata["help"]),
+    )
+    for field in fields(LoreftConfig)
+    if field.name in LoreftConfig.__annotations__
+    and field.name not in _SET_BY_THE_PACKAGE
+}
+_Settings: Any = create_model(
+    "_Settings", __config__=ConfigDict(extra="forbid"), **_FIELDS
+)
 
 
-def _setting(name: str) -> Any:
-    """A key of the block, described as in the adapter's own config."""
-    field = _FIELDS[name]
-    return Field(default=field.default, description=field.metadata["help"])
-
-
-class LoreftBlock(BaseModel):
+class LoreftBlock(_Settings):
     """Settings of the LoReFT adapter."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    layers: str | int | list[int | str] = _setting("layers")
-    positions: str = _setting("positions")
-    rank: int | dict[str | int, int] = _setting("rank")
-    turns: str = _setting("turns")
-    tied_weights: bool = _setting("tied_weights")
-    intervention: str = _setting("intervention")
-    component: str = _setting("component")
-    dropout: float = _setting("dropout")
-    act_fn: str | None = _setting("act_fn")
-    lora: dict[str, Any] | None = _setting("lora")
-    modules_to_save: list[str] | None = _setting("modules_to_save")
 
     @model_validator(mode="before")
     @classmethod
@@ -49,7 +52,7 @@ class LoreftBlock(BaseModel):
 
 
 class LoreftArgs(BaseModel):
-    """What the plugin adds to axolotl's config."""
+    """Keys that the plugin adds to axolotl's config."""
 
     loreft: LoreftBlock | None = Field(
         default=None,
@@ -72,8 +75,7 @@ class LoreftArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            _check_keys_at_the_top(data)
+        _check_keys_at_the_top(data)
         return data
 
     @model_validator(mode="after")
@@ -88,10 +90,9 @@ class LoreftArgs(BaseModel):
 
 
 def check_as_written(settings: dict[str, Any]) -> None:
-    """Every check that needs the YAML alone, ahead of axolotl's own.
+    """Run every check that needs the YAML alone, ahead of axolotl's own.
 
-    Validation repeats them; here they come first, and read as they are written instead
-    of as a line in pydantic's report.
+    Validation repeats them, but there they are a line in pydantic's report.
 
     Raises:
         ValueError: what was wrong, what was got, and the remedy.
@@ -104,7 +105,7 @@ def check_as_written(settings: dict[str, Any]) -> None:
 
 
 def _checked_block(data: Any) -> dict[str, Any]:
-    """The block's settings, with our own messages ahead of pydantic's."""
+    """Check the block with the config's messages, ahead of pydantic's."""
     if not isinstance(data, dict):
         raise ValueError(
             f"loreft: {shown(data)} is not a block of settings; write for example\n"
@@ -126,39 +127,34 @@ def _checked_block(data: Any) -> dict[str, Any]:
 
 
 def _check_keys_at_the_top(settings: dict[str, Any]) -> None:
-    """axolotl drops unknown keys at the top without a word; these are ours."""
-    for key in settings:
-        ours = settings.get("adapter") == "loreft" and (
+    """Refuse keys that belong into the block; axolotl drops unknown keys silently."""
+    for key in map(str, settings):
+        misplaced = settings.get("adapter") == "loreft" and (
             key in LoreftBlock.model_fields or key in FOREIGN_KEYS
         )
-        if not isinstance(key, str):
-            continue  # axolotl says so
-        near = (
-            re.match(r"(?i)(lo[-_.]?)?reft", key) and key not in LoreftArgs.model_fields
-        )
-        if ours or near:
+        known = tuple(LoreftArgs.model_fields)
+        misspelled = re.match(r"(?i)(lo[-_.]?)?reft", key) and key not in known
+        if misplaced or misspelled:
             sweep = (
                 "\nA sweep lists whole blocks:\nloreft:\n"
                 "  - {positions: f7+l7, rank: 4}\n  - {positions: f7+l7, rank: 8}"
             )
-            # Names that all begin alike.
-            known = tuple(LoreftArgs.model_fields)
-            advice = hint(key, ()) or did_you_mean(key, known, likeness=0.8)
+            # The known names all begin alike.
+            advice = hint(key, ()) or did_you_mean(key, known, cutoff=0.8)
             raise ValueError(
                 f"{key}: is not a key at the top of the config.{advice} The adapter's "
                 "settings go into a block, for example\nloreft:\n"
-                "  positions: f7+l7\n  rank: 8" + (sweep if "." in str(key) else "")
+                "  positions: f7+l7\n  rank: 8" + (sweep if "." in key else "")
             )
 
 
 def _check_together(settings: dict[str, Any], block: LoreftBlock | None) -> None:
+    """Check the block together with axolotl's settings."""
     adapter = settings.get("adapter")
     if adapter == "loreft":
-        block = block or LoreftBlock()
-        check_settings(settings, block.positions)
-        check_parallel(settings, block.component)
-        check_component(settings, block.component)
-        check_quantisation(settings)
+        refuse(SETTINGS, settings, block or LoreftBlock())
+        if asked_width(settings):
+            check_bnb_config(settings.get("bnb_config_kwargs") or {})
     elif block is not None:
         raise ValueError(
             f"loreft: the block is set, but adapter is {adapter!r}; set adapter: "

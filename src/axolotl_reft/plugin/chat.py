@@ -1,4 +1,4 @@
-"""The marks of the chat templates that a config's data is rendered with."""
+"""Find the turn markers of the chat templates of a config's data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOG = get_logger(__name__)
 
 
 def markers_of_data(cfg: Any) -> dict[str, list] | None:
-    """``turn_markers`` for the adapter; None where no data has a chat template."""
+    """Merge ``turn_markers`` of all chat data sets; None where there are none."""
     datasets = list(_chat_datasets(cfg))
     if not datasets:
         return None

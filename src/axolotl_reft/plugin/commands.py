@@ -1,10 +1,11 @@
-"""``axolotl reft``: commands of our own in axolotl's command line."""
+"""``axolotl reft``: the package's commands in axolotl's command line."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from functools import wraps
+from importlib.util import find_spec
 from typing import Any
 
 import click
@@ -14,11 +15,11 @@ from axolotl_reft.settings.spec import INTERVENTIONS
 
 @click.group()
 def reft() -> None:
-    """Look at LoReFT adapters, score them, and exchange them with pyreft."""
+    """Inspect LoReFT adapters, score them, and exchange them with pyreft."""
 
 
 def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake ends with one line, not with a traceback."""
+    """End a user's mistake with one line instead of a traceback."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -43,15 +44,13 @@ def export_command(directory: str, out: str) -> None:
     from axolotl_reft.exchange.directory import export_adapter
 
     by_path = export_adapter(directory, out)
+    remedy = f"; load it with pyreft.ReftModel.load({out!r}, base_model)"
     if by_path:
-        click.echo(
-            f"wrote {out}. pyreft 0.1.0 cannot load a component that is given by its "
-            f"path ({by_path}), its own adapters included; axolotl reft import can"
+        remedy = (
+            ". pyreft 0.1.0 cannot load a component that is given by its path "
+            f"({by_path}), its own adapters included; axolotl reft import can"
         )
-    else:
-        click.echo(
-            f"wrote {out}; load it with pyreft.ReftModel.load({out!r}, base_model)"
-        )
+    click.echo(f"wrote {out}{remedy}")
 
 
 @reft.command("import")
@@ -107,6 +106,11 @@ def lm_eval_command(source: str, tasks: str | None, **settings: Any) -> None:
     CONFIG_OR_DIR is axolotl's config, whose adapter in output_dir (or lora_model_dir)
     is taken, or a directory with an adapter. Every request's context is its prompt.
     """
+    if find_spec("lm_eval") is None:
+        raise ValueError(
+            "axolotl reft lm-eval needs lm_eval, which is not installed; pip install "
+            "'axolotl-reft[eval]'"
+        )
     from lm_eval.utils import make_table
 
     from axolotl_reft.plugin.evaluation import evaluate_tasks

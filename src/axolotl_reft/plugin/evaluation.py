@@ -1,4 +1,4 @@
-"""``axolotl reft lm-eval``: a trained adapter, scored on tasks of lm_eval."""
+"""``axolotl reft lm-eval``: score a trained adapter on tasks of lm_eval."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def evaluate_tasks(
         tasks: names of tasks or groups; empty for the config's ``lm_eval_tasks``.
         include_path: a directory of further tasks.
         output: a JSON file for the results.
-        settings: as ``lm_eval.simple_evaluate`` takes them.
+        settings: passed to ``lm_eval.simple_evaluate``.
 
     Returns:
-        What ``simple_evaluate`` returns.
+        The results of ``simple_evaluate``.
 
     Raises:
-        ValueError: there is no task, no adapter, or they do not go together; before the
-            base model is loaded.
+        ValueError: there is no task, no adapter, or they do not go together. Checked
+            before the base model is loaded.
     """
     if output and Path(output).exists():
         raise ValueError(f"--output: {output!r} exists already; name another file")
@@ -58,7 +58,7 @@ def evaluate_tasks(
             "your own with --include-path, and see lm_eval ls tasks for the others"
         )
     if is_adapter:
-        _check_tasks(tasks, manager, read_adapter_config(source, "DIR").positions)
+        _check_tasks(tasks, manager, read_adapter_config(source, "DIR"))
         model = LoreftLM(peft=source, batch_size=batch_size)
     else:
         cfg = load_cfg(source, inference=True, rl=None)
@@ -67,9 +67,7 @@ def evaluate_tasks(
                 f"adapter: {cfg.adapter!r} is not loreft; use axolotl lm-eval"
             )
         directory = cfg.lora_model_dir or trained_adapter(cfg.output_dir)
-        _check_tasks(
-            tasks, manager, read_adapter_config(directory, "output_dir").positions
-        )
+        _check_tasks(tasks, manager, read_adapter_config(directory, "output_dir"))
         loaded, tokenizer, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
         model = LoreftLM(loaded, tokenizer=tokenizer, batch_size=batch_size)
     results = simple_evaluate(
@@ -83,7 +81,7 @@ def evaluate_tasks(
 
 
 def _tasks_of(config: str) -> tuple[str, ...]:
-    """What ``axolotl lm-eval`` would read; only its plugin's keys are missing later."""
+    """Read ``lm_eval_tasks``, which validation drops without axolotl's own plugin."""
     tasks = (yaml.safe_load(Path(config).read_text()) or {}).get("lm_eval_tasks") or []
     for task in tasks:
         if ":" in task:
@@ -95,11 +93,11 @@ def _tasks_of(config: str) -> tuple[str, ...]:
     return tuple(tasks)
 
 
-def _check_tasks(tasks: tuple[str, ...], manager: TaskManager, positions: str) -> None:
-    found = [get_task_dict(list(tasks), manager)]
-    while found:
-        for task in found.pop().values():
+def _check_tasks(tasks: tuple[str, ...], manager: TaskManager, config: Any) -> None:
+    groups = [get_task_dict(list(tasks), manager)]
+    while groups:
+        for task in groups.pop().values():
             if isinstance(task, dict):
-                found.append(task)
+                groups.append(task)
             elif task.OUTPUT_TYPE == "loglikelihood_rolling":
-                check_rolling(positions)
+                check_rolling(config.positions)

@@ -1,15 +1,13 @@
-"""What a trainer's batches say of prompts and labels, where the model would not get to
-know it.
+"""Complete a trainer's batches, and make their labels known to the adapter.
 
-Label smoothing, EAFT and KD compute the loss themselves, and take the labels, which
-tell prompt from answer, out of the batch first. How many prompts there are is counted
-before a batch goes to an accelerator, and so is which tokens' logits the loss needs.
+Label smoothing, EAFT and KD compute the loss themselves and take the labels, which
+separate prompt and answer, out of the batch first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from axolotl.utils.logging import get_logger
@@ -17,60 +15,80 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from axolotl_reft.training.collator import EditIndexCollator as PromptCounter
+from axolotl_reft.training.collator import EditIndexCollator
 from axolotl_reft.training.labelled_logits import LabelledLogits, why_all_logits
+from axolotl_reft.tuner.model import hooks_of
 
 LOG = get_logger(__name__)
 
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 _COLLATORS = ("data_collator", "eval_data_collator")
 
+# Maps the ids (B, T) of a forward to the mask (B, T) or (1, T) of its answers.
+FindAnswers = Callable[[Tensor], Tensor]
+
+
+def set_answers(model: Any, find_answers: FindAnswers | None) -> FindAnswers | None:
+    """Set how the adapter of a PEFT model finds the answers where it gets no labels.
+
+    Returns:
+        The function that was set before.
+    """
+    hooks = hooks_of(model.get_base_model())
+    assert hooks is not None, "a model with a LoReFT adapter"
+    state = hooks.state
+    before, state.find_answers = state.find_answers, find_answers
+    return before
+
 
 def show_labels(trainer: Any) -> None:
-    """Let every loss that ``trainer`` computes find its prompts by the batch's labels,
-    also where the model is not given them."""
-    tracker = trainer.model.get_base_model().loreft_hooks.state
+    """Let the adapter find the prompts by the batch's labels in every loss."""
     compute_loss = trainer.compute_loss
 
     @wraps(compute_loss)
     def with_labels(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         labels = inputs.get("labels")
-        outer = tracker.find_answers
-        if labels is not None:
-            tracker.find_answers = _answers_of(labels)
+        if labels is None:
+            return compute_loss(model, inputs, *args, **kwargs)
+        before = set_answers(trainer.model, partial(_answers_of, labels))
         try:
             return compute_loss(model, inputs, *args, **kwargs)
         finally:
-            tracker.find_answers = outer
+            set_answers(trainer.model, before)
 
+    # Patch: some losses do not pass the labels to the model.
     trainer.compute_loss = with_labels
 
 
-def complete_batches(trainer: Any, labelled_logits: bool | None) -> None:
-    """Let the batches of the training say how many prompts they have, and those of its
-    evaluations too which tokens' logits their loss is computed from.
+def _answers_of(labels_BT: Tensor, ids_BT: Tensor) -> Tensor:
+    if labels_BT.shape != ids_BT.shape[:2]:
+        raise ValueError(
+            f"LoReFT: the labels of the batch are {tuple(labels_BT.shape)}, and the "
+            f"model got {tuple(ids_BT.shape[:2])} tokens, so it cannot know the "
+            "prompts; use positions: all, or a trainer that leaves tokens as they are"
+        )
+    return labels_BT != -100
 
-    In the loaders alone: axolotl's callbacks set attributes of the trainer's collators.
-    Not of streamed data, which one process may read for all, laying tensors together.
+
+def complete_batches(trainer: Any, labelled_logits: bool | None) -> None:
+    """Wrap the trainer's collators in those of ``axolotl_reft.training``.
+
+    Training batches get the adapter's prompts; they and evaluation batches get the
+    tokens whose logits the loss needs.
 
     Args:
-        labelled_logits: of labelled tokens alone, where the loss allows it (None and
-            true, which warns where it does not); or of all.
+        labelled_logits: True to warn where the loss needs all logits, None to compute
+            all of them silently there, False to compute all everywhere.
     """
     reason = "it is off" if labelled_logits is False else _why_all_logits(trainer)
     if labelled_logits and reason:
         LOG.warning("loreft_labelled_logits: true has no effect: %s", reason)
-
-    def completed(collate: Any) -> Any:
-        return collate if reason else LabelledLogits(collate)
-
-    def counted(collate: Any) -> Any:
-        return PromptCounter.of(trainer.model, completed(collate))
-
-    _collate(trainer, "train", counted)
-    # Of the logits, metrics of one's own see those of every token.
+    wrappers: list[Callable[[Any], Any]] = [] if reason else [LabelledLogits]
+    # Metrics see every token's logits.
     if trainer.compute_metrics is None:
-        _collate(trainer, "eval", completed)
+        _wrap_collators(trainer, "eval", wrappers)
+    count = partial(EditIndexCollator.of, trainer.model)
+    _wrap_collators(trainer, "train", [*wrappers, count])
 
 
 def _why_all_logits(trainer: Any) -> str | None:
@@ -88,38 +106,32 @@ def _why_all_logits(trainer: Any) -> str | None:
     return why_all_logits(trainer.model.get_base_model())
 
 
-def _collate(trainer: Any, which: str, complete: Callable[[Any], Any]) -> None:
-    """Have the method that makes the trainer's loader of ``train`` or ``eval`` meet
-    other collators."""
-    make = getattr(trainer, f"get_{which}_dataloader")
+def _wrap_collators(
+    trainer: Any, split: str, wrappers: list[Callable[[Any], Any]]
+) -> None:
+    """Wrap the collators of the ``train`` or ``eval`` loader while it is made.
+
+    Streamed data is left alone: one process may read and slice it for all.
+    """
+    make = getattr(trainer, f"get_{split}_dataloader")
 
     @wraps(make)
-    def making(*args: Any, **kwargs: Any) -> Any:
-        data = [*args, *kwargs.values()] or [getattr(trainer, f"{which}_dataset")]
+    def make_wrapped(*args: Any, **kwargs: Any) -> Any:
+        data = [*args, *kwargs.values()] or [getattr(trainer, f"{split}_dataset")]
         if isinstance(data[0], IterableDataset):
             return make(*args, **kwargs)
-        found = {name: getattr(trainer, name, None) for name in _COLLATORS}
-        collators = {name: one for name, one in found.items() if one is not None}
-        for name, collate in collators.items():
-            setattr(trainer, name, complete(collate))
+        before = {name: getattr(trainer, name, None) for name in _COLLATORS}
         try:
+            for name, collate in before.items():
+                for wrap in wrappers if collate is not None else ():
+                    collate = wrap(collate)
+                    setattr(trainer, name, collate)
             return make(*args, **kwargs)
         finally:
-            for name, collate in collators.items():
-                setattr(trainer, name, collate)
+            for name, collate in before.items():
+                if collate is not None:
+                    setattr(trainer, name, collate)
 
-    setattr(trainer, f"get_{which}_dataloader", making)
-
-
-def _answers_of(labels: Tensor) -> Any:
-    def find_answers(ids: Tensor) -> Tensor:
-        if labels.shape != ids.shape[:2]:
-            raise ValueError(
-                f"LoReFT: the labels of the batch are {tuple(labels.shape)}, and the "
-                f"model got {tuple(ids.shape[:2])} tokens, so it cannot know the "
-                "prompts; use positions: all, or a trainer that leaves tokens as they "
-                "are"
-            )
-        return labels != -100
-
-    return find_answers
+    # Patch: axolotl's callbacks set attributes of the trainer's collators, which must
+    # stay as they are outside of the loaders.
+    setattr(trainer, f"get_{split}_dataloader", make_wrapped)

@@ -1,4 +1,4 @@
-"""What a user sees of the edits while axolotl trains."""
+"""Callbacks that show the edits while axolotl trains."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from axolotl_reft.training.first_batch import FirstBatch
 LOG = get_logger(__name__)
 
 
-def callbacks(cfg: DictDefault, trainer: Any) -> list[TrainerCallback]:
-    """The trainer's callbacks for a LoReFT adapter; ``loreft_log_edits`` can be off."""
+def edit_callbacks(cfg: DictDefault, trainer: Any) -> list[TrainerCallback]:
+    """The trainer's callbacks, none with ``loreft_log_edits: false``."""
     if cfg.adapter != "loreft" or cfg.loreft_log_edits is False:
         return []
     if not hasattr(trainer.model, "peft_config"):
         return []
-    found: list[TrainerCallback] = [EditLog(trainer)]
+    callbacks: list[TrainerCallback] = [EditLog(trainer)]
     tokenizer = getattr(trainer, "processing_class", None)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if hasattr(tokenizer, "decode"):
-        found.append(FirstBatch(trainer.model, tokenizer, _tell))
-    return found
+        callbacks.append(FirstBatch(trainer.model, tokenizer, _log))
+    return callbacks
 
 
-def _tell(text: str) -> None:
-    """On lines of its own: not behind what a progress bar has written of its line."""
+def _log(text: str) -> None:
+    """Log on a new line, not behind a progress bar."""
     with tqdm.external_write_mode():
         if not sys.stderr.isatty():
-            # In a file a bar cannot be wiped away.
+            # In a file the bar cannot be cleared.
             print(file=sys.stderr, flush=True)
         LOG.info("%s", text)

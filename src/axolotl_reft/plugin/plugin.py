@@ -17,15 +17,17 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel, TrainerCallback
 
-from axolotl_reft.exchange.install import check_pyreft
-from axolotl_reft.plugin import observation, quantised
+from axolotl_reft.plugin import quantised
+from axolotl_reft.plugin.against_base import check_against_base
 from axolotl_reft.plugin.args import check_as_written
 from axolotl_reft.plugin.chat import markers_of_data
-from axolotl_reft.plugin.checks import check_against_base
 from axolotl_reft.plugin.labels import complete_batches, show_labels
+from axolotl_reft.plugin.observation import edit_callbacks
+from axolotl_reft.plugin.refusals import COMMANDS
+from axolotl_reft.plugin.rules import refuse
 from axolotl_reft.plugin.running import (
-    answers,
-    check_command,
+    check_overrides,
+    is_inference,
     is_running,
     warn_of_no_evaluation,
 )
@@ -59,11 +61,11 @@ class LoreftPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         adapter = cfg.get("adapter")
         self._has_block = bool(cfg.get("loreft"))
-        check_command(adapter)
         if adapter == "loreft":
-            check_pyreft()
-        if adapter != "loreft" and str(adapter).lower() in ("loreft", "reft"):
+            refuse(COMMANDS, cfg, None)
+        elif str(adapter).lower() in ("loreft", "reft"):
             raise ValueError(f"adapter: {adapter!r} is written adapter: loreft")
+        check_overrides()
         check_as_written(cfg)
 
     def get_input_args(self) -> str:
@@ -73,20 +75,16 @@ class LoreftPlugin(BasePlugin):
         return [AdapterCapabilities(name="loreft")]
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
-        """Loads none: the first hook with the base's config within reach, before the
-        data is tokenized."""
+        """Check the config against the base, before data is tokenized; load none."""
         if cfg.adapter == "loreft":
             check_against_base(cfg, load_model_config(cfg))
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         if cfg.adapter != "loreft":
             return
-        import axolotl_reft.core.interventions  # noqa: F401  (a broken pyreft stops here)
-
-        answering = answers()
-        if answering and not cfg.lora_model_dir:
-            cfg.lora_model_dir = trained_adapter(cfg.output_dir)
-        if answering:
+        inference = is_inference()
+        if inference:
+            cfg.lora_model_dir = cfg.lora_model_dir or trained_adapter(cfg.output_dir)
             LOG.info("using the LoReFT adapter in %s", cfg.lora_model_dir)
             warn_of_no_evaluation(cfg)
         elif not self._has_block:
@@ -97,14 +95,14 @@ class LoreftPlugin(BasePlugin):
                 block.rank,
                 block.layers,
             )
-        check_against_base(cfg, load_model_config(cfg), training=not answering)
+        check_against_base(cfg, load_model_config(cfg), training=not inference)
         quantised.complete(cfg)
-        # Of reentrant checkpointing, about the frozen layers below the first edit.
+        # Reentrant checkpointing warns of the frozen layers below the first edit.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
 
     def post_model_build(self, cfg: DictDefault, model: PreTrainedModel) -> None:
         if cfg.adapter == "loreft":
-            quantised.finish_base(cfg, model, training=not answers())
+            quantised.finish_base(cfg, model, training=not is_inference())
 
     def load_adapter(
         self,
@@ -121,13 +119,13 @@ class LoreftPlugin(BasePlugin):
             config.turn_markers = markers_of_data(cfg)
         seed = 42 if cfg.seed is None else cfg.seed
         if config_only:
-            # TRL makes the adapter, next, and knows of no seed.
+            # TRL makes the adapter next, and sets no seed.
             torch.manual_seed(seed)
             if cfg.lora_model_dir:
                 config = LoreftConfig.from_pretrained(cfg.lora_model_dir)
                 config.inference_mode = False
             return None, config
-        # For modules_to_save alone: interventions are float32 whatever is asked for.
+        # For modules_to_save alone: interventions are always float32.
         upcast = cfg.peft_autocast_adapter_dtype is not False
         if cfg.lora_model_dir:
             peft_model = PeftModel.from_pretrained(
@@ -138,7 +136,7 @@ class LoreftPlugin(BasePlugin):
             )
             config = peft_model.peft_config["default"]
         else:
-            # The same start in every process, whatever each has drawn before.
+            # Every process must begin with the same parameters.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 peft_model = get_peft_model(
@@ -158,18 +156,18 @@ class LoreftPlugin(BasePlugin):
     def add_callbacks_post_trainer(
         self, cfg: DictDefault, trainer: Any
     ) -> list[TrainerCallback]:
-        """The one hook with a trainer that evaluation reaches as well."""
+        """Prepare the trainer, in the only hook that evaluation calls as well."""
         if cfg.adapter == "loreft" and cfg.rl:
             from axolotl_reft.plugin.preference import prepare_trainer
 
-            evaluates = answers()
+            evaluates = is_inference()
             prepare_trainer(trainer, cfg.lora_model_dir, evaluates)
             if not evaluates and cfg.rl in _ADAPTED_BY_TRL:
                 _print_trainable_parameters(trainer.model)
         elif cfg.adapter == "loreft" and not cfg.reward_model:
             complete_batches(trainer, cfg.loreft_labelled_logits)
             show_labels(trainer)
-        return observation.callbacks(cfg, trainer)
+        return edit_callbacks(cfg, trainer)
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         config = getattr(trainer.model, "peft_config", {}).get("default")
@@ -178,16 +176,19 @@ class LoreftPlugin(BasePlugin):
 
 
 def _keep_in_float32(cfg: DictDefault, model: Any) -> None:
-    """Under FSDP2, the adapter's modules get float32 groups of their own: in that of
-    the whole model they would be rounded to its mixed precision every step."""
+    """Give the adapter's modules float32 groups of their own under FSDP2.
+
+    In the model's group its mixed precision would round them at every step.
+    """
     from axolotl_reft.core.interventions import INTERVENTION_CLASSES
 
     classes = [*INTERVENTION_CLASSES.values(), LayerLora]
     ours = [f"{c.__module__}.{c.__name__}" for c in classes]
     patterns = (get_fp32_norm_patterns(cfg) or []) + ours
     if cfg.fp32_norms:
-        cfg.fp32_norm_classes = patterns  # read once more after this
+        cfg.fp32_norm_classes = patterns  # axolotl reads it again after this
     else:
+        # Patch: where axolotl looks for the patterns when fp32_norms is off.
         model._axolotl_fp32_norm_patterns = patterns
 
 
@@ -202,7 +203,7 @@ def trained_adapter(output_dir: str) -> str:
     Raises:
         ValueError: there is none; the message names what there is instead.
     """
-    # Of the weights: axolotl writes the configuration when a training begins.
+    # Its weights: axolotl writes the configuration already when training begins.
     if (Path(output_dir) / SAFETENSORS_WEIGHTS_NAME).is_file():
         return str(output_dir)
     weights = Path(output_dir).glob(f"checkpoint-*/{SAFETENSORS_WEIGHTS_NAME}")

@@ -1,7 +1,7 @@
-"""What ``axolotl inference`` makes of a typed prompt, beside what training made of it.
+"""Warn where ``axolotl inference`` builds prompts otherwise than training did.
 
-It puts the text around a prompt only where ``--prompter`` or a chat template says so,
-and without it the adapter edits other tokens than in training.
+It puts the training's text around a typed prompt only where ``--prompter`` or a chat
+template asks for it; without that text the adapter edits other tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TYPED = "{instruction}"
 
 
 def warn_of_other_prompts(cfg: Any, chat: bool) -> None:
-    """Warn where prompts are not built as those of the first data set were.
+    """Warn where typed prompts differ from those of the first data set.
 
     Args:
         chat: the command is ``axolotl inference --chat``.
@@ -53,12 +53,12 @@ def warn_of_other_prompts(cfg: Any, chat: bool) -> None:
     elif not cfg.rl:
         try:
             trained = _trained_prompt(cfg, dataset, tokenizer)
-        except Exception as error:  # of any strategy; a hint must not stop an answer
+        except Exception as error:  # any strategy's; a hint must not stop inference
             LOG.debug("the form of the first data set's prompts: %s", error)
             return
         if trained is None:
             return
-        # A tokenizer may drop what they differ in.
+        # Compared as ids: a tokenizer may drop the difference.
         typed, whole = (tokenizer(text).input_ids for text in (_TYPED, trained))
         if template or typed != whole:
             LOG.warning(
@@ -70,7 +70,7 @@ def warn_of_other_prompts(cfg: Any, chat: bool) -> None:
 
 
 def _trained_prompt(cfg: Any, dataset: Any, tokenizer: Any) -> str | None:
-    """The form of a prompt in training; None where axolotl does not tell it."""
+    """A prompt's text in training, with ``_TYPED`` for its instruction, or None."""
     kind, system, prompter = dataset.type, "", None
     if isinstance(kind, dict):
         system = kind.get("system_prompt") or ""

@@ -19,16 +19,18 @@ _INTERVENTIONS = {
     if written != "direft"
 }
 
-_FOUND = "which tokens are edited is found in every batch; say which with positions"
+_FROM_BATCH = (
+    "which tokens are edited is found in every batch; say which with positions"
+)
 KEYS = {
     "low_rank_dimension": "here it is rank",
     "share_weights": "here it is tied_weights",
     "position": "here it is positions",
     "intervention_type": "here it is intervention",
     "representations": "here layers, component, rank and intervention are keys",
-    "num_interventions": _FOUND,
-    "intervention_locations": _FOUND,
-    "unit_locations": _FOUND,
+    "num_interventions": _FROM_BATCH,
+    "intervention_locations": _FROM_BATCH,
+    "unit_locations": _FROM_BATCH,
     "subspaces": "it has no counterpart here",
     "embed_dim": "remove it, the width is the base model's",
     "add_bias": "remove it, there is no such bias here",
@@ -46,16 +48,17 @@ _IN_THE_BLOCK = KEYS | {
 
 
 def hint(key: object, known: tuple[str, ...]) -> str:
-    """`` low_rank_dimension: here it is rank.``, or what ``key`` may be a slip of."""
-    advice = _IN_THE_BLOCK.get(key) if isinstance(key, str) else None
+    """`` low_rank_dimension: here it is rank.``, or the nearest known name."""
+    advice = _IN_THE_BLOCK.get(str(key))
     return f" {key}: {advice}." if advice else did_you_mean(key, known)
 
 
 def intervention_hint(value: object, known: tuple[str, ...]) -> str:
-    """The same for a kind of intervention, or a class of pyreft's."""
-    name = value.__name__ if isinstance(value, type) else value
-    written = name.lower() if isinstance(name, str) else ""
-    ours = _INTERVENTIONS.get(written, written)
-    if ours == written:
-        return did_you_mean(value, known)
-    return f" It is pyreft's name: here it is {ours}."
+    """The same for the name of an intervention, or for one of pyreft's classes."""
+    written = str(getattr(value, "__name__", value)).lower()
+    ours = _INTERVENTIONS.get(written)
+    return (
+        f" It is pyreft's name: here it is {ours}."
+        if ours and ours != written
+        else did_you_mean(value, known)
+    )

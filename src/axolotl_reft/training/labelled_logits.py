@@ -1,20 +1,17 @@
-"""Logits of the tokens alone that the loss is computed from.
+"""Compute logits only for the tokens that the loss is computed from.
 
-A causal model's head computes as many numbers for a token as its vocabulary has words,
-for a token of a prompt too, and the loss then passes them over. In a small model with a
-large vocabulary that is a fifth of a step, and in any model what its memory peaks at.
-Which tokens have labels is known when a batch is collated; transformers' models compute
-the logits of some tokens (``logits_to_keep``) and take labels that are shifted already
-(``shift_labels``), so that the same loss is had for less.
+The loss ignores the logits of prompt tokens. In a small model with a large vocabulary
+they are a fifth of a step, and in any model they are in its memory's peak. When a batch
+is collated its labelled tokens are known, and transformers' models can compute the
+logits of chosen tokens (``logits_to_keep``) and take shifted labels (``shift_labels``).
 
 Shapes: B batch, T tokens, K tokens that are kept.
 """
 
 from __future__ import annotations
 
-import ast
 import inspect
-import textwrap
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,28 +19,28 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
-# GPUs multiply matrices in tiles; and a compiled model meets fewer different numbers.
+# GPUs multiply matrices in tiles, and a compiled model gets fewer different shapes.
 _MULTIPLE = 8
 
 
 @dataclass(frozen=True)
 class LabelledLogits:
-    """A data collator that keeps a model from computing logits that no loss looks at.
+    """A data collator that asks the model for the logits of labelled tokens alone.
 
-    For trainers that leave the loss to the model, as transformers' ``Trainer`` does:
-    the output's ``logits`` are then those of ``logits_to_keep``, not of every token.
+    For trainers that leave the loss to the model, as transformers' ``Trainer`` does.
+    The output's ``logits`` are those of ``logits_to_keep``, not of every token.
 
     Args:
         collate: the data collator whose batches have ``input_ids`` and ``labels``
-            (B, T), −100 where there is none. ``logits_to_keep`` (K) and
-            ``shift_labels`` (B, K) are added where that leaves out any token.
+            (B, T), −100 for none. ``logits_to_keep`` (K) and ``shift_labels`` (B, K)
+            are added where tokens can be left out.
     """
 
     collate: Callable[..., Any]
 
     @classmethod
     def of(cls, model: Any, collate: Callable[..., Any]) -> LabelledLogits:
-        """For a PEFT model.
+        """Make one for a PEFT model.
 
         Raises:
             ValueError: the base model computes its loss from all logits.
@@ -62,8 +59,10 @@ class LabelledLogits:
 
 
 def labelled_logits(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a batch needs for the logits that its loss is computed from; nothing where
-    these are all or none, or where it is no batch of tokens and their labels."""
+    """The batch's ``logits_to_keep`` and ``shift_labels``.
+
+    Empty where all tokens or none are needed, or without ids and labels of one shape.
+    """
     ids_BT, labels_BT = batch.get("input_ids"), batch.get("labels")
     if not isinstance(ids_BT, Tensor) or not isinstance(labels_BT, Tensor):
         return {}
@@ -83,13 +82,11 @@ def labelled_logits(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def why_all_logits(model: Any) -> str | None:
-    """Why a transformers model's loss needs the logits of every token; None where the
-    model computes it from those that are kept.
+    """Why a transformers model's loss needs the logits of every token, or None.
 
-    Its own forward must take ``logits_to_keep`` and hand its further arguments to
-    ``loss_function``, and that must take ``shift_labels``. None of it is declared
-    anywhere, and a model that takes one and not the other would stop at the first
-    batch; so its source is read.
+    Its forward must take ``logits_to_keep`` and pass its further arguments to
+    ``loss_function``, and that must take ``shift_labels``. No attribute of the model
+    declares that, so the forward's source is read.
     """
     name = type(model).__name__
     forward = inspect.unwrap(type(model).forward)
@@ -106,19 +103,13 @@ def why_all_logits(model: Any) -> str | None:
 
 
 def _hands_arguments_to_loss(forward: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(forward).parameters
+    rest = [p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD]
+    if not rest or "logits_to_keep" not in parameters:
+        return False
     try:
-        source = textwrap.dedent(inspect.getsource(forward))
+        source = inspect.getsource(forward)
     except OSError:  # installed without it
         return False
-    (function,) = ast.parse(source).body
-    assert isinstance(function, ast.FunctionDef)
-    rest = function.args.kwarg
-    if rest is None or "logits_to_keep" not in inspect.signature(forward).parameters:
-        return False
-    return any(
-        keyword.arg is None and ast.unparse(keyword.value) == rest.arg
-        for call in ast.walk(function)
-        if isinstance(call, ast.Call)
-        if ast.unparse(call.func) == "self.loss_function"
-        for keyword in call.keywords
-    )
+    call = rf"self\.loss_function\((?:[^()]|\([^()]*\))*\*\*{rest[0]}\b"
+    return re.search(call, source) is not None
