@@ -33,6 +33,7 @@ from axolotl_reft.prompts.positions import (
 )
 from axolotl_reft.prompts.turns import Turns
 from axolotl_reft.tuner.adapter_rows import AdapterRows, wrong_length
+from axolotl_reft.tuner.compat import cache_of, pages_of
 
 # The argument of a model's forward that says how many prompts there are at most.
 PROMPTS = "loreft_prompts"
@@ -443,10 +444,7 @@ class PromptTracker:
     def _note_forward(
         self, inputs: dict[str, Any], output: Any, batch: _Batch | None
     ) -> None:
-        ids_BT, cache = (
-            inputs.get("input_ids"),
-            getattr(output, "past_key_values", None),
-        )
+        ids_BT, cache = inputs.get("input_ids"), cache_of(output)
         if cache is None or ids_BT is None or torch.compiler.is_compiling():
             return
         # Asking a cache takes longer than the rest of this.
@@ -460,7 +458,10 @@ class PromptTracker:
             output = type(self._model).generate(self._model, *args, **kwargs)
         finally:
             self._now.generation = outer
-        self._note_answer(generation, kwargs.get("past_key_values"), output)
+        cache = cache_of(output)
+        if cache is None:
+            cache = cache_of(kwargs)
+        self._note_answer(generation, cache, output)
         return output
 
     def _begin(self, args: Any, kwargs: Any) -> Generation:
@@ -473,7 +474,7 @@ class PromptTracker:
         if rows is not None and first is not None and len(rows) != len(first):
             raise wrong_length(rows, len(first))
         ids_BP = first if first is not None and first.ndim == 2 else None
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
         mask_BW = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         past = _cached(cache)
         if not past:
@@ -496,7 +497,6 @@ class PromptTracker:
     def _note_answer(self, generation: Generation, cache: Any, output: Any) -> None:
         """Remember what was answered, should the cache be gone on with."""
         sequences = getattr(output, "sequences", output)
-        cache = getattr(output, "past_key_values", cache)
         ids_BP, answer_BP = generation.ids_BP, generation.answer_BP
         if cache is None or ids_BP is None or sequences.shape[0] != ids_BP.shape[0]:
             return
@@ -536,14 +536,14 @@ class PromptTracker:
             labels is not None and tuple(labels.shape) != shape
         ):
             labels = None
-        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        cache, mask = cache_of(inputs), inputs.get("attention_mask")
         if labels is None and self._now.generation is not None:
             return self._read_step(self._now.generation, cache, shape, device)
         past = _cached(cache)
         if past and labels is None and self.find_answers is None:
             return self._read_chunk(cache, past, ids_BT, mask, shape)
         starts = sample_starts(inputs, shape)
-        pages = inputs.get("cache")
+        pages = pages_of(inputs)
 
         def find(turns: Turns) -> PromptRuns | PromptSpans:
             if pages is not None:

@@ -1,0 +1,33 @@
+"""The one place where versions of transformers and PEFT are told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Cache
+
+
+def cache_of(holder: Any) -> Cache | None:
+    """Return the key-value cache among a model's arguments or outputs, by its class.
+
+    transformers 5.24 calls it ``cache``, earlier releases ``past_key_values``; asking
+    an output for the other name logs a warning.
+
+    Args:
+        holder: arguments by name, a ``ModelOutput`` or a tuple of outputs.
+    """
+    if isinstance(holder, Mapping):
+        holder = holder.values()
+    elif not isinstance(holder, tuple):
+        return None
+    return next((held for held in holder if isinstance(held, Cache)), None)
+
+
+def pages_of(inputs: Mapping[str, Any]) -> Any:
+    """Return the pages of continuous batching among a model's arguments, or None.
+
+    Every release calls them ``cache``; their class is not a ``Cache``.
+    """
+    held = inputs.get("cache")
+    return None if isinstance(held, Cache) else held
