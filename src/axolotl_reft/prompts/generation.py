@@ -123,8 +123,9 @@ class Generation:
         answer_BP: which of them were answers, so far as that is remembered.
         continued: there is a filled cache.
         omitted: cached columns that were not handed over again.
-        mask_BW: the 2-D attention mask of the step.
-        gone_by: the prompt has, before the step, as the mask tells.
+        mask_BW: the 2-D attention mask of the step; None for all ones.
+        past: columns in the cache before the step, W - T.
+        gone_by: the prompt has, before the step.
     """
 
     width: int
@@ -133,20 +134,34 @@ class Generation:
     continued: bool = False
     omitted: int = 0
     mask_BW: Tensor | None = None
+    past: int = 0
     gone_by: bool = False
+    _filled: int = 0
 
-    def prepare(self, mask_BW: Tensor | None, tokens_BT: Tensor) -> None:
+    def start(self, past: int) -> None:
+        """Note how many columns are cached before the first step."""
+        self._filled = past
+
+    def prepare(
+        self, mask_BW: Tensor | None, tokens_BT: Tensor, has_cache: bool
+    ) -> None:
         """Note the step that is next.
 
         Not in its forward: compiled, that would have a graph for each width of a mask
-        that it saw.
+        that it saw. From transformers 5.18 on a mask of ones is not handed on, and the
+        length of a static cache is on the device, so columns are counted here. Assisted
+        decoding takes some back again, but none of the prompt.
 
         Args:
             tokens_BT: the step's, or their embeddings (B, T, D).
         """
-        self.mask_BW = mask_BW
-        past = 0 if mask_BW is None else mask_BW.shape[1] - tokens_BT.shape[1]
-        self.gone_by = past >= self.width
+        self.mask_BW, tokens = mask_BW, tokens_BT.shape[1]
+        if mask_BW is not None:
+            self.past = mask_BW.shape[1] - tokens
+        else:
+            self.past = self._filled if has_cache else 0
+        self._filled = self.past + tokens
+        self.gone_by = self.past >= self.width
 
     def prompts(self, turns: Turns, rows: int, device: torch.device) -> PromptSpans:
         """The prompts in all P columns; ``rows`` counts beams and samples as well."""
@@ -167,18 +182,13 @@ class Generation:
         return turns.runs(real_BP, ids_BP, None, answer_BP).spans()
 
     def step(
-        self, turns: Turns, rows: int, tokens: int, past: int, device: torch.device
+        self, turns: Turns, rows: int, tokens: int, device: torch.device
     ) -> PromptSpans | None:
-        """The prompts in the columns of one step; None for a step of the answer.
-
-        Args:
-            tokens: T.
-            past: columns in the cache before the step, W - T.
-        """
-        if past >= self.width:
+        """The prompts in the T columns of one step; None for a step of the answer."""
+        if self.gone_by:
             return None
         spans = self.prompts(turns, rows, device)
-        return spans.columns(past, past + tokens)
+        return spans.columns(self.past, self.past + tokens)
 
     def cut(self, turns: Turns, past: int) -> int:
         """How many of ``past`` cached columns hold what these prompts ask for.

@@ -492,6 +492,7 @@ class PromptTracker:
         keep = min((generation.cut(turns, past) for turns in self.turns), default=past)
         if keep < past:
             _cut_back(cache, past, keep, bool(omitted))
+        generation.start(keep)
         return generation
 
     def _note_answer(self, generation: Generation, cache: Any, output: Any) -> None:
@@ -509,9 +510,11 @@ class PromptTracker:
         prepare = type(self._model).prepare_inputs_for_generation
         inputs = prepare(self._model, *args, **kwargs)
         if self._now.generation is not None:
-            mask = kwargs.get("attention_mask")
+            mask, has_cache = kwargs.get("attention_mask"), cache_of(inputs) is not None
             is_2d = isinstance(mask, Tensor) and mask.ndim == 2
-            self._now.generation.prepare(mask if is_2d else None, _tokens(inputs))
+            self._now.generation.prepare(
+                mask if is_2d else None, _tokens(inputs), has_cache
+            )
         return inputs
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -538,7 +541,7 @@ class PromptTracker:
             labels = None
         cache, mask = cache_of(inputs), inputs.get("attention_mask")
         if labels is None and self._now.generation is not None:
-            return self._read_step(self._now.generation, cache, shape, device)
+            return self._read_step(self._now.generation, shape, device)
         past = _cached(cache)
         if past and labels is None and self.find_answers is None:
             return self._read_chunk(cache, past, ids_BT, mask, shape)
@@ -563,25 +566,17 @@ class PromptTracker:
         return _Batch(shape, find, one_sample_rows=starts is None)
 
     def _read_step(
-        self,
-        generation: Generation,
-        cache: Any,
-        shape: tuple[int, int],
-        device: torch.device,
+        self, generation: Generation, shape: tuple[int, int], device: torch.device
     ) -> _Batch:
         """A forward inside ``generate``: the prompt is what that was given."""
         if generation.gone_by:
             return _Batch(shape, _nothing, one_sample_rows=True, past=1, gone_by=True)
         rows, tokens = shape
-        if generation.mask_BW is not None:
-            past = generation.mask_BW.shape[1] - tokens
-        else:
-            past = _cached(cache)
 
         def find(turns: Turns) -> PromptSpans | None:
-            return generation.step(turns, rows, tokens, past, device)
+            return generation.step(turns, rows, tokens, device)
 
-        return _Batch(shape, find, one_sample_rows=True, past=past)
+        return _Batch(shape, find, one_sample_rows=True, past=generation.past)
 
     def _read_chunk(
         self,
