@@ -1,12 +1,45 @@
 """Releases of transformers and PEFT, and what differs between them."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import build_adapter, build_model
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from axolotl_reft.tuner.compat import cache_of, pages_of
+from axolotl_reft.tuner.compat import SUPPORTED, cache_of, pages_of
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+@pytest.mark.parametrize(
+    ("package", "found"),
+    [
+        ("transformers", "5.16.0"),
+        ("transformers", "5.25.0"),
+        ("transformers", "5.25.0.dev0"),
+        ("peft", "0.19.1"),
+        ("peft", "0.22.0"),
+    ],
+)
+def test_other_releases_are_refused_where_the_tuner_is_imported(package, found):
+    code = f"import {package}; {package}.__version__ = {found!r}; import axolotl_reft"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    wanted = f"{package}{SUPPORTED[package]}"
+    assert run.returncode and run.stderr.strip().endswith(
+        f"ValueError: axolotl-reft needs {wanted}, and {found} is installed; run: "
+        f"pip install '{wanted}'"
+    )
+
+
+@pytest.mark.parametrize("package", list(SUPPORTED))
+def test_what_is_checked_is_what_is_declared(package):
+    declared = re.findall(rf'"{package}([<>=][^"]*)"', PYPROJECT.read_text())
+    assert declared == [SUPPORTED[package]]
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])

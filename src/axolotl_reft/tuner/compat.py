@@ -5,7 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import peft
+import transformers
+from packaging.specifiers import SpecifierSet
 from transformers import Cache
+
+# As in pyproject.toml, and there why.
+SUPPORTED = {"transformers": ">=5.16.1,<5.25", "peft": ">=0.20,<0.22"}
+
+
+def check_versions() -> None:
+    """Refuse releases that the package was not run with.
+
+    Raises:
+        ValueError: transformers or PEFT is too old or too new.
+    """
+    # Not an ImportError: axolotl swallows those of plugins.
+    for package in (transformers, peft):
+        name, found = package.__name__, package.__version__
+        if not SpecifierSet(SUPPORTED[name]).contains(found, prereleases=True):
+            raise ValueError(
+                f"axolotl-reft needs {name}{SUPPORTED[name]}, and {found} is "
+                f"installed; run: pip install '{name}{SUPPORTED[name]}'"
+            )
 
 
 def cache_of(holder: Any) -> Cache | None:
