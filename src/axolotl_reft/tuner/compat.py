@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
-import peft
-import transformers
 from packaging.specifiers import SpecifierSet
 from transformers import Cache
 
-# As in pyproject.toml, and there why.
+# pyproject.toml declares the same, and says why.
 SUPPORTED = {"transformers": ">=5.16.1,<5.25", "peft": ">=0.20,<0.22"}
 
 
@@ -21,12 +20,12 @@ def check_versions() -> None:
         ValueError: transformers or PEFT is too old or too new.
     """
     # Not an ImportError: axolotl swallows those of plugins.
-    for package in (transformers, peft):
-        name, found = package.__name__, package.__version__
-        if not SpecifierSet(SUPPORTED[name]).contains(found, prereleases=True):
+    for package, wanted in SUPPORTED.items():
+        found = version(package)
+        if not SpecifierSet(wanted).contains(found, prereleases=True):
             raise ValueError(
-                f"axolotl-reft needs {name}{SUPPORTED[name]}, and {found} is "
-                f"installed; run: pip install '{name}{SUPPORTED[name]}'"
+                f"axolotl-reft needs {package}{wanted}, and {found} is installed; "
+                f"run: pip install '{package}{wanted}'"
             )
 
 
