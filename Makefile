@@ -1,4 +1,7 @@
 # make test   set up a virtual environment and run every check
+# make lint   ruff, codespell and mypy, in the environment as it is
+# make unit   the fast tests that need no axolotl, in the environment as it is
+# make test-axolotl, make test-slow   set up an environment and run those tests
 # make demo   set it up and run the main job on a tiny model
 # make docs   draw the pictures and build the documentation's site in build/site
 # make bench  set it up and measure (benchmarks/README.md); SIZE=full takes hours
@@ -17,7 +20,7 @@ export TOKENIZERS_PARALLELISM := false
 # The models here are tiny: more threads wait for each other longer than they compute.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test demo start-of-demo docs bench bench-environments clean
+.PHONY: install lint unit test test-axolotl test-slow demo start-of-demo docs bench bench-environments clean
 
 install: $(VENV)/installed
 
@@ -27,16 +30,31 @@ $(VENV)/installed: pyproject.toml
 	@echo 'need, about 4.5 GB. It prints nothing meanwhile, and takes a few minutes.'
 	$(PYTHON) -m venv $(VENV)
 	pip install --quiet --upgrade pip
-	pip install --quiet --editable '.[dev]'
+	pip install --quiet --editable '.[axolotl,inspect,eval,pyreft,dev]'
 	pip install --quiet --no-deps pyreft==0.1.0
 	touch $@
 
 # Not the files of many tests first: the longest runs are of files of few.
-test: install
+PYTEST := pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+lint:
 	ruff check .
 	ruff format --check .
+	codespell
 	mypy
-	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+unit:
+	$(PYTEST) -m 'not axolotl and not slow'
+
+test: install
+	$(MAKE) lint
+	$(PYTEST)
+
+test-axolotl: install
+	$(PYTEST) -m 'axolotl and not slow'
+
+test-slow: install
+	$(PYTEST) -m slow
 
 demo: start-of-demo install
 	python $(DEMO)/make_base.py

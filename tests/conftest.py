@@ -10,14 +10,40 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from optional_packages import TESTS, missing, needed
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_reft import LoreftConfig
 from axolotl_reft.core import affine
+
+# Modules that import what is not installed are not collected: their import would fail.
+collect_ignore = [
+    str(path.relative_to(TESTS)) for path in TESTS.rglob("test_*.py") if missing(path)
+]
+
+
+def pytest_report_header() -> list[str]:
+    """Say what is left out, and for want of which packages."""
+    packages = {name for path in TESTS.rglob("test_*.py") for name in missing(path)}
+    if not packages:
+        return []
+    return [
+        f"{len(collect_ignore)} test modules are left out, for want of "
+        f"{', '.join(sorted(packages))}"
+    ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of modules that import axolotl."""
+    for item in items:
+        if "axolotl" in needed(Path(item.path)):
+            item.add_marker("axolotl")
+
 
 VOCABULARY = 64
 HIDDEN = 32

@@ -9,7 +9,10 @@ from conftest import VOCABULARY, build_adapter, build_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
 
 
 def batch(length=24, prompt=10, packed=True):

@@ -19,7 +19,7 @@ ROOMS = {
     "kernels": (("core",), ("torch", "triton")),
     "tuner": (
         ("errors", "core", "prompts", "settings", "kernels"),
-        ("torch", "transformers", "peft"),
+        ("torch", "transformers", "peft", "packaging"),
     ),
     "saved": (
         ("errors", "core", "prompts", "settings", "tuner"),

@@ -63,9 +63,9 @@ def operations(model, call):
     return graph
 
 
-def assert_close(got, expected):
+def assert_close(got, expected, atol=1e-6):
     for one, other in zip(got, expected, strict=True):
-        assert torch.allclose(one, other, atol=1e-6)
+        assert torch.allclose(one, other, atol=atol)
 
 
 @pytest.mark.parametrize("adapter", list(ADAPTERS))
@@ -210,8 +210,11 @@ def test_compiled_decode_steps_are_those_of_the_base(tokens):
         backend, found = noting()
         config = CompileConfig(backend=backend, mode=None, fullgraph=True)
         config._compile_all_devices = True
-        static = {"cache_implementation": "static", "compile_config": config}
-        assert_close(generated(model, tokens, **static), generated(model, tokens))
+        static = {"cache_implementation": "static"}
+        got = generated(model, tokens, compile_config=config, **static)
+        assert_close(got, generated(model, tokens, **static))
+        # From transformers 5.18 on a base alone differs by 2.6e-6 here.
+        assert_close(got, generated(model, tokens), atol=1e-5)
         return found
 
     of_base = graphs(build_model().eval())

@@ -218,13 +218,30 @@ def one_by_one(model, prompts):
     ]
 
 
+class Pages:
+    """As much of continuous batching's cache as a model asks for, and no ``Cache``."""
+
+    is_compileable = False
+
+    def get_seq_length(self, layer=0):
+        return 0
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, tokens, layer):
+        return tokens, 0
+
+    def update(self, keys, values, *args, **kwargs):
+        return keys, values
+
+
 def test_continuous_batching_is_refused_where_prompts_count(tokens, continuously):
     model = build_adapter(build_model())
     prompts = [tokens(1, 9)[0].tolist(), tokens(1, 4, seed=1)[0].tolist()]
     with pytest.raises(ValueError, match=r"generate_batch, transformers serve.*; call"):
         continuously(model, prompts)
     # A server's forward, should the adapter come after the server.
-    ids, server = tokens(1, 9), {"cache": object(), "use_cache": False}
+    ids, server = tokens(1, 9), {"cache": Pages(), "use_cache": False}
     with pytest.raises(ValueError, match="continuous batching"):
         model(ids, **server)
     with model.disable_adapter(), torch.no_grad():

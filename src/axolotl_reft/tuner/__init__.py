@@ -1,0 +1,3 @@
+from axolotl_reft.tuner.compat import check_versions
+
+check_versions()

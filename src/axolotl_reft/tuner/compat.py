@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
-import peft
-import transformers
 from packaging.specifiers import SpecifierSet
 from transformers import Cache
 
-# As in pyproject.toml, and there why.
+# pyproject.toml declares the same, and says why.
 SUPPORTED = {"transformers": ">=5.16.1,<5.25", "peft": ">=0.20,<0.22"}
 
 
@@ -21,20 +20,20 @@ def check_versions() -> None:
         ValueError: transformers or PEFT is too old or too new.
     """
     # Not an ImportError: axolotl swallows those of plugins.
-    for package in (transformers, peft):
-        name, found = package.__name__, package.__version__
-        if not SpecifierSet(SUPPORTED[name]).contains(found, prereleases=True):
+    for package, wanted in SUPPORTED.items():
+        found = version(package)
+        if not SpecifierSet(wanted).contains(found, prereleases=True):
             raise ValueError(
-                f"axolotl-reft needs {name}{SUPPORTED[name]}, and {found} is "
-                f"installed; run: pip install '{name}{SUPPORTED[name]}'"
+                f"axolotl-reft needs {package}{wanted}, and {found} is installed; "
+                f"run: pip install '{package}{wanted}'"
             )
 
 
 def cache_of(holder: Any) -> Cache | None:
     """Return the key-value cache among a model's arguments or outputs, by its class.
 
-    transformers 5.24 calls it ``cache``, earlier ones ``past_key_values``, and asking
-    an output for the name of another release logs a warning.
+    transformers 5.24 calls it ``cache``, earlier releases ``past_key_values``; asking
+    an output for the other name logs a warning.
 
     Args:
         holder: arguments by name, a ``ModelOutput`` or a tuple of outputs.

@@ -191,7 +191,9 @@ class ModelHooks:
             labels = None
         find_answers = self.state.find_answers
         if labels is None and thread.generation is not None:
-            return _generation_step(thread.generation, inputs, shape, device)
+            if thread.generation.is_decode_step:
+                return DecodeStep(shape, past=1)
+            return GenerationStep(thread.generation, shape, device)
         past = _cached(cache_of(inputs))
         if past and labels is None and find_answers is None:
             return self._cached_source(inputs, past, shape)
@@ -286,6 +288,7 @@ class ModelHooks:
         keep = min((generation.cut(turn, past) for turn in turns), default=past)
         if keep < past:
             _cut_back(cache, past, keep, bool(omitted))
+        generation.start(keep)
         return generation
 
     def _note_answer(self, generation: Generation, cache: Any, output: Any) -> None:
@@ -304,9 +307,8 @@ class ModelHooks:
         inputs = prepare(self._model, *args, **kwargs)
         generation = self.state.thread.generation
         if generation is not None:
-            mask_BW, tokens = _two_dimensional(kwargs), _tokens(inputs).shape[1]
-            cached = 0 if mask_BW is not None else _cached(cache_of(kwargs))
-            generation.prepare(mask_BW, tokens, cached)
+            tokens, has_cache = _tokens(inputs).shape[1], cache_of(inputs) is not None
+            generation.prepare(_two_dimensional(kwargs), tokens, has_cache)
         return inputs
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -314,22 +316,6 @@ class ModelHooks:
         if any(layer.asks_for_prompts for layer in self.state.layers):
             raise cannot_batch_continuously()
         return type(self._model).init_continuous_batching(self._model, *args, **kwargs)
-
-
-def _generation_step(
-    generation: Generation,
-    inputs: Mapping[str, Any],
-    shape: tuple[int, int],
-    device: torch.device,
-) -> PromptSource:
-    """Of a forward inside ``generate``."""
-    if generation.is_decode_step:
-        return DecodeStep(shape, past=1)
-    if generation.mask_BW is not None:
-        past = generation.mask_BW.shape[1] - shape[1]
-    else:
-        past = _cached(cache_of(inputs))
-    return GenerationStep(generation, shape, past, device)
 
 
 def _tokens(inputs: Mapping[str, Any]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.save_and_load import _insert_adapter_name_into_state_dict
 from torch import Tensor, nn
 
 from axolotl_reft.core.tensors import check_complete
@@ -129,6 +130,23 @@ class LoreftModel(BaseTuner):
                         "own (modules_to_save) and others have; PEFT cannot mix them "
                         "in one batch, so run them one after the other"
                     )
+
+    # PEFT 0.21 finds an adapter's tensors by module, so that those it has no place for
+    # would be passed over and not be refused; 0.20 goes by the prefix, as here.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, *, state_dict: dict[str, Tensor], **_: Any
+    ) -> dict[str, Tensor]:
+        return {key: state_dict[key] for key in state_dict if cls.prefix in key}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, *, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
+    ) -> dict[str, Tensor]:
+        return _insert_adapter_name_into_state_dict(
+            state_dict, adapter_name=adapter_name, parameter_prefix=cls.prefix
+        )
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any

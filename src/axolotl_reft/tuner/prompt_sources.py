@@ -94,15 +94,14 @@ class GenerationStep(PromptSource):
         self,
         generation: Generation,
         shape: tuple[int, int],
-        past: int,
         device: torch.device,
     ) -> None:
-        super().__init__(shape, past)
+        super().__init__(shape, generation.past)
         self._generation, self._device = generation, device
 
     def spans(self, turns: Turns) -> PromptSpans | None:
         rows, tokens = self.shape
-        return self._generation.step(turns, rows, tokens, self.past, self._device)
+        return self._generation.step(turns, rows, tokens, self._device)
 
 
 class CachedChunk(PromptSource):
