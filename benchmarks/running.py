@@ -32,7 +32,9 @@ def workers(
         before: directory that holds another build of ``axolotl_reft``. ``ours`` gets a
             process as well then, so that the two differ in the build alone.
     """
-    starts = {name: partial(RemoteBench, p) for name, p in (pythons or {}).items()}
+    starts: dict[str, Callable[[], RemoteBench]] = {
+        name: partial(RemoteBench, p) for name, p in (pythons or {}).items()
+    }
     if before is not None:
         starts |= {"before": partial(RemoteBench, source=before), "ours": RemoteBench}
     return starts

@@ -13,22 +13,22 @@ PACKAGE = Path(axolotl_reft.__file__).parent
 # From bottom to top, each with what it imports of others: rooms, then packages.
 ROOMS = {
     "errors": ((), ()),
-    "core": (("errors",), ("torch", "transformers", "pyreft")),
-    "prompts": (("errors",), ("torch",)),
-    "settings": (("errors", "core", "prompts"), ("torch",)),
+    "core": ((), ("torch", "transformers")),
+    "prompts": (("errors", "core"), ("torch",)),
+    "settings": (("errors", "core", "prompts"), ("torch", "transformers")),
     "kernels": (("core",), ("torch", "triton")),
     "tuner": (
         ("errors", "core", "prompts", "settings", "kernels"),
         ("torch", "transformers", "peft", "packaging"),
     ),
     "saved": (
-        ("errors", "core", "prompts", "settings", "tuner"),
+        ("core", "prompts", "settings", "tuner"),
         ("torch", "peft", "safetensors", "huggingface_hub"),
     ),
     "registration": (("saved", "tuner"), ("peft",)),
     "exchange": (
-        ("errors", "core", "prompts", "settings", "tuner", "saved"),
-        ("torch", "transformers", "peft", "safetensors", "pyreft", "pyvene"),
+        ("core", "prompts", "settings", "tuner", "saved"),
+        ("torch", "transformers", "peft", "pyreft", "pyvene"),
     ),
     "lm_eval": (
         ("saved", "tuner"),
@@ -38,7 +38,10 @@ ROOMS = {
         ("core", "exchange", "prompts", "saved", "tuner"),
         ("torch", "transformers", "peft", "rich", "matplotlib"),
     ),
-    "training": (("inspect", "prompts", "tuner"), ("torch", "transformers")),
+    "training": (
+        ("inspect", "prompts", "settings", "tuner"),
+        ("torch", "transformers"),
+    ),
     "plugin": (
         (
             "errors",
@@ -76,11 +79,22 @@ def run(code):
     )
 
 
-def test_importing_the_package_brings_in_neither_axolotl_nor_pyreft():
+def test_making_an_adapter_brings_in_nothing_heavy():
+    """Of ours: what transformers and PEFT import themselves is imported before."""
     code = (
-        "import axolotl_reft, sys\n"
-        "heavy = ('axolotl', 'pyreft', 'pyvene', 'matplotlib', 'plotnine')\n"
-        "print([name for name in heavy if name in sys.modules])"
+        "import sys, peft\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1,"
+        " num_attention_heads=1, vocab_size=8)\n"
+        "base = LlamaForCausalLM(LlamaConfig(**sizes))\n"
+        "before = set(sys.modules)\n"
+        "import axolotl_reft\n"
+        "config = axolotl_reft.LoreftConfig(task_type='CAUSAL_LM', rank=2)\n"
+        "peft.get_peft_model(base, config)\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "heavy = {'axolotl', 'pyreft', 'pyvene', 'matplotlib', 'pandas', 'pyarrow',"
+        " 'datasets', 'rich', 'triton'}\n"
+        "print(sorted(new & heavy))"
     )
     assert run(code).stdout.strip() == "[]"
 

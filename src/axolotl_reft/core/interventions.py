@@ -49,6 +49,7 @@ class Intervention(AdapterLeaf):
     """
 
     kind: InterventionKind
+    act_fn: Callable[[Tensor], Tensor]
     on_edit: Callable[[Tensor, Tensor], None] | None = None
     mode_changes = 0
 

@@ -132,10 +132,10 @@ def _tell_observers(
     for side, intervention in enumerate(interventions):
         if intervention.on_edit is None:
             continue
-        both = h_BTD.detach(), edited_BTD.detach()
+        both = [h_BTD.detach(), edited_BTD.detach()]
         if indices is not None:
             where = indices.sides[side], indices.may_be_unused
-            both = tuple(rows_at(h.flatten(0, -2), *where) for h in both)
+            both = [rows_at(h.flatten(0, -2), *where) for h in both]
         intervention.on_edit(*both)
 
 
