@@ -7,6 +7,7 @@ first one's keys. A block that begins with ``# refused`` shows what is refused.
 import re
 import runpy
 import shutil
+from collections import Counter
 
 import pytest
 import yaml
@@ -103,6 +104,17 @@ def test_every_row_of_the_support_tables_has_a_test(page):
 
 REPOSITORY = "https://github.com/axolotl-reft/axolotl-reft/"
 LINK = re.compile(r"(?:\]\(\s*|^\[[^]]+\]: )([^)\s#]+)", re.MULTILINE)
+
+
+def test_every_patch_of_another_library_is_listed():
+    page = (ROOT / "docs" / "how-it-works.md").read_text().split("## Patches")[1]
+    listed = Counter(re.findall(r"^\| `([\w/]+\.py)` \|", page, re.MULTILINE))
+    package = ROOT / "src" / "axolotl_reft"
+    marked = {
+        path.relative_to(package).as_posix(): path.read_text().count("# Patch:")
+        for path in package.rglob("*.py")
+    }
+    assert listed == Counter({path: n for path, n in marked.items() if n})
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -7,8 +7,10 @@ from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from axolotl_reft.core.affine import affine_stack
 from axolotl_reft.core.interventions import LoreftIntervention
-from axolotl_reft.core.scatter import edit
+from axolotl_reft.core.scatter import EditIndices
+from axolotl_reft.core.stacked_edits import StackedEdits
 from benchmarks import scale
 from benchmarks.base import Setting, build_base, rectangle
 from benchmarks.contestants import CONTESTANTS, our_config
@@ -64,9 +66,9 @@ def test_an_edit_costs_what_it_costs_on_paper():
 def test_a_layer_asks_for_as_many_operations_as_the_page_says():
     both = [LoreftIntervention(embed_dim=96, low_rank_dimension=4) for _ in range(2)]
     hidden = torch.randn(2, 40, 96, requires_grad=True)
-    indices = [torch.arange(5), torch.arange(5, 9)]
+    indices = EditIndices((torch.arange(5), torch.arange(5, 9)))
     with Operations() as operations:
-        edited = edit(hidden, indices, both)
+        edited = StackedEdits(affine_stack(both), 1).edit(0, hidden, indices)
         edited.backward(torch.ones_like(edited))
     page = (ROOT / "docs" / "performance.md").read_text()
     assert f"small operations: {len(operations.names)} for the two sides" in page

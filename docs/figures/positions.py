@@ -12,7 +12,8 @@ import matplotlib
 import torch
 from matplotlib.patches import Patch, Rectangle
 
-from axolotl_reft.prompts.positions import Positions, prompt_runs
+from axolotl_reft.prompts.positions import Positions
+from axolotl_reft.prompts.spans import prompt_spans
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -47,7 +48,7 @@ def kinds(row: Row) -> list[tuple[str, str, bool]]:
     answer = torch.tensor([[letter == "a" for letter in letters]])
     starts = torch.tensor([begins])
     starts[0, 0] = True
-    spans = prompt_runs(real, starts, answer, row.every).spans()
+    spans = prompt_spans(real, starts, answer, row.every)
     prefix, suffix = spans.edited(Positions.parse(row.positions))
     names = []
     for at, letter in enumerate(letters):

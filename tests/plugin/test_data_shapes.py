@@ -61,21 +61,15 @@ def alone(one):
 
 def edited(model, batch):
     """Rows and columns of what the first layer edits in a forward of this batch."""
-    found = []
-    tracker = model.get_base_model().loreft_tracker
-    ask = tracker.indices
+    found, state = [], model.get_base_model().loreft_hooks.state
 
-    def listen(*args, **kwargs):
-        indices = ask(*args, **kwargs)
-        found.append(torch.cat(indices).sort().values.tolist())
-        return indices
+    def listen(*_):
+        found.append(state.context.indices("default").all_N.sort().values.tolist())
 
-    tracker.indices = listen
-    try:
-        with torch.no_grad():
-            model(**batch, use_cache=False)
-    finally:
-        del tracker.indices
+    handle = model.get_base_model().model.layers[0].register_forward_hook(listen)
+    with torch.no_grad():
+        model(**batch, use_cache=False)
+    handle.remove()
     return found[0]
 
 

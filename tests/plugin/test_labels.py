@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from axolotl_reft.plugin.labels import show_labels
 from axolotl_reft.plugin.plugin import LoreftPlugin
-from axolotl_reft.tuner.prompts import PROMPTS
+from axolotl_reft.tuner.context import POSITIONS
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_the_loader_of_a_training_tells_how_many_prompts_there_are(
         DictDefault({"adapter": "loreft"}), trainer
     )
     (got,) = trainer.get_train_dataloader()
-    assert got.get(PROMPTS) == (None if streamed else 4)
+    assert (POSITIONS in got) is not streamed
     # Its own collator still, of which axolotl's callbacks set attributes.
     assert trainer.data_collator is collate
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_training_and_evaluation_compute_the_logits_of_labelled_tokens(
     loaded, caplog, asked, arguments
 ):
     trained, evaluated = loaded(asked, arguments=arguments)
-    assert trained == ["input_ids", "labels", *KEPT, PROMPTS]
+    assert trained == ["input_ids", "labels", *KEPT, POSITIONS]
     assert evaluated == ["input_ids", "labels", *KEPT]
     assert "has no effect" not in caplog.text
 
@@ -233,7 +233,7 @@ def test_a_loss_of_all_logits_has_them_and_a_wish_for_fewer_is_answered(
         monkeypatch.setattr(type(model.get_base_model()), "forward", forward)
     for asked in (None, True):
         trained, evaluated = loaded(asked, **settings)
-        assert trained == ["input_ids", "labels", PROMPTS]
+        assert trained == ["input_ids", "labels", POSITIONS]
         assert evaluated == ["input_ids", "labels"]
         expected = f"loreft_labelled_logits: true has no effect: {reason}"
         assert (expected in caplog.text) is bool(asked)
@@ -241,6 +241,6 @@ def test_a_loss_of_all_logits_has_them_and_a_wish_for_fewer_is_answered(
 
 def test_it_can_be_turned_off(loaded, caplog):
     trained, evaluated = loaded(False)
-    assert trained == ["input_ids", "labels", PROMPTS]
+    assert trained == ["input_ids", "labels", POSITIONS]
     assert evaluated == ["input_ids", "labels"]
     assert "has no effect" not in caplog.text

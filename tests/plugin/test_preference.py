@@ -79,7 +79,7 @@ def forwards_of(trainer, run):
     seen = []
 
     def note(module, args, kwargs, output):
-        if model.loreft_tracker._now.generation is None:
+        if model.loreft_hooks.state.thread.generation is None:
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             edited = not layer.disable_adapters
             mask = kwargs["attention_mask"]

@@ -214,7 +214,7 @@ def assert_built_as_written(model, config):
         layer = wrapped[number]
         assert layer.intv_0["default"].rank == rank
         assert layer.intv_0["default"].dropout_p == config.dropout
-        assert str(layer.positions["default"]) == config.positions
+        assert str(layer.specs["default"].positions) == config.positions
         untied = "+" in config.positions and not config.tied_weights
         assert ("default" in layer.intv_1) == untied
 

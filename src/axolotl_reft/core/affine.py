@@ -125,7 +125,7 @@ class StackCache:
 
 
 def _kept_state(interventions: Sequence[Any]) -> list[Any] | None:
-    """What a kept stack depends on; None where it must not be kept."""
+    """Return everything a kept stack depends on; None where it must not be kept."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     state: list[Any] = []

@@ -1,4 +1,4 @@
-"""What an adapter's modules have in common: float32 under any cast, and loaded whole.
+"""The base of an adapter's modules: float32 under any cast, and loaded whole.
 
 Torch only.
 """
@@ -13,7 +13,7 @@ from axolotl_reft.core.tensors import check_values
 
 
 class AdapterLeaf(nn.Module):
-    """A module with its numbers directly on it.
+    """A module with its parameters directly on it.
 
     Attributes:
         made_for: sizes of the base and of the adapter, for messages.

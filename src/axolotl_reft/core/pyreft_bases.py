@@ -25,6 +25,7 @@ def extend_when_imported(classes: Mapping[str, type]) -> None:
     if "pyreft" in sys.modules:
         _extend(classes, sys.modules["pyreft"])
     else:
+        # Patch: Python has no callback for an import.
         sys.meta_path.insert(0, _PyreftFinder(classes))
 
 
@@ -49,12 +50,13 @@ class _PyreftFinder(MetaPathFinder):
         spec = PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
             return None
-        sys.meta_path.remove(self)
         load = spec.loader.exec_module
 
         def load_and_extend(module: ModuleType) -> None:
             load(module)
             _extend(self._classes, module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
 
         spec.loader.exec_module = load_and_extend  # type: ignore[method-assign]
         return spec

@@ -147,7 +147,7 @@ def rotation(vectors_DR: Tensor, base_DR: Tensor) -> Tensor:
 
 
 def compact_base(columns_DR: Tensor) -> Tensor:
-    """The numbers that stand for an orthogonal D×D matrix beginning with these columns.
+    """Return the compact form of an orthogonal D×D matrix with these first columns.
 
     Below the diagonal, the Householder vectors of ``torch.geqrf``; on it, the signs
     ±1 that LAPACK leaves in its triangular factor. Nothing is lost for any orthonormal

@@ -91,7 +91,7 @@ def _live_class() -> Any:
                 self.write(folder)
 
         def save_intervention(self, save_directory: str, **kwargs: Any) -> None:
-            """As pyreft's trainer does at every checkpoint."""
+            """Save as pyreft's trainer does at every checkpoint."""
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             self.write(Path(save_directory))
 

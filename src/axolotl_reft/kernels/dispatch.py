@@ -1,4 +1,4 @@
-"""Where edits are made by Triton's kernels, and where by torch's operations.
+"""Chooses between Triton's kernels and torch's operations.
 
 Kernels run on NVIDIA's GPUs, up to rank 32, outside compiled graphs (where torch makes
 its own). ``AXOLOTL_REFT_KERNELS=0`` turns them off.

@@ -30,7 +30,7 @@ def prepare() -> None:
 
 @triton.jit
 def _of(side, first, second):
-    """What is the side's own."""
+    """Return the argument of a program's side."""
     own = first
     if side == 1:
         own = second

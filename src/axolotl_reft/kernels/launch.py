@@ -96,7 +96,7 @@ class TritonWorkspace(Workspace):
 def by_rows(
     rows: Sequence[int], width: int, rank: int
 ) -> tuple[tuple[int, ...], dict[str, int]]:
-    """How many programs of a kernel take how many rows, and columns at once."""
+    """Return the grid and the block sizes of a kernel that goes by rows."""
     several = 1 if sum(rows) <= _FEW_ROWS else 4
     padded = _power_of_two(rank)
     block = min(_PRODUCTS // (padded * several), _power_of_two(width))
@@ -107,7 +107,7 @@ def by_rows(
 def by_columns(
     rows: Sequence[int], width: int, rank: int, layers: int = 1
 ) -> tuple[tuple[int, ...], dict[str, int]]:
-    """The same, of the kernel whose programs take all rows of some columns."""
+    """Return the same of the kernel whose programs take all rows of some columns."""
     padded = dot_size(rank)
     several = min(dot_size(max(rows)), 512 // padded)
     blocks = (-(-width // 64), len(rows), layers)

@@ -1,4 +1,4 @@
-"""What is cached of a conversation, and what ``generate`` was asked to go on with.
+"""Tokens behind a cache, and the prompt that ``generate`` was given.
 
 A reused cache holds keys and values, not tokens. To find the prompts of a conversation
 that is played turn by turn, its tokens are remembered beside each cache, as long as the
@@ -42,7 +42,7 @@ class Tokens:
 
 @dataclass
 class _Conversation:
-    """What is behind one cache: tokens, and the ids (B, T) of forwards since, which are
+    """Tokens behind one cache, and the ids (B, T) of forwards since, which are
     put together when somebody asks; a decode step must not copy all before it."""
 
     tokens: Tokens
@@ -59,7 +59,7 @@ class _Conversation:
         self.width += ids_BT.shape[1]
 
     def cut(self, width: int) -> None:
-        """As its cache was, if that is shorter now."""
+        """Forget what was cut off the cache."""
         if width < self.width:
             self.tokens, self.width = self.whole()[:width], width
 
@@ -115,7 +115,7 @@ class Conversations:
 
 @dataclass
 class Generation:
-    """What ``generate`` was asked to go on with, and its step under way.
+    """The input of a call of ``generate``, and its step under way.
 
     Attributes:
         width: P, cached columns included.
@@ -195,3 +195,26 @@ class Generation:
         spans = self.prompts(turns, self.ids_BP.shape[0], self.ids_BP.device)
         ranks_B = spans.rank_BT[:, past].where(spans.inside_BT[:, past], 0)
         return past - int(ranks_B.max())
+
+
+def cut_back(cache: Any, past: int, keep: int, has_new_tokens_alone: bool) -> None:
+    """Drop the cached columns of a prompt that ended elsewhere then.
+
+    Raises:
+        ValueError: the cache cannot be cut, or the cut tokens are not handed over.
+    """
+    remedy = "pass a fresh cache and the whole conversation"
+    if has_new_tokens_alone:
+        raise ValueError(
+            f"past_key_values: the cache ends within a prompt, {past - keep} tokens of "
+            "it are cached and the rest is new, so that its first and last tokens "
+            f"cannot be told; {remedy}"
+        )
+    try:
+        cache.crop(keep - past)
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            "past_key_values: the cache ends within a prompt and was edited for "
+            f"another end of it, and a {type(cache).__name__} cannot be cut back "
+            f"({error}); {remedy}"
+        ) from error

@@ -18,7 +18,7 @@ from axolotl_reft.prompts.positions import Positions
 
 @dataclass(frozen=True)
 class PromptSpans:
-    """Where each token of a batch stands in the prompt of its sample.
+    """The place of each token of a batch in the prompt of its sample.
 
     Attributes:
         inside_BT: the token belongs to a prompt.

@@ -134,7 +134,7 @@ def _two_words(tokenizer: Any) -> tuple[str, str]:
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two sequences begin with alike."""
+    """Count the ids that two sequences begin with alike."""
     pairs: Iterable[tuple[int, int]] = zip(one, other, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 

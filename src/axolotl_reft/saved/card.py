@@ -111,6 +111,7 @@ def extend_pefts_cards() -> None:
         if config.peft_type == LOREFT:
             add_section(output_dir, config)
 
+    # Patch: PEFT has no hook for the cards of other methods.
     setattr(write_with_section, _WRAPPED, True)
     PeftModel.create_or_update_model_card = write_with_section
 
@@ -125,6 +126,7 @@ def keep_in_trainers_card(trainer: Any, config: LoreftConfig) -> None:
         if trainer.is_world_process_zero():
             add_section(trainer.args.output_dir, config, trainer.args.hub_model_id)
 
+    # Patch: a trainer writes its card over PEFT's.
     trainer.create_model_card = write_with_section
 
 

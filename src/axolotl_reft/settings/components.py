@@ -1,4 +1,4 @@
-"""What of a decoder layer is edited: pyreft's names of components, and module paths.
+"""Components of a decoder layer: pyreft's names for them, and module paths.
 
 A name such as ``mlp_output`` stands for a module of the layer and one of its sides;
 ``mlp.down_proj.output``, or ``model.layers[15].mlp.output`` as pyreft writes it, says
@@ -149,7 +149,7 @@ def to_pyreft_name(component: str, layers: str, layer: int) -> str:
 
 
 def find_site(component: str, layer: nn.Module, config: Any) -> tuple[Site, int]:
-    """Where a component is in this layer, and how wide it is.
+    """Find a component in a layer, and its width.
 
     Args:
         component: a name or a path.

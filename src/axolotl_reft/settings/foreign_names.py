@@ -54,7 +54,7 @@ def hint(key: object, known: tuple[str, ...]) -> str:
 
 
 def intervention_hint(value: object, known: tuple[str, ...]) -> str:
-    """The same for the name of an intervention, or for one of pyreft's classes."""
+    """Return such a hint for an intervention's name, or for a class of pyreft's."""
     written = str(getattr(value, "__name__", value)).lower()
     ours = _INTERVENTIONS.get(written)
     return (

@@ -94,7 +94,7 @@ class AdapterSpec:
 
     @property
     def sides(self) -> int:
-        """How many interventions a layer has: two for untied prefix and suffix."""
+        """The number of interventions of a layer: two for untied prefix and suffix."""
         return 1 if self.tied else 2
 
 

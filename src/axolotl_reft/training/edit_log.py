@@ -61,6 +61,7 @@ class EditLog(TrainerCallback):
                 logs.update(self._collect(logs.get("grad_norm")))
             log(logs, *args, **kwargs)
 
+        # Patch: a callback sees the logs only after the reporters before it.
         trainer.log = log_with_edits
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

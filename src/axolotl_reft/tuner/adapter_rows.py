@@ -48,7 +48,7 @@ class AdapterRows:
         return [name for name in dict.fromkeys(self.names) if name != BASE]
 
     def count(self, adapter: str) -> int:
-        """How many rows are the adapter's."""
+        """Return the number of the adapter's rows."""
         return self.names.count(adapter)
 
     def mask(self, adapter: str, device: torch.device) -> Tensor:

@@ -148,7 +148,7 @@ class LoreftConfig(PeftConfig):
         return super().__new__(cls)
 
     def to_dict(self) -> dict[str, Any]:
-        """As saved: in the format and by the version of now."""
+        """Return the settings as saved, with today's format and version."""
         now = {"axolotl_reft_version": package_version()}
         return super().to_dict() | now | {"format_version": FORMAT_VERSION}
 

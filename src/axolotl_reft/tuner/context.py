@@ -1,4 +1,4 @@
-"""What is known of the forward under way, and what a model's layers share.
+"""The state of a forward, of a thread, and of a model with its edited layers.
 
 Shapes: B batch, T tokens, N edited positions.
 """
@@ -111,7 +111,7 @@ class ForwardContext:
     def _most_prompts(
         self, turns: Turns, rows: int, device: torch.device
     ) -> int | None:
-        """How many prompts to reserve slots for; None where they can be counted.
+        """Return how many prompts to reserve slots for; None where they can be counted.
 
         Counting is free on a CPU, and makes the host wait for an accelerator, once a
         forward, unless a row has one prompt; a graph cannot wait.
@@ -156,7 +156,7 @@ def prompt_turns(adapters: Mapping[str, AdapterSpec]) -> set[Turns]:
 
 @dataclass(eq=False)
 class ThreadState:
-    """What is under way in a thread.
+    """The state of a thread.
 
     Attributes:
         labels, given: arguments of the model, for its backbone.
@@ -187,7 +187,7 @@ class _ThreadLocal(threading.local):
 
 
 class ModelState:
-    """What the edited layers of a model and its hooks share.
+    """The state that a model's edited layers and its hooks share.
 
     Attributes:
         adapters: settings of the adapters, by name.

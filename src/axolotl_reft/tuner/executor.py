@@ -226,9 +226,10 @@ def _group_key(interventions: Sequence[Any]) -> tuple[Any, ...] | None:
     if is_compiling() and any(one.on_edit is not None for one in interventions):
         return None
     first = interventions[0]
-    device = first._parameters["bias"].device
-    shape = first.kind.name, first.hidden_size, first.rank, len(interventions)
-    return *shape, device, first.is_affine
+    # The shape of a parameter: a compiler takes numbers on modules for variables.
+    matrix = next(iter(first._parameters.values()))
+    shape = first.kind.name, tuple(matrix.shape), len(interventions)
+    return *shape, matrix.device, first.is_affine
 
 
 def _is_compiled_alone(layer: Any) -> bool:

@@ -31,7 +31,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from axolotl_reft.prompts.generation import Conversations, Generation, Tokens
+from axolotl_reft.prompts.generation import (
+    Conversations,
+    Generation,
+    Tokens,
+    cut_back,
+)
 from axolotl_reft.tuner.adapter_rows import AdapterRows, wrong_length
 from axolotl_reft.tuner.compat import cache_of, pages_of
 from axolotl_reft.tuner.context import (
@@ -210,7 +215,7 @@ class ModelHooks:
     def _cached_source(
         self, inputs: Mapping[str, Any], past: int, shape: tuple[int, int]
     ) -> PromptSource:
-        """Of a forward outside ``generate`` on a filled cache."""
+        """Return the source of a forward on a filled cache, outside ``generate``."""
         ids_BT, turns = inputs.get("input_ids"), prompt_turns(self.state.adapters)
         if ids_BT is not None and any(turn.generation_prompts for turn in turns):
             known = self._conversations.before(cache_of(inputs), past, shape[0])
@@ -287,7 +292,7 @@ class ModelHooks:
         turns = prompt_turns(self.state.adapters)
         keep = min((generation.cut(turn, past) for turn in turns), default=past)
         if keep < past:
-            _cut_back(cache, past, keep, bool(omitted))
+            cut_back(cache, past, keep, bool(omitted))
         generation.start(keep)
         return generation
 
@@ -312,7 +317,7 @@ class ModelHooks:
         return inputs
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Of ``generate_batch`` and servers, whose own thread would hide an error."""
+        """Refuse early: the thread of ``generate_batch`` would hide an error."""
         if any(layer.asks_for_prompts for layer in self.state.layers):
             raise cannot_batch_continuously()
         return type(self._model).init_continuous_batching(self._model, *args, **kwargs)
@@ -333,22 +338,3 @@ def _two_dimensional(kwargs: Mapping[str, Any]) -> Tensor | None:
 def _cached(cache: Any) -> int:
     """Return the columns in a cache."""
     return 0 if cache is None else int(cache.get_seq_length())
-
-
-def _cut_back(cache: Any, past: int, keep: int, has_new_tokens_alone: bool) -> None:
-    """Drop what was cached of a prompt that ended elsewhere then."""
-    remedy = "pass a fresh cache and the whole conversation"
-    if has_new_tokens_alone:
-        raise ValueError(
-            f"past_key_values: the cache ends within a prompt, {past - keep} tokens of "
-            "it are cached and the rest is new, so that its first and last tokens "
-            f"cannot be told; {remedy}"
-        )
-    try:
-        cache.crop(keep - past)
-    except (AttributeError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(
-            "past_key_values: the cache ends within a prompt and was edited for "
-            f"another end of it, and a {type(cache).__name__} cannot be cut back "
-            f"({error}); {remedy}"
-        ) from error

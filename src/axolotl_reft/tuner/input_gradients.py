@@ -30,6 +30,7 @@ def spare_frozen_layers(model: PreTrainedModel, prefix: str) -> None:
     """
     if hasattr(model, _METHOD):
         model.disable_input_require_grads()
+        # Patch: whoever checkpoints calls this, trained below the first edit or not.
         model.__dict__[_METHOD] = partial(_enable, model, prefix)
 
 
@@ -47,6 +48,7 @@ def keep_from_packing(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if not hasattr(module, _PACKS):
             continue
+        # Patch: bitsandbytes has no setting for this.
         setattr(module, _PACKS, False)
         state = getattr(module.weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):

@@ -308,20 +308,11 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     def _add_lora_output(
         self, path: str, module: nn.Module, args: Any, output: Tensor
     ) -> Tensor:
-        total, context = output, self.state.thread.context
+        context, total = self.state.thread.context, output
         for name in self._adapters(context):
             lora: Any = self.intv_lora[name] if name in self.intv_lora else None
-            if lora is None or not lora.has(path):
-                continue
-            if context is None or context.adapter_rows is None:
-                total = total + lora(path, args[0])
-                continue
-            # Vectors of the adapter's rows alone.
-            tokens_N = context.row_tokens(name, output).all_N
-            x = args[0].reshape(-1, args[0].shape[-1]).index_select(0, tokens_N)
-            flat = total.reshape(-1, total.shape[-1])
-            added = (flat.index_select(0, tokens_N) + lora(path, x)).to(flat.dtype)
-            total = flat.index_copy(0, tokens_N, added).view(output.shape)
+            if lora is not None and lora.has(path):
+                total = lora.add_to(total, path, args[0], context, name)
         return total.to(output.dtype)
 
 
@@ -345,7 +336,7 @@ def cannot_merge() -> ValueError:
 
 
 def _device_of(module: nn.Module) -> torch.device:
-    """Where the module computes; the CPU for one without memory (meta)."""
+    """Return the device that a module is on; the CPU for the meta device."""
     for parameter in module.parameters():
         if parameter.device.type != "meta":
             return parameter.device

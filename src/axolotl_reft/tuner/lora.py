@@ -1,6 +1,6 @@
 """LoRA beside LoReFT, in one adapter: low-rank additions to linear modules of a layer.
 
-PEFT's LoRA layers cannot be had here: PEFT saves an adapter's numbers by the prefix of
+PEFT's LoRA layers cannot be had here: PEFT saves an adapter's tensors by the prefix of
 one method, and a model takes adapters of one method. What is computed, how it starts
 and what autocast does to it are PEFT's (``tests/tuner/test_lora.py`` compares the two);
 any linear module will do, quantised ones too, since it is called and not replaced.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from axolotl_reft.core.leaf import AdapterLeaf
 from axolotl_reft.errors import did_you_mean, shown
 from axolotl_reft.settings.lora import ALL_LINEAR
+from axolotl_reft.tuner.context import ForwardContext
 
 # Sizes of a module's input and output.
 Sizes = tuple[int, int]
@@ -58,21 +59,39 @@ class LayerLora(AdapterLeaf):
                 self.register_parameter(name, parameter)
 
     def has(self, path: str) -> bool:
-        """Whether the module at this path of the layer is one of its own."""
+        """Whether it adds to the module at this path of the layer."""
         return _names(path)[0] in self._parameters
 
     def forward(self, path: str, x: Tensor) -> Tensor:
-        """What is added to the output of the module at ``path`` for its input."""
+        """Return (α/r)·B·A·dropout(x) of the module at ``path`` for its input."""
         a, b = (self.get_parameter(name) for name in _names(path))
         x = F.dropout(x.to(a.dtype), self.dropout_p, self.training)
         return F.linear(F.linear(x, a), b) * self.scaling
+
+    def add_to(
+        self,
+        output: Tensor,
+        path: str,
+        x: Tensor,
+        context: ForwardContext | None,
+        adapter: str,
+    ) -> Tensor:
+        """Return a module's output with this LoRA's, in the adapter's rows alone where
+        rows have adapters of their own."""
+        if context is None or context.adapter_rows is None:
+            return output + self(path, x)
+        tokens_N = context.row_tokens(adapter, output).all_N
+        x_ND = x.reshape(-1, x.shape[-1]).index_select(0, tokens_N)
+        flat = output.reshape(-1, output.shape[-1])
+        rows = flat.index_select(0, tokens_N) + self(path, x_ND)
+        return flat.index_copy(0, tokens_N, rows.to(flat.dtype)).view(output.shape)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling}, dropout={self.dropout_p}"
 
 
 def _names(path: str) -> tuple[str, str]:
-    """Of a module's A and B: PEFT wants them directly on the leaf, so without dots."""
+    """Name a module's A and B: directly on the leaf for PEFT, so without dots."""
     stem = path.replace(".", "_")
     return f"{stem}_A", f"{stem}_B"
 
@@ -109,7 +128,7 @@ def linear_modules(layer: nn.Module, targets: str | Sequence[str]) -> dict[str, 
 
 
 def _sizes(module: nn.Module) -> Sizes | None:
-    """Of a linear module, quantised or not; None for any other."""
+    """Return the sizes of a linear module, quantised or not; None for any other."""
     if hasattr(module, "nx") and hasattr(module, "nf"):  # GPT-2's Conv1D
         return int(module.nx), int(module.nf)  # type: ignore[arg-type]
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)

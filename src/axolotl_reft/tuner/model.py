@@ -261,7 +261,7 @@ def _add_adapter_names(
 def _check_adapter_name(name: str, model: nn.Module) -> None:
     """Refuse names that PEFT would take for something else.
 
-    It finds an adapter's numbers by ``.name.`` in their paths.
+    It finds an adapter's tensors by ``.name.`` in their paths.
     """
     parts = {part for path, _ in model.named_parameters() for part in path.split(".")}
     taken = _PARTS | parts - _adapters_of(model)

@@ -18,6 +18,7 @@ def _extend_peft_type(name: str) -> PeftType:
     member._value_ = name
     member._sort_order_ = len(PeftType)
     member.__objclass__ = PeftType
+    # Patch: PEFT looks methods up in its own enumeration.
     # The attribute first: the metaclass refuses to set one that the map already holds.
     setattr(PeftType, name, member)
     PeftType._member_names_.append(name)

@@ -1,4 +1,4 @@
-"""Where a forward's prompts are read from: its batch, ``generate``, or a cache.
+"""Sources of a forward's prompts: its batch, ``generate``, or a cache.
 
 Shapes: B batch, T tokens of this forward, W columns seen so far (the cache's and T).
 """

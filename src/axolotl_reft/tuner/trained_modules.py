@@ -105,12 +105,13 @@ def save_modules_once() -> None:
             if not any(f".{part}." in key for part in WRAPPED_PARTS)
         }
 
+    # Patch: PEFT has no hook for what it collects.
     setattr(collect_once, _WRAPPED, True)
     peft_model.get_peft_model_state_dict = collect_once
 
 
 def _embedding_names(model: Any) -> list[str]:
-    """What the model calls its input embeddings and its head, for example
+    """Return the names of the model's input embeddings and head, for example
     ``embed_tokens`` and ``lm_head``."""
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = {id(module): path for path, module in model.named_modules()}
