@@ -154,6 +154,23 @@ def test_a_graph_has_one_rotation_and_few_products(tokens, adapter, products):
     assert found[PRODUCTS] == products * LAYERS
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [{"rank": {0: 1, 1: 4, "all": 8}}, {"component": "mlp_output"}],
+    ids=str,
+)
+def test_a_forward_without_gradients_after_training_computes_the_same(tokens, adapter):
+    """With two interventions in a group, whose rotations have two vectors."""
+    model = build_adapter(build_model(), tied_weights=False, **adapter).train()
+    batch = packed(tokens)
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+    model.compile(backend="aot_eager", fullgraph=True)
+    step(model.train(), batch)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(**batch).logits, expected, atol=1e-6)
+
+
 def test_a_graph_without_gradients_has_one_rotation(tokens):
     model = build_adapter(build_model(), positions="all").eval()
     batch = packed(tokens)

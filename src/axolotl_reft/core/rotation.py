@@ -71,27 +71,36 @@ def _leading_columns(
     return q_CD, c_RC
 
 
-class _Rotations(torch.autograd.Function):
-    """R = B·Q(X) for several X, and its derivative, in two dozen operations; autograd's
-    record of the same steps takes nearly three times as many, and keeps every product.
+def _rotate(
+    bases: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return R (K, R, D), and what its derivative needs.
 
     The reflections of B and of X are one sequence of N = 2R: the signs S in B = H·S
     are moved to its left, S·(SHS)·Q, and SHS reflects along B's vectors times S.
     """
+    count, rank = len(vectors), vectors[0].shape[1]
+    both_DR = torch.stack([*bases, *vectors])
+    signs_K1R = _diagonal(both_DR[:count]).unsqueeze(1)
+    y_K2RD = _reflectors(both_DR.unflatten(0, (2, count)).permute(1, 0, 3, 2))
+    y_K2RD[:, 0, :, :rank].mul_(signs_K1R)
+    y_KND = y_K2RD.flatten(1, 2)
+    t_inverse_KNN = _t_inverse(y_KND)
+    r_KRD, c_KNR = _leading_columns(y_KND, t_inverse_KNN, rank)
+    r_KRD[..., :rank].mul_(signs_K1R)
+    return r_KRD.to(both_DR.dtype), (y_KND, t_inverse_KNN, c_KNR)
+
+
+class _Rotations(torch.autograd.Function):
+    """R = B·Q(X) for several X, and its derivative, in two dozen operations; autograd's
+    record of the same steps takes nearly three times as many, and keeps every product.
+    """
 
     @staticmethod
     def forward(ctx: Any, bases: Sequence[Tensor], *vectors: Tensor) -> Tensor:
-        count, rank = len(vectors), vectors[0].shape[1]
-        both_DR = torch.stack([*bases, *vectors])
-        signs_K1R = _diagonal(both_DR[:count]).unsqueeze(1)
-        y_K2RD = _reflectors(both_DR.unflatten(0, (2, count)).permute(1, 0, 3, 2))
-        y_K2RD[:, 0, :, :rank].mul_(signs_K1R)
-        y_KND = y_K2RD.flatten(1, 2)
-        t_inverse_KNN = _t_inverse(y_KND)
-        r_KRD, c_KNR = _leading_columns(y_KND, t_inverse_KNN, rank)
-        r_KRD[..., :rank].mul_(signs_K1R)
-        ctx.save_for_backward(y_KND, t_inverse_KNN, c_KNR)
-        return r_KRD.to(both_DR.dtype)
+        r_KRD, saved = _rotate(bases, vectors)
+        ctx.save_for_backward(*saved)
+        return r_KRD
 
     @staticmethod
     @once_differentiable
@@ -126,6 +135,10 @@ def rotations(vectors: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
     CPU than those of columns (hᵀs of 56×4096 and 56×8, float32: 50 µs as sᵀh, 240 as it
     stands).
     """
+    if not torch.is_grad_enabled():
+        # A compiled Function of two vectors would lose its ctx here:
+        # findings/compiled-function-without-gradients.sh
+        return _rotate(bases, vectors)[0]
     return _Rotations.apply(bases, *vectors)
 
 
