@@ -48,9 +48,9 @@ def test_the_second_of_a_stack_edits_as_its_intervention(name):
     h_ND, weights_ND = torch.randn(2, 5, 12)
 
     def edit(h_ND):
-        part = affine_stack(modules)[1:2]
-        m_RD = None if part.m_KRD is None else part.m_KRD[0]
-        return affine_rows(h_ND, m_RD, part.b_KR[0], part.p_KRD[0])
+        stack = affine_stack(modules)
+        m_RD = None if stack.m_KRD is None else stack.m_KRD[1]
+        return affine_rows(h_ND, m_RD, stack.b_KR[1], stack.p_KRD[1])
 
     got = step(edit, h_ND, modules[1:], weights_ND)
     expected = step(modules[1], h_ND, modules[1:], weights_ND)

@@ -34,10 +34,6 @@ class AffineStack:
     b_KR: Tensor
     p_KRD: Tensor
 
-    def __getitem__(self, part: slice) -> AffineStack:
-        m_KRD = None if self.m_KRD is None else self.m_KRD[part]
-        return AffineStack(m_KRD, self.b_KR[part], self.p_KRD[part])
-
 
 def affine_stack(interventions: Sequence[Any]) -> AffineStack:
     """Stack the parameters of interventions of one kind, width and rank."""
