@@ -75,7 +75,7 @@ def test_a_template_without_marks_is_named(base, monkeypatch):
     assert chat.markers_of_data(config(base, plain)) is None
     message = told[0][0] % told[0][1:]
     assert "no token stands between a question and its answer" in message
-    assert "a whole conversation handed to it counts as one prompt" in message
+    assert "a whole conversation counts as one prompt" in message
 
 
 @pytest.mark.parametrize(

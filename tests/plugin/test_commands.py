@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 TABLE = (ROOT / "docs" / "commands.md").read_text()
 REFUSED = {
     "merge-lora": "a LoReFT adapter cannot be merged into the base model",
-    "quantize": "it writes the weights of a whole model, and output_dir holds an",
+    "quantize": "it quantises a whole model, and output_dir holds only an",
     "vllm-serve": "vLLM would serve base_model without the adapter",
     "merge-sharded-fsdp-weights": "final_state_dict_type: FULL_STATE_DICT",
 }
@@ -167,7 +167,7 @@ def test_scoring_after_training_is_refused(config):
 @pytest.mark.parametrize("found", ["0.18.0", "0.20.0.dev0", "0.20.1"])
 def test_another_axolotl_is_refused(config, monkeypatch, found):
     monkeypatch.setattr(version, "version", lambda name: found)
-    message = f"works with axolotl>=0.19,<0.20, and {found} is installed; .*\n\n    pip"
+    message = f"works with axolotl>=0.19,<0.20, and {found} is installed; pip install"
     with pytest.raises(ValueError, match=message):
         load_cfg(str(config))
 
@@ -183,15 +183,14 @@ def test_a_version_is_checked_before_modules_of_axolotl_are_imported():
         "    print(error, [n for n in sys.modules if n.startswith('axolotl.')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "0.18.0 is installed" in done.stdout and done.stdout.endswith("\n []\n")
+    assert "0.18.0 is installed" in done.stdout and done.stdout.endswith(" []\n")
 
 
 def test_scoring_without_lm_eval_says_what_to_install(config, monkeypatch):
     monkeypatch.setattr(commands, "find_spec", lambda name: None)
     result = CliRunner().invoke(reft, ["lm-eval", str(config)])
     assert result.output == (
-        "Error: axolotl reft lm-eval needs lm_eval, which is not installed; pip "
-        "install 'axolotl-reft[eval]'\n"
+        "Error: lm_eval is not installed; pip install 'axolotl-reft[eval]'\n"
     )
     assert result.exit_code == 1
 

@@ -12,14 +12,14 @@ from plugin.test_args import validated
 FSDP2 = {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
 INSIDE = {"component": "mlp_output"}
 REFUSED = [
-    ({"context_parallel_size": 2}, "context_parallel_size: 2 .* piece of a sequence"),
+    ({"context_parallel_size": 2}, "context_parallel_size: 2 .* part of a sequence"),
     ({"sequence_parallel_degree": 2}, "sequence_parallel_degree: 2 .* a sequence"),
-    ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 .* LoRA alone; set tensor"),
-    ({"expert_parallel_size": 2}, "expert_parallel_size: 2 .* LoRA alone; set expert"),
+    ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 .* LoRA alone; remove it"),
+    ({"expert_parallel_size": 2}, "expert_parallel_size: 2 .* LoRA alone; remove it"),
     ({"deepspeed": {"tensor_parallel": {"autotp_size": 2}}},
      "deepspeed.tensor_parallel.autotp_size: 2 .*; remove it"),
     ({"deepspeed": {"sequence_parallel_size": 4}},
-     "deepspeed.sequence_parallel_size: 4 .* piece of a sequence"),
+     "deepspeed.sequence_parallel_size: 4 .* part of a sequence"),
     ({"deepspeed": {"pipeline": {"stages": 2}}}, "deepspeed.pipeline.stages: 2"),
     ({"fsdp_config": {"offload_params": True}}, "fsdp_version: 1 .* fsdp_version: 2"),
     ({"fsdp_config": {"fsdp_version": 1}}, "fsdp_version: 1 with adapter: loreft: FSD"),

@@ -17,7 +17,11 @@ from preferences import (
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from axolotl_reft.plugin.labels import set_answers
-from axolotl_reft.plugin.preference import Answers, note_answers, prepare_trainer
+from axolotl_reft.plugin.preference import (
+    answers_in_columns,
+    note_answers,
+    prepare_trainer,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -363,8 +367,7 @@ def test_a_forward_of_unknown_ids_is_an_error(build, tokens):
 
 
 def test_answers_of_columns_hold_for_their_width_alone():
-    answers = Answers()
-    answers.columns(input_ids=torch.ones(4, 7), logits_to_keep=3)
+    answers = answers_in_columns(None, torch.ones(4, 7), None, 3)
     assert answers(torch.ones(2, 7)).tolist() == [[False] * 4 + [True] * 3]
     with pytest.raises(ValueError, match=r"batch of shape \(2, 6\)"):
         answers(torch.ones(2, 6))

@@ -12,38 +12,37 @@ from axolotl_reft.plugin.rules import refuse
 REFUSED = [
     (
         {"rl": "gdpo"},
-        "rl: gdpo with adapter: loreft: axolotl hands TRL the adapter twice",
+        "rl: gdpo with adapter: loreft: axolotl passes the adapter to TRL twice",
     ),
-    ({"rl": "ebft"}, "rl: ebft with adapter: loreft: its rollouts come from vLLM"),
-    ({"rl": RLType.EBFT}, "rl: ebft with adapter: loreft: its rollouts"),
+    ({"rl": "ebft"}, "rl: ebft with adapter: loreft: it generates with vLLM"),
+    ({"rl": RLType.EBFT}, "rl: ebft with adapter: loreft: it generates"),
     (
         {"rl": "dpo", "rl_adapter_ref_model": True},
-        "rl_adapter_ref_model: true with adapter: loreft and rl: dpo: the reference is "
-        "the base with the adapter switched off",
+        "rl_adapter_ref_model: true with rl: dpo: the reference is the base without",
     ),
     (
         {"rl": "kto", "trainer_cls": "my.Trainer"},
-        "trainer_cls: my.Trainer with adapter: loreft and rl: kto: LoReFT learns from",
+        "trainer_cls: my.Trainer with rl: kto: only axolotl's own trainers",
     ),
     (
         {"rl": "grpo", "trl": {"use_vllm": True}},
-        "trl.use_vllm: true with adapter: loreft: vLLM does not edit hidden states",
+        "trl.use_vllm: true with rl: grpo: vLLM does not edit hidden states",
     ),
     (
         {"rl": "grpo", "trl": {"async_prefetch": True}},
-        "trl.async_prefetch: true with adapter: loreft: it generates in a second",
+        "trl.async_prefetch: true with rl: grpo: it generates in a second",
     ),
     (
         {"rl": "grpo", "trl": {"use_data_producer": True}},
-        "trl.use_data_producer: true with adapter: loreft: it is made for generation",
+        "trl.use_data_producer: true with rl: grpo: it is for vLLM",
     ),
     (
         {"rl": "grpo", "trl": {"sync_ref_model": True}},
-        "trl.sync_ref_model: true with adapter: loreft: TRL keeps no reference model",
+        "trl.sync_ref_model: true with rl: grpo: TRL has no reference model",
     ),
     (
         {"rl": "dpo", "precompute_ref_log_probs": True, "lora_model_dir": "x"},
-        "precompute_ref_log_probs: true with lora_model_dir: the reference is the",
+        "precompute_ref_log_probs: true with lora_model_dir: x: TRL would compute",
     ),
 ]
 

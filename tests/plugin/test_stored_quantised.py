@@ -14,7 +14,7 @@ from training import train
 from transformers import AutoModelForCausalLM
 from workspace import build_workspace
 
-from axolotl_reft.plugin import against_base, quantised
+from axolotl_reft.plugin import quantised
 
 GROUP = 32
 # The places of eight numbers in an int32 of AWQ's GEMM layout (arXiv 2306.00978).
@@ -93,7 +93,7 @@ STORE = {"awq": store_awq, "compressed-tensors": store_compressed}
 @pytest.fixture(params=STORE)
 def method(request):
     """A way of storing a base whose package is installed."""
-    pytest.importorskip(against_base._NEEDED[request.param][0])
+    pytest.importorskip(quantised.NEEDED[request.param][0])
     return request.param
 
 

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from axolotl_reft.errors import did_you_mean, shown
-from axolotl_reft.plugin.quantised import (
-    asked_width,
-    check_bnb_config,
-    with_quantization,
-)
+from axolotl_reft.plugin import quantised
 from axolotl_reft.plugin.refusals import SETTINGS
 from axolotl_reft.plugin.rules import refuse
 from axolotl_reft.settings.foreign_names import KEYS as FOREIGN_KEYS
 from axolotl_reft.settings.foreign_names import hint
 from axolotl_reft.tuner.config import LoreftConfig
 
+_EXAMPLE = "loreft:\n  positions: f7+l7\n  rank: 8"
+_SWEEP = (
+    "\nA sweep lists whole blocks:\nloreft:\n"
+    "  - {positions: f7+l7, rank: 4}\n  - {positions: f7+l7, rank: 8}"
+)
 # Fields of the adapter's config that no user writes.
 _SET_BY_THE_PACKAGE = (
-    "turn_markers",
-    "vocab_size",
-    "format_version",
-    "axolotl_reft_version",
-)
+    "turn_markers", "vocab_size", "format_version", "axolotl_reft_version",
+)  # fmt: skip
 _TYPES = get_type_hints(LoreftConfig)
 _FIELDS: dict[str, Any] = {
     field.name: (
@@ -55,17 +54,13 @@ class LoreftArgs(BaseModel):
     """Keys that the plugin adds to axolotl's config."""
 
     loreft: LoreftBlock | None = Field(
-        default=None,
-        description="Settings of `adapter: loreft`; see LoreftBlock. Register the "
-        "`axolotl_reft.LoreftPlugin` plugin to enable this block.",
+        default=None, description="Settings of `adapter: loreft`; see LoreftBlock."
     )
-
     loreft_log_edits: bool | None = Field(
         default=None,
         description="Log the size of the edits and their gradients by group of layers, "
         "and show before the first step which tokens are edited. Default: true.",
     )
-
     loreft_labelled_logits: bool | None = Field(
         default=None,
         description="Compute the logits of tokens with labels alone, where the loss "
@@ -85,11 +80,11 @@ class LoreftArgs(BaseModel):
         _check_together(self.__dict__, self.loreft)
         if self.loreft is not None:
             self.lora_modules_to_save = self.loreft.modules_to_save
-            self.overrides_of_model_kwargs = with_quantization(self.__dict__)
+            self.overrides_of_model_kwargs = quantised.with_quantization(self.__dict__)
         return self
 
 
-def check_as_written(settings: dict[str, Any]) -> None:
+def check_as_written(settings: Mapping[str, Any]) -> None:
     """Run every check that needs the YAML alone, ahead of axolotl's own.
 
     Validation repeats them, but there they are a line in pydantic's report.
@@ -109,11 +104,11 @@ def _checked_block(data: Any) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(
             f"loreft: {shown(data)} is not a block of settings; write for example\n"
-            "loreft:\n  positions: f7+l7\n  rank: 8"
+            f"{_EXAMPLE}"
         )
     known = tuple(LoreftBlock.model_fields)
     if unknown := [key for key in data if key not in known]:
-        named = ", ".join(shown(key) for key in unknown)
+        named = ", ".join(map(shown, unknown))
         hints = "".join(hint(key, known) for key in unknown)
         raise ValueError(
             f"loreft: unknown key{'s' * (len(unknown) > 1)} {named}.{hints} Known "
@@ -126,35 +121,31 @@ def _checked_block(data: Any) -> dict[str, Any]:
     return settings | ({"rank": config.rank} if "rank" in settings else {})
 
 
-def _check_keys_at_the_top(settings: dict[str, Any]) -> None:
+def _check_keys_at_the_top(settings: Mapping[str, Any]) -> None:
     """Refuse keys that belong into the block; axolotl drops unknown keys silently."""
+    ours = tuple(LoreftArgs.model_fields)
     for key in map(str, settings):
         misplaced = settings.get("adapter") == "loreft" and (
             key in LoreftBlock.model_fields or key in FOREIGN_KEYS
         )
-        known = tuple(LoreftArgs.model_fields)
-        misspelled = re.match(r"(?i)(lo[-_.]?)?reft", key) and key not in known
+        misspelled = re.match(r"(?i)(lo[-_.]?)?reft", key) and key not in ours
         if misplaced or misspelled:
-            sweep = (
-                "\nA sweep lists whole blocks:\nloreft:\n"
-                "  - {positions: f7+l7, rank: 4}\n  - {positions: f7+l7, rank: 8}"
-            )
             # The known names all begin alike.
-            advice = hint(key, ()) or did_you_mean(key, known, cutoff=0.8)
+            advice = hint(key, ()) or did_you_mean(key, ours, cutoff=0.8)
             raise ValueError(
                 f"{key}: is not a key at the top of the config.{advice} The adapter's "
-                "settings go into a block, for example\nloreft:\n"
-                "  positions: f7+l7\n  rank: 8" + (sweep if "." in key else "")
+                f"settings go into a block, for example\n{_EXAMPLE}"
+                + (_SWEEP if "." in key else "")
             )
 
 
-def _check_together(settings: dict[str, Any], block: LoreftBlock | None) -> None:
+def _check_together(settings: Mapping[str, Any], block: LoreftBlock | None) -> None:
     """Check the block together with axolotl's settings."""
     adapter = settings.get("adapter")
     if adapter == "loreft":
         refuse(SETTINGS, settings, block or LoreftBlock())
-        if asked_width(settings):
-            check_bnb_config(settings.get("bnb_config_kwargs") or {})
+        if quantised.asked_width(settings):
+            quantised.check_bnb_config(settings.get("bnb_config_kwargs") or {})
     elif block is not None:
         raise ValueError(
             f"loreft: the block is set, but adapter is {adapter!r}; set adapter: "

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.chat_templates import get_chat_template_from_config
+from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 
 from axolotl_reft.prompts.templates import turn_markers
@@ -14,9 +12,13 @@ from axolotl_reft.prompts.templates import turn_markers
 LOG = get_logger(__name__)
 
 
-def markers_of_data(cfg: Any) -> dict[str, list] | None:
+def markers_of_data(cfg: DictDefault) -> dict[str, list] | None:
     """Merge ``turn_markers`` of all chat data sets; None where there are none."""
-    datasets = list(_chat_datasets(cfg))
+    datasets = [
+        dataset
+        for dataset in [*(cfg.datasets or []), *(cfg.test_datasets or [])]
+        if "chat_template" in str(dataset.get("type"))
+    ]
     if not datasets:
         return None
     tokenizer = load_tokenizer(cfg)
@@ -29,9 +31,9 @@ def markers_of_data(cfg: Any) -> dict[str, list] | None:
             found = turn_markers(tokenizer, template, **options)
         except ValueError as error:
             LOG.warning(
-                "%s. In training the labels tell its turns; at inference only what "
-                "`generate` answered itself on a reused cache is known, and a whole "
-                "conversation handed to it counts as one prompt",
+                "%s. Training finds turns by the labels; at inference only answers of "
+                "`generate` on a reused cache are known, and a whole conversation "
+                "counts as one prompt",
                 error,
             )
             continue
@@ -40,10 +42,3 @@ def markers_of_data(cfg: Any) -> dict[str, list] | None:
     if not prompts:
         return None
     return {"generation_prompts": prompts, "end_of_turn": sorted(ends)}
-
-
-def _chat_datasets(cfg: Any) -> Iterator[Any]:
-    for name in ("datasets", "test_datasets"):
-        for dataset in cfg.get(name) or []:
-            if "chat_template" in str(dataset.get("type")):
-                yield dataset

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import wraps
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,28 +11,24 @@ import click
 from axolotl_reft.settings.spec import INTERVENTIONS
 
 
-@click.group()
-def reft() -> None:
-    """Inspect LoReFT adapters, score them, and exchange them with pyreft."""
+class _PlainErrors(click.Group):
+    """Ends a user's mistake with one line instead of a traceback."""
 
-
-def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """End a user's mistake with one line instead of a traceback."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
+    def invoke(self, ctx: click.Context) -> Any:
         try:
-            command(*args, **kwargs)
+            return super().invoke(ctx)
         except ValueError as error:
             raise click.ClickException(str(error)) from error
 
-    return wrapped
+
+@click.group(cls=_PlainErrors)
+def reft() -> None:
+    """Inspect LoReFT adapters, score them, and exchange them with pyreft."""
 
 
 @reft.command("export")
 @click.argument("directory", metavar="DIR")
 @click.argument("out", metavar="OUT")
-@_plain_errors
 def export_command(directory: str, out: str) -> None:
     """Write the adapter in DIR to OUT in pyreft's format.
 
@@ -43,42 +37,30 @@ def export_command(directory: str, out: str) -> None:
     """
     from axolotl_reft.exchange.directory import export_adapter
 
-    by_path = export_adapter(directory, out)
-    remedy = f"; load it with pyreft.ReftModel.load({out!r}, base_model)"
-    if by_path:
-        remedy = (
-            ". pyreft 0.1.0 cannot load a component that is given by its path "
-            f"({by_path}), its own adapters included; axolotl reft import can"
-        )
-    click.echo(f"wrote {out}{remedy}")
+    path = export_adapter(directory, out)
+    how = f"load it with pyreft.ReftModel.load({out!r}, base_model)"
+    if path:
+        how = f"pyreft 0.1.0 cannot load a component that is given by its path ({path})"
+    click.echo(f"wrote {out}; {how}")
 
 
 @reft.command("import")
 @click.argument("directory", metavar="DIR")
 @click.argument("out", metavar="OUT")
-@click.option(
-    "--base-model",
-    help="Path or hub id of the base model, of which only the config is read; default: "
-    "the one that an export names.",
-)
+@click.option("--base-model", help="Path or hub id; default: as an export names it.")
 @click.option("--positions", help="What it was trained with, for example f7+l7.")
 @click.option(
-    "--intervention",
-    type=click.Choice(INTERVENTIONS),
-    help="Its kind, where DIR does not tell.",
+    "--intervention", type=click.Choice(INTERVENTIONS), help="If DIR does not tell it."
 )
-@click.option(
-    "--component",
-    help="What it edits, where DIR does not tell, for example mlp.down_proj.output.",
-)
+@click.option("--component", help="If DIR does not tell it: mlp.down_proj.output, ...")
 @click.option("--dropout", type=float, help="What it was trained with; default 0.")
 @click.option("--act-fn", help="What it was trained with; default linear.")
-@_plain_errors
 def import_command(directory: str, out: str, **settings: Any) -> None:
     """Write pyreft's adapter in DIR to OUT as a PEFT adapter.
 
     DIR is what ReftModel.save wrote, or a checkpoint of pyreft's trainer. pyreft does
-    not store positions, dropout and activation; pass those it was trained with.
+    not store positions, dropout and activation; pass those it was trained with. Of the
+    base model only the config is read.
     """
     from axolotl_reft.exchange.directory import import_adapter
 
@@ -90,16 +72,13 @@ def import_command(directory: str, out: str, **settings: Any) -> None:
 
 @reft.command("lm-eval")
 @click.argument("source", metavar="CONFIG_OR_DIR", type=click.Path(exists=True))
-@click.option(
-    "--tasks", help="Names of lm_eval's tasks or groups, with commas between."
-)
+@click.option("--tasks", help="Tasks or groups of lm_eval, with commas between.")
 @click.option("--include-path", help="A directory of further tasks.")
 @click.option("--num-fewshot", type=int, help="Examples in each context.")
 @click.option("--limit", type=float, help="Samples of each task, or a part below 1.")
 @click.option("--batch-size", default="8", show_default=True, help="Or auto.")
 @click.option("--apply-chat-template", is_flag=True, help="The tokenizer's.")
 @click.option("--output", help="A JSON file for the results.")
-@_plain_errors
 def lm_eval_command(source: str, tasks: str | None, **settings: Any) -> None:
     """Score a trained adapter on tasks of lm_eval.
 
@@ -107,15 +86,12 @@ def lm_eval_command(source: str, tasks: str | None, **settings: Any) -> None:
     is taken, or a directory with an adapter. Every request's context is its prompt.
     """
     if find_spec("lm_eval") is None:
-        raise ValueError(
-            "axolotl reft lm-eval needs lm_eval, which is not installed; pip install "
-            "'axolotl-reft[eval]'"
-        )
+        raise ValueError("lm_eval is not installed; pip install 'axolotl-reft[eval]'")
     from lm_eval.utils import make_table
 
     from axolotl_reft.plugin.evaluation import evaluate_tasks
 
-    names = tuple(name for name in (tasks or "").split(",") if name)
+    names = [name for name in (tasks or "").split(",") if name]
     results = evaluate_tasks(source, names, **settings)
     click.echo(make_table(results))
     if "groups" in results:
@@ -124,10 +100,7 @@ def lm_eval_command(source: str, tasks: str | None, **settings: Any) -> None:
 
 @reft.command("config-schema")
 def config_schema_command() -> None:
-    """Print the JSON schema of the loreft: block.
-
-    `axolotl config-schema` knows axolotl's own settings alone.
-    """
+    """Print the JSON schema of the loreft: block."""
     from axolotl_reft.plugin.args import LoreftBlock
 
     click.echo(json.dumps(LoreftBlock.model_json_schema(), indent=2))
@@ -137,20 +110,13 @@ def config_schema_command() -> None:
 @click.argument("directory", metavar="DIR")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; can be repeated.")
 @click.option("--prompts-file", help="A file with one prompt a line, text or JSON.")
-@click.option(
-    "--sample",
-    type=click.IntRange(1, 1000),
-    help="How many prompts to draw from the file; default: all.",
-)
+@click.option("--sample", type=click.IntRange(1, 1000), help="How many of them.")
 @click.option("--chat", is_flag=True, help="Put prompts into the chat template.")
-@click.option(
-    "--base-model", help="Path or hub id; default: the one that the adapter names."
-)
+@click.option("--base-model", help="Path or hub id; default: as the adapter names it.")
 @click.option("--device", default="cpu", show_default=True, help="Where to run it.")
 @click.option("--with", "other", metavar="OTHER_DIR", help="Compare with this adapter.")
 @click.option("--plot", metavar="FILE", help="Also draw it: .png, .svg or .pdf.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-@_plain_errors
 def inspect_command(directory: str, **options: Any) -> None:
     """Show what the adapter in DIR is, which tokens it edits, and by how much.
 

@@ -20,7 +20,7 @@ from axolotl_reft.saved.directory import read_adapter_config
 
 def evaluate_tasks(
     source: str,
-    tasks: tuple[str, ...],
+    tasks: list[str],
     include_path: str | None,
     output: str | None,
     batch_size: str,
@@ -34,10 +34,7 @@ def evaluate_tasks(
         tasks: names of tasks or groups; empty for the config's ``lm_eval_tasks``.
         include_path: a directory of further tasks.
         output: a JSON file for the results.
-        settings: passed to ``lm_eval.simple_evaluate``.
-
-    Returns:
-        The results of ``simple_evaluate``.
+        settings: passed to ``lm_eval.simple_evaluate``, whose results are returned.
 
     Raises:
         ValueError: there is no task, no adapter, or they do not go together. Checked
@@ -45,33 +42,34 @@ def evaluate_tasks(
     """
     if output and Path(output).exists():
         raise ValueError(f"--output: {output!r} exists already; name another file")
-    is_adapter = Path(source).is_dir()
-    if not tasks and not is_adapter:
+    directory = source if Path(source).is_dir() else None
+    if not tasks and directory is None:
         tasks = _tasks_of(source)
     if not tasks:
         raise ValueError("--tasks: name at least one task of lm_eval")
     manager = TaskManager(include_path=include_path)
-    unknown = [name for name in tasks if not manager.match_tasks([name])]
-    if unknown:
-        raise ValueError(
-            f"--tasks: lm_eval knows no task {unknown[0]!r}; give the directory of "
-            "your own with --include-path, and see lm_eval ls tasks for the others"
-        )
-    if is_adapter:
-        _check_tasks(tasks, manager, read_adapter_config(source, "DIR"))
-        model = LoreftLM(peft=source, batch_size=batch_size)
-    else:
+    for name in tasks:
+        if not manager.match_tasks([name]):
+            raise ValueError(
+                f"--tasks: lm_eval knows no task {name!r}; see lm_eval ls tasks, or "
+                "give the directory of your own with --include-path"
+            )
+    cfg = None
+    if directory is None:
         cfg = load_cfg(source, inference=True, rl=None)
         if cfg.adapter != "loreft":
             raise ValueError(
                 f"adapter: {cfg.adapter!r} is not loreft; use axolotl lm-eval"
             )
         directory = cfg.lora_model_dir or trained_adapter(cfg.output_dir)
-        _check_tasks(tasks, manager, read_adapter_config(directory, "output_dir"))
+    _check_tasks(tasks, manager, read_adapter_config(directory, source).positions)
+    if cfg is None:
+        model = LoreftLM(peft=directory, batch_size=batch_size)
+    else:
         loaded, tokenizer, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
         model = LoreftLM(loaded, tokenizer=tokenizer, batch_size=batch_size)
     results = simple_evaluate(
-        model, tasks=list(tasks), task_manager=manager, log_samples=False, **settings
+        model, tasks=tasks, task_manager=manager, log_samples=False, **settings
     )
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
@@ -80,24 +78,24 @@ def evaluate_tasks(
     return results
 
 
-def _tasks_of(config: str) -> tuple[str, ...]:
+def _tasks_of(config: str) -> list[str]:
     """Read ``lm_eval_tasks``, which validation drops without axolotl's own plugin."""
     tasks = (yaml.safe_load(Path(config).read_text()) or {}).get("lm_eval_tasks") or []
     for task in tasks:
-        if ":" in task:
-            name, shots = task.split(":", 1)
+        name, colon, shots = task.partition(":")
+        if colon:
             raise ValueError(
                 f"lm_eval_tasks: {task!r} holds a number of shots; write --tasks "
                 f"{name} --num-fewshot {shots}"
             )
-    return tuple(tasks)
+    return list(tasks)
 
 
-def _check_tasks(tasks: tuple[str, ...], manager: TaskManager, config: Any) -> None:
-    groups = [get_task_dict(list(tasks), manager)]
+def _check_tasks(tasks: list[str], manager: TaskManager, positions: str) -> None:
+    groups = [get_task_dict(tasks, manager)]
     while groups:
         for task in groups.pop().values():
             if isinstance(task, dict):
                 groups.append(task)
             elif task.OUTPUT_TYPE == "loglikelihood_rolling":
-                check_rolling(config.positions)
+                check_rolling(positions)

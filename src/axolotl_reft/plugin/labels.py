@@ -6,11 +6,12 @@ separate prompt and answer, out of the batch first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
 
 from axolotl.utils.logging import get_logger
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer
@@ -21,19 +22,14 @@ from axolotl_reft.tuner.model import hooks_of
 
 LOG = get_logger(__name__)
 
-_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-_COLLATORS = ("data_collator", "eval_data_collator")
-
 # Maps the ids (B, T) of a forward to the mask (B, T) or (1, T) of its answers.
 FindAnswers = Callable[[Tensor], Tensor]
 
 
-def set_answers(model: Any, find_answers: FindAnswers | None) -> FindAnswers | None:
-    """Set how the adapter of a PEFT model finds the answers where it gets no labels.
-
-    Returns:
-        The function that was set before.
-    """
+def set_answers(
+    model: PeftModel, find_answers: FindAnswers | None
+) -> FindAnswers | None:
+    """Set how an adapter finds the answers without labels; return what was set."""
     hooks = hooks_of(model.get_base_model())
     assert hooks is not None, "a model with a LoReFT adapter"
     state = hooks.state
@@ -41,40 +37,48 @@ def set_answers(model: Any, find_answers: FindAnswers | None) -> FindAnswers | N
     return before
 
 
-def show_labels(trainer: Any) -> None:
-    """Let the adapter find the prompts by the batch's labels in every loss."""
-    compute_loss = trainer.compute_loss
+def note_answers_during(
+    trainer: Trainer, name: str, find: Callable[..., FindAnswers | None]
+) -> None:
+    """Set the answers while a method of the trainer's runs, by its arguments."""
+    method = getattr(trainer, name)
 
-    @wraps(compute_loss)
-    def with_labels(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        labels = inputs.get("labels")
-        if labels is None:
-            return compute_loss(model, inputs, *args, **kwargs)
-        before = set_answers(trainer.model, partial(_answers_of, labels))
+    @wraps(method)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        before = set_answers(trainer.model, find(*args, **kwargs))
         try:
-            return compute_loss(model, inputs, *args, **kwargs)
+            return method(*args, **kwargs)
         finally:
             set_answers(trainer.model, before)
 
-    # Patch: some losses do not pass the labels to the model.
-    trainer.compute_loss = with_labels
+    # Patch: some methods do not tell the model which tokens are answers.
+    setattr(trainer, name, noted)
+
+
+def show_labels(trainer: Trainer) -> None:
+    """Let the adapter find the prompts by the batch's labels in every loss."""
+
+    def find(
+        model: Any, inputs: Mapping[str, Tensor], *_: Any, **__: Any
+    ) -> FindAnswers | None:
+        labels_BT = inputs.get("labels")
+        return None if labels_BT is None else partial(_answers_of, labels_BT)
+
+    note_answers_during(trainer, "compute_loss", find)
 
 
 def _answers_of(labels_BT: Tensor, ids_BT: Tensor) -> Tensor:
     if labels_BT.shape != ids_BT.shape[:2]:
         raise ValueError(
-            f"LoReFT: the labels of the batch are {tuple(labels_BT.shape)}, and the "
-            f"model got {tuple(ids_BT.shape[:2])} tokens, so it cannot know the "
-            "prompts; use positions: all, or a trainer that leaves tokens as they are"
+            f"LoReFT: the labels of the batch are {tuple(labels_BT.shape)}, but the "
+            f"model got {tuple(ids_BT.shape[:2])} tokens; use positions: all, or a "
+            "trainer that leaves tokens as they are"
         )
     return labels_BT != -100
 
 
-def complete_batches(trainer: Any, labelled_logits: bool | None) -> None:
-    """Wrap the trainer's collators in those of ``axolotl_reft.training``.
-
-    Training batches get the adapter's prompts; they and evaluation batches get the
-    tokens whose logits the loss needs.
+def complete_batches(trainer: Trainer, labelled_logits: bool | None) -> None:
+    """Add to batches what the loss and the adapter need (``axolotl_reft.training``).
 
     Args:
         labelled_logits: True to warn where the loss needs all logits, None to compute
@@ -86,12 +90,12 @@ def complete_batches(trainer: Any, labelled_logits: bool | None) -> None:
     wrappers: list[Callable[[Any], Any]] = [] if reason else [LabelledLogits]
     # Metrics see every token's logits.
     if trainer.compute_metrics is None:
-        _wrap_collators(trainer, "eval", wrappers)
-    count = partial(EditIndexCollator.of, trainer.model)
-    _wrap_collators(trainer, "train", [*wrappers, count])
+        _wrap_collator(trainer, "get_eval_dataloader", wrappers)
+    indices = partial(EditIndexCollator.of, trainer.model)
+    _wrap_collator(trainer, "get_train_dataloader", [*wrappers, indices])
 
 
-def _why_all_logits(trainer: Any) -> str | None:
+def _why_all_logits(trainer: Trainer) -> str | None:
     from axolotl.core.trainers import AxolotlTrainer
 
     left_to_model = (AxolotlTrainer.compute_loss, Trainer.compute_loss)
@@ -101,37 +105,27 @@ def _why_all_logits(trainer: Any) -> str | None:
     if trainer.label_smoother:
         return "label_smoothing_factor has the trainer compute the loss"
     mode = trainer.args.torch_compile_mode
-    if mode in _CUDA_GRAPHS:
+    if mode in ("reduce-overhead", "max-autotune"):
         return f"torch_compile_mode: {mode} makes CUDA graphs, each of one size"
     return why_all_logits(trainer.model.get_base_model())
 
 
-def _wrap_collators(
-    trainer: Any, split: str, wrappers: list[Callable[[Any], Any]]
+def _wrap_collator(
+    trainer: Trainer, name: str, wrappers: Sequence[Callable[[Any], Any]]
 ) -> None:
-    """Wrap the collators of the ``train`` or ``eval`` loader while it is made.
-
-    Streamed data is left alone: one process may read and slice it for all.
-    """
-    make = getattr(trainer, f"get_{split}_dataloader")
+    make = getattr(trainer, name)
 
     @wraps(make)
     def make_wrapped(*args: Any, **kwargs: Any) -> Any:
-        data = [*args, *kwargs.values()] or [getattr(trainer, f"{split}_dataset")]
-        if isinstance(data[0], IterableDataset):
-            return make(*args, **kwargs)
-        before = {name: getattr(trainer, name, None) for name in _COLLATORS}
-        try:
-            for name, collate in before.items():
-                for wrap in wrappers if collate is not None else ():
-                    collate = wrap(collate)
-                    setattr(trainer, name, collate)
-            return make(*args, **kwargs)
-        finally:
-            for name, collate in before.items():
-                if collate is not None:
-                    setattr(trainer, name, collate)
+        loader = make(*args, **kwargs)
+        # Accelerate's loaders hold torch's.
+        inner = getattr(loader, "base_dataloader", loader)
+        # One process may read and slice streamed data for all.
+        if not isinstance(inner.dataset, IterableDataset):
+            for wrap in wrappers:
+                inner.collate_fn = wrap(inner.collate_fn)
+        return loader
 
     # Patch: axolotl's callbacks set attributes of the trainer's collators, which must
     # stay as they are outside of the loaders.
-    setattr(trainer, f"get_{split}_dataloader", make_wrapped)
+    setattr(trainer, name, make_wrapped)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from axolotl_reft.training.edit_log import EditLog
 from axolotl_reft.training.first_batch import FirstBatch
@@ -16,14 +15,14 @@ from axolotl_reft.training.first_batch import FirstBatch
 LOG = get_logger(__name__)
 
 
-def edit_callbacks(cfg: DictDefault, trainer: Any) -> list[TrainerCallback]:
-    """The trainer's callbacks, none with ``loreft_log_edits: false``."""
-    if cfg.adapter != "loreft" or cfg.loreft_log_edits is False:
-        return []
-    if not hasattr(trainer.model, "peft_config"):
+def edit_callbacks(cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
+    """Return the trainer's callbacks, none with ``loreft_log_edits: false``."""
+    adapted = cfg.adapter == "loreft" and hasattr(trainer.model, "peft_config")
+    if not adapted or cfg.loreft_log_edits is False:
         return []
     callbacks: list[TrainerCallback] = [EditLog(trainer)]
-    tokenizer = getattr(trainer, "processing_class", None)
+    # A processor holds its tokenizer.
+    tokenizer = trainer.processing_class
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if hasattr(tokenizer, "decode"):
         callbacks.append(FirstBatch(trainer.model, tokenizer, _log))

@@ -10,9 +10,8 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from functools import partial, wraps
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,121 +19,86 @@ from axolotl.utils.logging import get_logger
 from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
+from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from axolotl_reft.plugin.labels import set_answers
+from axolotl_reft.plugin.labels import FindAnswers, note_answers_during, set_answers
 from axolotl_reft.tuner.walk import interventions_of
 
 LOG = get_logger(__name__)
 
-_REFERENCE = "ref"
 
-
-class Answers:
-    """The answers in the batches that a trainer is about to forward."""
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        self._known: list[tuple[Tensor, Tensor]] = []
-        self._columns: tuple[int, int] | None = None
-
-    def __call__(self, ids_BT: Tensor) -> Tensor:
-        """The mask (B, T) or (1, T) of the answers in ``ids_BT``.
-
-        Raises:
-            ValueError: they are not of a batch the trainer was seen to prepare.
-        """
-        for known_BT, answer_BT in self._known:
-            if known_BT is ids_BT:
-                return answer_BT
-        if self._columns is not None:
-            columns, answers = self._columns
-            if ids_BT.shape[1] == columns:
-                place_1T = torch.arange(columns, device=ids_BT.device)[None]
-                return place_1T >= columns - answers
-        raise ValueError(
-            "LoReFT cannot tell prompt from answer in a batch of shape "
-            f"{tuple(ids_BT.shape)}, of which the trainer gave no completion mask. Use "
-            "axolotl's own trainers, or edit every token with positions: all"
-        )
-
-    def masks(self, inputs: dict[str, Tensor], **_: Any) -> None:
-        """Note a batch of DPO, or KTO, which has a second one for its KL term."""
-        self._known = [
-            (inputs[f"{kind}input_ids"], inputs[f"{kind}completion_mask"])
-            for kind in ("", "KL_")
-            if f"{kind}input_ids" in inputs
-        ]
-
-    def labels(self, concatenated: Mapping[str, Any]) -> None:
-        """Note what ORPO and CPO concatenate from chosen and rejected answers."""
-        ids_BT = concatenated["concatenated_input_ids"]
-        self._known = [(ids_BT, concatenated["concatenated_labels"] != -100)]
-
-    def columns(self, input_ids: Tensor, logits_to_keep: int, **_: Any) -> None:
-        """Note a batch of GRPO, whose answers all begin in the same column."""
-        self._columns = (input_ids.shape[1], logits_to_keep)
-
-
-def note_answers(trainer: Any) -> None:
-    """Let the adapter of the trainer's model find the answers of its batches.
-
-    Raises:
-        ValueError: the trainer is of an unknown class.
-    """
-    answers = Answers()
+def note_answers(trainer: Trainer) -> None:
+    """Let the adapter find the answers in the batches of a trainer of TRL's."""
     if isinstance(trainer, (DPOTrainer, KTOTrainer)):
         for name in ("compute_loss", "compute_ref_log_probs"):
-            _note_arguments(trainer, name, answers, answers.masks)
+            note_answers_during(trainer, name, _by_masks)
     elif isinstance(trainer, (ORPOTrainer, CPOTrainer)):
-        concatenate = trainer.concatenated_inputs
-
-        @wraps(concatenate)
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            batch = concatenate(*args, **kwargs)
-            answers.labels(batch)
-            return batch
-
-        # Patch: the labels are dropped before the model is called.
-        trainer.concatenated_inputs = noted  # type: ignore[method-assign]
+        _note_concatenated(trainer)
     elif isinstance(trainer, GRPOTrainer):
         for name in ("_get_per_token_logps_and_entropies", "_get_last_hidden_state"):
-            _note_arguments(trainer, name, answers, answers.columns)
+            note_answers_during(trainer, name, answers_in_columns)
     else:
         raise ValueError(
             f"LoReFT does not know how {type(trainer).__name__} tells prompt from "
             "answer; use one of axolotl's own trainers"
         )
-    set_answers(trainer.model, answers)
+    set_answers(trainer.model, partial(_look_up, []))
 
 
-def _note_arguments(
-    trainer: Any, name: str, answers: Answers, note: Callable[..., None]
-) -> None:
-    """Note the arguments of a trainer's method while it runs."""
-    method = getattr(trainer, name)
-    signature = inspect.signature(method)
+def _by_masks(
+    model: Any, inputs: Mapping[str, Tensor], *_: Any, **__: Any
+) -> FindAnswers:
+    """Find the answers of DPO, and of KTO, which has a second batch for its KL term."""
+    kinds = [kind for kind in ("", "KL_") if f"{kind}input_ids" in inputs]
+    batches = [(inputs[f"{k}input_ids"], inputs[f"{k}completion_mask"]) for k in kinds]
+    return partial(_look_up, batches)
 
-    @wraps(method)
+
+def _look_up(batches: Sequence[tuple[Tensor, Tensor]], ids_BT: Tensor) -> Tensor:
+    for known_BT, answer_BT in batches:
+        if known_BT is ids_BT:
+            return answer_BT
+    raise ValueError(
+        "LoReFT cannot tell prompt from answer in a batch of shape "
+        f"{tuple(ids_BT.shape)}, for which the trainer gave no completion mask; use "
+        "axolotl's own trainers, or positions: all"
+    )
+
+
+def answers_in_columns(
+    model: Any, input_ids: Tensor, attention_mask: Any, count: int, *_: Any, **__: Any
+) -> FindAnswers:
+    """Find the answers of GRPO, in the last columns of a batch and of its parts."""
+    width = input_ids.shape[1]
+
+    def find(ids_BT: Tensor) -> Tensor:
+        if ids_BT.shape[1] != width:
+            return _look_up([], ids_BT)
+        return torch.arange(width, device=ids_BT.device)[None] >= width - count
+
+    return find
+
+
+def _note_concatenated(trainer: Any) -> None:
+    concatenate = trainer.concatenated_inputs
+
     def noted(*args: Any, **kwargs: Any) -> Any:
-        note(**signature.bind(*args, **kwargs).arguments)
-        try:
-            return method(*args, **kwargs)
-        finally:
-            answers.forget()
+        batch = concatenate(*args, **kwargs)
+        answer_BT = batch["concatenated_labels"] != -100
+        batches = [(batch["concatenated_input_ids"], answer_BT)]
+        set_answers(trainer.model, partial(_look_up, batches))
+        return batch
 
-    # Patch: TRL does not pass on to the model which tokens are answers.
-    setattr(trainer, name, noted)
+    # Patch: the labels are dropped before the model is called.
+    trainer.concatenated_inputs = noted
 
 
 def _evaluate_tokenized_rows(trainer: Any) -> None:
     evaluate = trainer.evaluate
 
-    @wraps(evaluate)
     def evaluated(rows: Any = None, *, metric_key_prefix: str = "eval") -> Any:
         is_training_set = metric_key_prefix == "train"
         rows = trainer.train_dataset if is_training_set else trainer.eval_dataset
@@ -145,15 +109,15 @@ def _evaluate_tokenized_rows(trainer: Any) -> None:
     trainer.evaluate = evaluated
 
 
-def prepare_trainer(trainer: Any, saved: str | None, evaluates: bool) -> None:
+def prepare_trainer(trainer: Trainer, saved: str | None, evaluates: bool) -> None:
     """Adapt a trainer that axolotl built for ``rl:``: answers, reference, dropout.
 
     Args:
-        saved: directory of the adapter to resume from or to evaluate.
+        saved: directory of the adapter to start from or to evaluate.
         evaluates: the model is evaluated and not trained.
 
     Raises:
-        ValueError: as :func:`note_answers`.
+        ValueError: the trainer is of an unknown class.
     """
     if not isinstance(trainer.model, PeftModel):
         # Patch: `axolotl evaluate` gives DPO, IPO and KTO the base without an adapter.
@@ -180,13 +144,13 @@ def _set_reference(model: PeftModel, saved: str | None) -> None:
     rotations. For DPO, IPO and KTO axolotl does not load an adapter to start from.
     """
     if saved is None:
-        if _REFERENCE in model.peft_config:
-            model.delete_adapter(_REFERENCE)
+        if "ref" in model.peft_config:
+            model.delete_adapter("ref")
         return
+    if "ref" not in model.peft_config:
+        model.add_adapter("ref", model.peft_config["default"])
     tensors = load_peft_weights(saved, device="cpu")
-    if _REFERENCE not in model.peft_config:
-        model.add_adapter(_REFERENCE, model.peft_config["default"])
-    for name in ("default", _REFERENCE):
+    for name in ("default", "ref"):
         set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
     # Patch: with "ref" saved in a folder beside it, transformers would not find the
     # trained adapter when it resumes.
@@ -196,18 +160,14 @@ def _set_reference(model: PeftModel, saved: str | None) -> None:
 
 
 def _disable_dropout(model: PeftModel) -> None:
-    """Disable the interventions' dropout, as TRL does with modules of torch's."""
-    interventions = [
-        found.intervention
-        for adapter in model.peft_config
-        for found in interventions_of(model, adapter)
-    ]
-    found = max(intervention.dropout_p for intervention in interventions)
-    for intervention in interventions:
-        intervention.dropout_p = 0.0
-    if found:
+    """Disable the interventions' dropout, as TRL does with torch's modules."""
+    dropout = model.peft_config["default"].dropout
+    for adapter in model.peft_config:
+        for found in interventions_of(model, adapter):
+            found.intervention.dropout_p = 0.0
+    if dropout:
         LOG.warning(
-            "dropout: %s is not used: this trainer computes its loss without dropout "
-            "(TRL's disable_dropout), here as with other adapters",
-            found,
+            "dropout: %s is not used: TRL's disable_dropout computes this trainer's "
+            "loss without, as with other adapters",
+            dropout,
         )

@@ -1,4 +1,4 @@
-"""Load the base in 4 or 8 bits, as axolotl does for ``lora`` and ``qlora`` alone.
+"""Bases in 4 and 8 bits, and those that are stored quantised.
 
 For a plugin's adapter, axolotl reads ``load_in_8bit`` and ``load_in_4bit`` and loads
 the base in full precision without a warning. Its ``model_kwargs`` do reach
@@ -9,123 +9,83 @@ known, and the loaded model is checked.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
+from packaging.version import Version
 from peft import prepare_model_for_kbit_training
-from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from axolotl_reft.errors import did_you_mean
-from axolotl_reft.plugin.rules import Config, Table
 from axolotl_reft.tuner.model import find_decoder_layers
 
 LOG = get_logger(__name__)
 
-_SHARDING = ("fsdp", "fsdp_config")
 _LAYERS = {"load_in_8bit": "Linear8bitLt", "load_in_4bit": "Linear4bit"}
 # As axolotl's for qlora, with the compute dtype to come. Its storage dtype is not taken
 # over: it is for FSDP, and `axolotl inference` casts stored floats.
 _LIKE_QLORA = {"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_type": "nf4"}
-# What axolotl leaves alone in 8- and 4-bit, by model type.
+# What axolotl leaves alone in 8 and 4 bits, by model type.
 _SKIPPED = {"jamba": ["mamba"], "falcon_h1": ["out_proj"]}
-_FIELDS = tuple(inspect.signature(BitsAndBytesConfig).parameters)[:-1]
-_QUANT_TYPES = ("nf4", "fp4")
+_FIELDS = tuple(inspect.signature(BitsAndBytesConfig).parameters)[2:-1]
+# transformers' quantizers whose is_trainable is False, and axolotl's names for two.
+_NOT_TRAINABLE = (
+    "FineGrainedFP8Config", "Mxfp4Config", "auto-round", "fbgemm_fp8", "fp8", "higgs",
+    "metal", "mxfp4", "nvfp4", "quark", "spqr", "vptq",
+)  # fmt: skip
+_OPTIMUM_FOR_GPTQ = "1.24.0"
+# A module without which transformers fails when it has begun to load the base, and what
+# to install for it. gptqmodel 7.7 needs a newer torch than axolotl 0.19 takes.
+NEEDED = {
+    "awq": ("gptqmodel", "gptqmodel<7.7"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+}
 
 
 def asked_width(settings: Mapping[str, Any]) -> str | None:
-    """``load_in_8bit`` or ``load_in_4bit``, where the config sets it."""
+    """Return ``load_in_8bit`` or ``load_in_4bit``, where the config sets it."""
     return next((key for key in _LAYERS if settings.get(key)), None)
 
 
-def sharding(settings: Mapping[str, Any]) -> str | None:
-    """``fsdp`` or ``fsdp_config``, where the config sets it."""
-    return next((key for key in _SHARDING if settings.get(key)), None)
-
-
-def _is_sharded_by(key: str, config: Config) -> bool:
-    return sharding(config.settings) == key
-
-
-def _misplaced_setting(config: Config) -> str | None:
-    for key, value in config.settings.items():
-        if str(key).startswith(("bnb_4bit_", "llm_int8_")):
-            return f"{key}: {value}"
-    return None
-
-
-def _second_config(config: Config) -> str | None:
-    """A quantization_config of the user's own."""
-    given = _given_config(config.settings)
-    ours = quantization_config(config.settings)
-    # What `complete` adds is ours too, where the completed config is validated again.
-    added = ("bnb_4bit_compute_dtype", "llm_int8_skip_modules")
-    if given is None or given == {k: given[k] for k in added if k in given} | ours:
+def second_config(settings: Mapping[str, Any]) -> str | None:
+    """Return a quantization_config that contradicts the one that is asked for."""
+    kwargs = settings.get("overrides_of_model_kwargs") or settings.get("model_kwargs")
+    given = (kwargs or {}).get("quantization_config")
+    # After a first validation it is ours.
+    if given is None or dict(given) | quantization_config(settings) == dict(given):
         return None
     return f"model_kwargs: quantization_config: {given}"
-
-
-REFUSALS = (
-    Table("adapter: loreft", {
-        _misplaced_setting: "it is not a key at the top of the config; write it "
-        "into the block bnb_config_kwargs:",
-    }),
-    Table("adapter: loreft", {
-        "bnb_config_kwargs": "it would do nothing without load_in_4bit or "
-        "load_in_8bit; set one of them, or remove it",
-    }, when=lambda config: not asked_width(config.settings)),
-    Table("load_in_4bit: true", {
-        "load_in_8bit": "they are both true, and a base has one width; keep one",
-    }, when=lambda config: config.get("load_in_4bit")),
-    Table("load_in_4bit or load_in_8bit", {
-        _second_config: "both say how to quantise the base; remove one of them",
-    }, when=lambda config: asked_width(config.settings)),
-    *(Table(sharded, {
-        key: "axolotl arranges quantised bases under FSDP for adapter: qlora alone; "
-        "remove one of the two. Without FSDP, each process holds the whole base, in 8 "
-        "or 4 bits"
-        for key in ("load_in_4bit", "load_in_8bit")
-    }, when=partial(_is_sharded_by, sharded)) for sharded in _SHARDING),
-)  # fmt: skip
 
 
 def check_bnb_config(extra: Mapping[str, Any]) -> None:
     """Refuse ``bnb_config_kwargs`` that bitsandbytes would not follow.
 
     Raises:
-        ValueError: the setting, what it is, why not, and the remedy.
+        ValueError: the setting, what is wrong with it, and what is known.
     """
-    for name in extra:
-        if name not in _FIELDS:
-            raise ValueError(
-                f"bnb_config_kwargs: unknown key {name!r}.{did_you_mean(name, _FIELDS)}"
-                f" Known keys: {', '.join(_FIELDS)}"
-            )
-    kind = extra.get("bnb_4bit_quant_type", "nf4")
-    if kind not in _QUANT_TYPES:
-        raise ValueError(
-            f"bnb_config_kwargs: bnb_4bit_quant_type: {kind!r} is unknown; choose one "
-            f"of: {', '.join(_QUANT_TYPES)}"
-        )
-    if width := asked_width(extra):
-        raise ValueError(f"bnb_config_kwargs: {width} belongs at the top of the config")
     try:
-        BitsAndBytesConfig(load_in_4bit=True, **extra)
+        for name in extra:
+            if name not in _FIELDS:
+                hint = did_you_mean(name, _FIELDS)
+                known = ", ".join(_FIELDS)
+                raise ValueError(f"unknown key {name!r}.{hint} Known keys: {known}")
+        config = BitsAndBytesConfig(load_in_4bit=True, **{**_LIKE_QLORA, **extra})
+        if config.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise ValueError("bnb_4bit_quant_type is nf4 or fp4")
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"bnb_config_kwargs: {dict(extra)} is not understood: {error}"
-        ) from error
+        raise ValueError(f"bnb_config_kwargs: {dict(extra)}: {error}") from error
 
 
 def quantization_config(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``BitsAndBytesConfig`` that is asked for, in plain values.
+    """Return the ``BitsAndBytesConfig`` that is asked for, in plain values.
 
-    Plain, so that the validated config can be dumped and validated again; the compute
-    dtype is left to :func:`complete`, unless the config names one.
+    Plain, so that the validated config can be dumped and validated again.
     """
     key = asked_width(settings)
     assert key is not None
@@ -135,20 +95,17 @@ def quantization_config(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_quantization(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """axolotl's ``model_kwargs`` that load the base as asked; the same ones if set."""
+    """Return axolotl's ``model_kwargs``, with what loads the base as asked."""
     kwargs = settings.get("overrides_of_model_kwargs")
-    if asked_width(settings) is None or _given_config(settings) is not None:
+    if asked_width(settings) is None:
         return kwargs
-    return dict(kwargs or {}) | {"quantization_config": quantization_config(settings)}
+    kwargs = dict(kwargs or {})
+    given = kwargs.get("quantization_config")
+    return kwargs | {"quantization_config": given or quantization_config(settings)}
 
 
-def _given_config(settings: Mapping[str, Any]) -> Any:
-    kwargs = settings.get("overrides_of_model_kwargs") or settings.get("model_kwargs")
-    return (kwargs or {}).get("quantization_config")
-
-
-def complete(cfg: Any) -> None:
-    """Add what is known only now: the compute dtype, and what must not be quantised.
+def complete(cfg: DictDefault) -> None:
+    """Add what is known only when the base loads: the compute dtype, skipped modules.
 
     In place: axolotl's loader has taken the mapping itself by then.
     """
@@ -162,7 +119,43 @@ def complete(cfg: Any) -> None:
         config.setdefault("llm_int8_skip_modules", skipped)
 
 
-def finish_base(cfg: Any, model: PreTrainedModel, training: bool) -> None:
+def check_stored(
+    settings: Mapping[str, Any], model_config: PretrainedConfig, training: bool
+) -> None:
+    """Refuse a base that is stored quantised, where it cannot be used so.
+
+    Raises:
+        ValueError: why not, and what to install or to set.
+    """
+    stored = getattr(model_config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, Mapping) else stored.to_dict()
+    method = stored.get("quant_method") or settings.get("model_quantization_config")
+    kwargs = settings.get("model_quantization_config_kwargs") or stored
+    trains = training and not kwargs.get("dequantize")
+    module, package = NEEDED.get(str(method), ("", ""))
+    key = asked_width(settings)
+    problem = None
+    if method and key and not stored.get(key):
+        problem = f"{key}: true cannot quantise it again; remove {key}"
+    elif method == "gptq" and Version(version("optimum")) < Version(_OPTIMUM_FOR_GPTQ):
+        problem = (
+            f"transformers needs optimum {_OPTIMUM_FOR_GPTQ} or newer for it, and this "
+            f"axolotl pins {version('optimum')}"
+        )
+    elif module and find_spec(module) is None:
+        problem = f"{module} is not installed; pip install '{package}'"
+    elif method and trains and (settings.get("fsdp") or settings.get("fsdp_config")):
+        problem = "FSDP cannot shard its packed weights; remove fsdp_config"
+    elif method in _NOT_TRAINABLE and trains:
+        problem = "transformers cannot train through it"
+    if problem:
+        raise ValueError(
+            f"the base is quantised with {method}: {problem}, or set base_model to the "
+            "full-precision one (with load_in_4bit: true for less memory)"
+        )
+
+
+def finish_base(cfg: DictDefault, model: PreTrainedModel, training: bool) -> None:
     """Check that the base was quantised as asked, and prepare it as PEFT does.
 
     PEFT freezes it and casts what is not quantised to float32; axolotl then casts norms
@@ -189,27 +182,34 @@ def finish_base(cfg: Any, model: PreTrainedModel, training: bool) -> None:
 
 
 def _check_layers(key: str, model: PreTrainedModel) -> None:
-    _, layers = find_decoder_layers(model)
-    modules: list[Any] = list(layers.modules())
-    # bitsandbytes is no dependency of axolotl's everywhere, so it is known by name.
+    modules: list[Any] = list(find_decoder_layers(model)[1].modules())
+    # By name: bitsandbytes is not installed wherever axolotl is.
     quantised = [m for m in modules if type(m).__name__ == _LAYERS[key]]
-    if not quantised or not all(_is_packed(module) for module in quantised):
+    # Stored in 8 bits, or in 4 with their statistics.
+    packed = (
+        m.weight.itemsize == 1 or getattr(m.weight, "quant_state", None) is not None
+        for m in quantised
+    )
+    if not quantised or not all(packed):
         raise ValueError(
             f"{key}: true, but no linear layer of the base was quantised when it was "
-            f"loaded, and it would be trained on in {model.dtype}; remove {key}, or "
-            "what keeps the base from being quantised (such as reinit_weights)"
+            f"loaded in {model.dtype}; remove {key}, or what prevents it (such as "
+            "reinit_weights)"
         )
-    bits = 4 if key == "load_in_4bit" else 8
-    LOG.info("the base is quantised: %d linear layers in %d bits", len(quantised), bits)
-    left = sum(_matrix_sizes(set(modules) - set(quantised)))
-    whole = left + sum(m.in_features * m.out_features for m in quantised)
-    if left > 0.1 * whole:
+    LOG.info("the base is quantised: %d linear layers, %s", len(quantised), key)
+    left = sum(
+        parameter.numel()
+        for module in set(modules).difference(quantised)
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim > 1
+    )
+    share = left / (left + sum(m.in_features * m.out_features for m in quantised))
+    if share > 0.1:
         LOG.warning(
             "%s: %d%% of the weights of the base's layers are not quantised: "
-            "bitsandbytes quantises linear layers, and not, for example, the fused "
-            "experts of a mixture",
+            "bitsandbytes quantises linear layers, not, for example, fused experts",
             key,
-            100 * left / whole,
+            100 * share,
         )
 
 
@@ -220,30 +220,13 @@ def _check_backward(model: PreTrainedModel) -> None:
     its first forward is in evaluation mode, so the first one is in training mode here.
     """
     for name, module in model.named_modules():
-        if hasattr(module, "qweight"):
-            inputs = torch.zeros(
-                (1, module.in_features),
-                dtype=model.dtype,
-                device=module.qweight.device,
-                requires_grad=True,
+        if not hasattr(module, "qweight"):
+            continue
+        device = module.qweight.device
+        inputs = torch.zeros(1, module.in_features, dtype=model.dtype, device=device)
+        if not module.train()(inputs.requires_grad_()).requires_grad:
+            raise ValueError(
+                f"{name} of the base is gptqmodel's {type(module).__name__}, which "
+                "computes no gradients of its inputs; set base_model to the "
+                "full-precision one, and load_in_4bit: true"
             )
-            if not module.train()(inputs).requires_grad:
-                raise ValueError(
-                    f"{name} of the base is gptqmodel's {type(module).__name__}, "
-                    "which computes no gradients of its inputs: the layers below would "
-                    "learn from a part of the loss. Set base_model to the "
-                    "full-precision one, and load_in_4bit: true"
-                )
-
-
-def _is_packed(module: Any) -> bool:
-    """Whether the weight is stored in 8 bits, or in 4 with its statistics."""
-    weight = module.weight
-    return weight.itemsize == 1 or getattr(weight, "quant_state", None) is not None
-
-
-def _matrix_sizes(modules: Iterable[nn.Module]) -> Iterable[int]:
-    for module in modules:
-        for parameter in module.parameters(recurse=False):
-            if parameter.ndim > 1:
-                yield parameter.numel()

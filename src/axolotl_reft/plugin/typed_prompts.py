@@ -10,67 +10,63 @@ import sys
 from typing import Any
 
 from axolotl import prompters
-from axolotl.cli.args import InferenceCliArgs
 from axolotl.cli.utils import resolve_chat_template_str
 from axolotl.loaders import load_tokenizer
 from axolotl.prompt_strategies import load
 from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.data.wrappers import DATASET_HANDLERS
+from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
-from transformers import HfArgumentParser
 
 LOG = get_logger(__name__)
 
 _TYPED = "{instruction}"
 
 
-def warn_of_other_prompts(cfg: Any, chat: bool) -> None:
+def warn_of_other_prompts(cfg: DictDefault, chat: bool) -> None:
     """Warn where typed prompts differ from those of the first data set.
 
     Args:
         chat: the command is ``axolotl inference --chat``.
     """
-    parser = HfArgumentParser(InferenceCliArgs)
-    options, _ = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if options.prompter or not cfg.datasets or cfg.reward_model:
+    has_prompter = any(option.startswith("--prompter") for option in sys.argv)
+    if has_prompter or not cfg.datasets or cfg.reward_model:
         return
     dataset, tokenizer = cfg.datasets[0], load_tokenizer(cfg)
     template = resolve_chat_template_str(cfg, tokenizer)
     if chat:
         template = template or tokenizer.chat_template
+    form = remedy = None
     if "chat_template" in str(dataset.type):
         if template != get_chat_template_from_config(cfg, dataset, tokenizer):
             name = dataset.chat_template or "tokenizer_default"
-            beside = ", with its chat_template_jinja" if name == "jinja" else ""
-            LOG.warning(
-                "training put prompts into the chat template of the first data set, "
-                "and axolotl inference does not: the adapter edits other tokens. "
-                "Write chat_template: %s at the top of the config%s",
-                name,
-                beside,
-            )
+            form = "the chat template of the first data set"
+            remedy = f"Write chat_template: {name} at the top of the config"
+            if name == "jinja":
+                remedy += ", with its chat_template_jinja"
     elif not cfg.rl:
         try:
             trained = _trained_prompt(cfg, dataset, tokenizer)
         except Exception as error:  # any strategy's; a hint must not stop inference
             LOG.debug("the form of the first data set's prompts: %s", error)
             return
-        if trained is None:
-            return
         # Compared as ids: a tokenizer may drop the difference.
-        typed, whole = (tokenizer(text).input_ids for text in (_TYPED, trained))
-        if template or typed != whole:
-            LOG.warning(
-                "training put prompts into the form %r, and axolotl inference does "
-                "not: the adapter edits other tokens. %s",
-                trained,
-                _remedy(cfg, trained),
-            )
+        if trained and (
+            template or tokenizer(_TYPED).input_ids != tokenizer(trained).input_ids
+        ):
+            form, remedy = f"the form {trained!r}", _remedy(cfg, trained)
+    if form:
+        LOG.warning(
+            "training put prompts into %s, and axolotl inference does not: the adapter "
+            "edits other tokens. %s",
+            form,
+            remedy,
+        )
 
 
-def _trained_prompt(cfg: Any, dataset: Any, tokenizer: Any) -> str | None:
-    """A prompt's text in training, with ``_TYPED`` for its instruction, or None."""
+def _trained_prompt(cfg: DictDefault, dataset: DictDefault, tokenizer: Any) -> str:
+    """Return a prompt in training, with ``_TYPED`` for its instruction, or ""."""
     kind, system, prompter = dataset.type, "", None
     if isinstance(kind, dict):
         system = kind.get("system_prompt") or ""
@@ -83,23 +79,22 @@ def _trained_prompt(cfg: Any, dataset: Any, tokenizer: Any) -> str | None:
             row = Dataset.from_dict({"": [""]}).to_iterable_dataset()  # never read
             _, prompter = handler(style or None, tokenizer, cfg, row, {})
     if not isinstance(prompter, prompters.AlpacaPrompter):
-        return None
+        return ""
     if hasattr(prompter, "build_prompt_w_system"):
         return next(prompter.build_prompt_w_system(system, _TYPED))
     return next(prompter.build_prompt(_TYPED))
 
 
-def _remedy(cfg: Any, trained: str) -> str:
+def _remedy(cfg: DictDefault, trained: str) -> str:
     command = f"axolotl inference {cfg.axolotl_config_path}"
     gradio = " --gradio" if "--gradio" in sys.argv else ""
     for name, found in vars(prompters).items():
-        if hasattr(found, "build_prompt") and trained == next(
-            found().build_prompt(_TYPED)
-        ):
+        build = hasattr(found, "build_prompt") and found().build_prompt
+        if build and next(build(_TYPED)) == trained:
             return f"Run {command} --prompter {name}{gradio}"
     if trained != trained.strip():
         return (
-            "Nor can it be typed, without the space around it; answer in Python, with "
+            "It cannot be typed either, for the space around it; use "
             "PeftModel.from_pretrained(base, output_dir).generate(...)"
         )
     without = ", without chat_template: in the config" if cfg.chat_template else ""

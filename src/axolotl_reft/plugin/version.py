@@ -18,5 +18,5 @@ def check_axolotl() -> None:
     if found not in SpecifierSet(AXOLOTL, prereleases=True):
         raise ValueError(
             f"axolotl-reft works with axolotl{AXOLOTL}, and {found} is installed; "
-            f"install one with\n\n    pip install 'axolotl{AXOLOTL}'\n"
+            f"pip install 'axolotl{AXOLOTL}'"
         )
