@@ -7,7 +7,7 @@ from chat import build_chat_tokenizer
 from conftest import build_model
 
 from axolotl_reft import turn_markers
-from axolotl_reft.plugin import chat
+from axolotl_reft.plugin import prompt_forms
 from axolotl_reft.plugin.args import LoreftBlock
 from axolotl_reft.plugin.plugin import LoreftPlugin
 
@@ -45,7 +45,7 @@ def test_the_adapter_gets_the_marks_of_its_data(base):
 def test_each_data_set_has_its_own_template(base):
     other = {**CHAT, "chat_template": "llama3"}
     again = {"path": "y.jsonl", "type": "chat_template.default"}
-    found = chat.markers_of_data(config(base, CHAT, other, again))
+    found = prompt_forms.markers_of_data(config(base, CHAT, other, again))
     tokenizer = build_chat_tokenizer("chatml")
     both = [turn_markers(tokenizer, get_chat_template(t)) for t in ("chatml", "llama3")]
     assert found["generation_prompts"] == [m["generation_prompts"][0] for m in both]
@@ -53,26 +53,28 @@ def test_each_data_set_has_its_own_template(base):
 
 
 def test_the_template_of_the_config_is_the_data_sets(base):
-    found = chat.markers_of_data(config(base, CHAT, chat_template="gemma"))
+    found = prompt_forms.markers_of_data(config(base, CHAT, chat_template="gemma"))
     tokenizer = build_chat_tokenizer("chatml")
     assert found == turn_markers(tokenizer, get_chat_template("gemma"))
 
 
 def test_data_without_a_chat_template_has_no_marks(base, monkeypatch):
-    monkeypatch.setattr(chat, "load_tokenizer", None)  # not even asked for
+    monkeypatch.setattr(prompt_forms, "load_tokenizer", None)  # not even asked for
     alpaca = {"path": "x.jsonl", "type": "alpaca"}
-    assert chat.markers_of_data(config(base, alpaca)) is None
+    assert prompt_forms.markers_of_data(config(base, alpaca)) is None
 
 
 def test_a_template_without_marks_is_named(base, monkeypatch):
     told = []
-    monkeypatch.setattr(chat.LOG, "warning", lambda *message: told.append(message))
+    monkeypatch.setattr(
+        prompt_forms.LOG, "warning", lambda *message: told.append(message)
+    )
     plain = {
         **CHAT,
         "chat_template": "jinja",
         "chat_template_jinja": "{% for m in messages %}{{ m.content }}{% endfor %}",
     }
-    assert chat.markers_of_data(config(base, plain)) is None
+    assert prompt_forms.markers_of_data(config(base, plain)) is None
     message = told[0][0] % told[0][1:]
     assert "no token stands between a question and its answer" in message
     assert "a whole conversation counts as one prompt" in message
@@ -86,11 +88,13 @@ def test_an_end_that_the_tokenizer_spells_is_named_with_what_helps(
     tmp_path, monkeypatch, remedy
 ):
     told = []
-    monkeypatch.setattr(chat.LOG, "warning", lambda *message: told.append(message))
+    monkeypatch.setattr(
+        prompt_forms.LOG, "warning", lambda *message: told.append(message)
+    )
     tokenizer = build_chat_tokenizer("chatml", without=("<|im_start|>", "<|im_end|>"))
     tokenizer.save_pretrained(tmp_path)
     build_model().config.save_pretrained(tmp_path)
-    assert chat.markers_of_data(config(tmp_path, CHAT)) is None
+    assert prompt_forms.markers_of_data(config(tmp_path, CHAT)) is None
     message = told[0][0] % told[0][1:]
     assert (
         "it ends answers with <|im_end|>, which this tokenizer does not have as one "
@@ -100,5 +104,5 @@ def test_an_end_that_the_tokenizer_spells_is_named_with_what_helps(
     assert "such as chatml" not in message
     # As validation sets it from the block.
     trained = {"lora_modules_to_save": ["embed_tokens", "lm_head"]}
-    found = chat.markers_of_data(config(tmp_path, CHAT, **trained, **remedy))
+    found = prompt_forms.markers_of_data(config(tmp_path, CHAT, **trained, **remedy))
     assert len(tokenizer) in found["end_of_turn"] and len(told) == 1

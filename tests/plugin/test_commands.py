@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 TABLE = (ROOT / "docs" / "commands.md").read_text()
 REFUSED = {
     "merge-lora": "a LoReFT adapter cannot be merged into the base model",
-    "quantize": "it quantises a whole model, and output_dir holds only an",
+    "quantize": "output_dir holds only an adapter",
     "vllm-serve": "vLLM would serve base_model without the adapter",
     "merge-sharded-fsdp-weights": "final_state_dict_type: FULL_STATE_DICT",
 }
@@ -138,7 +138,7 @@ def test_a_sweep_over_a_key_of_the_block_is_told_how(config):
     path, _ = next(generate_config_files(str(config), str(sweep)))
     with pytest.raises(ValueError, match=r"loreft\.rank: is not a key at the top") as e:
         load_cfg(path)
-    assert "A sweep lists whole blocks:\nloreft:\n  - {" in str(e.value)
+    assert "A sweep lists whole blocks: loreft: [{" in str(e.value)
 
 
 def test_preprocess_needs_no_weights_of_the_base(config, monkeypatch):

@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workspace import ANSWER, build_base, build_config, build_data, build_task
 
-from axolotl_reft.plugin import evaluation, running, typed_prompts
+from axolotl_reft.plugin import evaluation, plugin, prompt_forms
 from axolotl_reft.plugin.commands import reft
 
 pytestmark = pytest.mark.slow
@@ -135,7 +135,7 @@ def test_gradio_answers_from_the_adapter(config, model, monkeypatch):
 @pytest.fixture
 def warned(monkeypatch):
     told = []
-    for module in (typed_prompts, running):
+    for module in (prompt_forms, plugin):
         monkeypatch.setattr(
             module.LOG, "warning", lambda form, *parts: told.append(form % parts)
         )

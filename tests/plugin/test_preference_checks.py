@@ -6,8 +6,7 @@ import pytest
 from axolotl.utils.schemas.enums import RLType
 
 from axolotl_reft.plugin.args import LoreftBlock
-from axolotl_reft.plugin.refusals import SETTINGS
-from axolotl_reft.plugin.rules import refuse
+from axolotl_reft.plugin.refusals import refuse
 
 REFUSED = [
     (
@@ -51,7 +50,7 @@ REFUSED = [
 @pytest.mark.parametrize(("settings", "message"), REFUSED)
 def test_refused(settings, message, positions):
     with pytest.raises(ValueError, match=re.escape(message)):
-        refuse(SETTINGS, settings, LoreftBlock(positions=positions))
+        refuse(settings, LoreftBlock(positions=positions))
 
 
 @pytest.mark.parametrize(
@@ -64,4 +63,4 @@ def test_refused(settings, message, positions):
     ],
 )
 def test_let_be(settings):
-    refuse(SETTINGS, settings, LoreftBlock())
+    refuse(settings, LoreftBlock())

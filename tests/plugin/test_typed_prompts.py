@@ -7,8 +7,8 @@ from axolotl import prompters
 from axolotl.utils.dict import DictDefault
 from chat import build_chat_tokenizer
 
-from axolotl_reft.plugin import typed_prompts
-from axolotl_reft.plugin.typed_prompts import warn_of_other_prompts
+from axolotl_reft.plugin import prompt_forms
+from axolotl_reft.plugin.prompt_forms import warn_of_other_prompts
 
 RAW = {"format": "{instruction}", "no_input_format": "{instruction}"}
 
@@ -17,12 +17,12 @@ RAW = {"format": "{instruction}", "no_input_format": "{instruction}"}
 def warned(monkeypatch):
     """What is told for the first data set's type, settings, and a command line."""
     tokenizer = build_chat_tokenizer("chatml")
-    monkeypatch.setattr(typed_prompts, "load_tokenizer", lambda cfg: tokenizer)
+    monkeypatch.setattr(prompt_forms, "load_tokenizer", lambda cfg: tokenizer)
 
     def warned(kind, *options, **settings):
         told = []
         monkeypatch.setattr(
-            typed_prompts.LOG, "warning", lambda form, *parts: told.append(form % parts)
+            prompt_forms.LOG, "warning", lambda form, *parts: told.append(form % parts)
         )
         monkeypatch.setattr(sys, "argv", ["inference.py", "my.yml", *options])
         dataset = {"path": "x.jsonl", "type": kind}
@@ -88,7 +88,7 @@ def test_what_the_tokenizer_drops_does_not_differ(warned, monkeypatch):
         def __call__(self, text):
             return DictDefault(input_ids=[ord(letter) for letter in text.strip()])
 
-    monkeypatch.setattr(typed_prompts, "load_tokenizer", lambda cfg: Stripping())
+    monkeypatch.setattr(prompt_forms, "load_tokenizer", lambda cfg: Stripping())
     assert warned({"no_input_format": "{instruction} "}) == ""
 
 
@@ -131,5 +131,5 @@ def test_a_form_that_cannot_be_found_out_stops_nobody(warned, monkeypatch):
     def fails(*_):
         raise KeyError("of a strategy")
 
-    monkeypatch.setattr(typed_prompts, "load", fails)
+    monkeypatch.setattr(prompt_forms, "load", fails)
     assert warned("alpaca") == ""

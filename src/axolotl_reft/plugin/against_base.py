@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from axolotl_reft.plugin.args import LoreftBlock
 from axolotl_reft.plugin.quantised import check_stored
-from axolotl_reft.plugin.rules import plain
+from axolotl_reft.plugin.refusals import plain
 from axolotl_reft.saved.directory import check_adapter_fits
 from axolotl_reft.settings.components import as_wide_as_the_model
 from axolotl_reft.tuner.config import LoreftConfig
@@ -33,14 +33,10 @@ def check_against_base(
 ) -> None:
     """Check layers, rank, quantisation, vocabulary and saved adapters.
 
-    Args:
-        training: False at inference, where a saved adapter's settings are used and the
-            config's are only compared.
+    At inference a saved adapter's settings are used, and the config's only compared.
 
     Raises:
-        ValueError: a layer or the rank is out of range; the base is quantised in a way
-            that cannot be used; new embeddings would not be saved; the adapter to start
-            or to resume from is missing, does not fit, or has other settings.
+        ValueError: one of them does not fit the base.
     """
     text_config = model_config.get_text_config()
     hidden_size, count = text_config.hidden_size, text_config.num_hidden_layers
@@ -57,26 +53,22 @@ def check_against_base(
         )
     tied = embeddings if getattr(text_config, "tie_word_embeddings", False) else []
     for setting, directory in _saved_adapters(cfg, training).items():
-        if not directory:
-            continue
-        saved = check_adapter_fits(str(directory), setting, hidden_size, count)
+        saved = check_adapter_fits(directory, setting, hidden_size, count)
         if same_modules(saved.modules_to_save, block.modules_to_save, tied):
             saved.modules_to_save = block.modules_to_save
-        differences = [
+        differences = ", ".join(
             f"{key}: {plain(theirs)} (here {plain(ours)})"
             for key in LoreftBlock.model_fields
             if (theirs := getattr(saved, key)) != (ours := getattr(block, key))
-        ]
-        if not differences:
-            continue
-        message = f"{setting}: the adapter in {str(directory)!r} has "
-        message += ", ".join(differences)
-        if training:
+        )
+        message = f"{setting}: the adapter in {directory!r} has {differences}"
+        if differences and training:
             raise ValueError(
                 f"{message}; write the same in the loreft: block, or leave out "
                 f"{setting} to train a new adapter"
             )
-        LOG.warning("%s; the adapter's own settings are used", message)
+        if differences:
+            LOG.warning("%s; the adapter's own settings are used", message)
 
 
 def _check_vocabulary(cfg: DictDefault, rows: int, embeddings: list[str]) -> None:
@@ -94,12 +86,12 @@ def _check_vocabulary(cfg: DictDefault, rows: int, embeddings: list[str]) -> Non
         )
 
 
-def _saved_adapters(cfg: DictDefault, training: bool) -> dict[str, str | None]:
+def _saved_adapters(cfg: DictDefault, training: bool) -> dict[str, str]:
     """Return the saved adapters that the config names, by their settings."""
     named = {"lora_model_dir": cfg.lora_model_dir}
-    if training:
+    if training and cfg.resume_from_checkpoint:
         named["resume_from_checkpoint"] = cfg.resume_from_checkpoint
-        if cfg.auto_resume_from_checkpoints and not cfg.resume_from_checkpoint:
-            last = determine_last_checkpoint(cfg, update=False)
-            named["auto_resume_from_checkpoints"] = last
-    return named
+    elif training and cfg.auto_resume_from_checkpoints:
+        last = determine_last_checkpoint(cfg, update=False)
+        named["auto_resume_from_checkpoints"] = last
+    return {setting: str(value) for setting, value in named.items() if value}

@@ -10,18 +10,14 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from axolotl_reft.errors import did_you_mean, shown
-from axolotl_reft.plugin import quantised
-from axolotl_reft.plugin.refusals import SETTINGS
-from axolotl_reft.plugin.rules import refuse
+from axolotl_reft.plugin.quantised import with_quantization
+from axolotl_reft.plugin.refusals import refuse
 from axolotl_reft.settings.foreign_names import KEYS as FOREIGN_KEYS
 from axolotl_reft.settings.foreign_names import hint
 from axolotl_reft.tuner.config import LoreftConfig
 
 _EXAMPLE = "loreft:\n  positions: f7+l7\n  rank: 8"
-_SWEEP = (
-    "\nA sweep lists whole blocks:\nloreft:\n"
-    "  - {positions: f7+l7, rank: 4}\n  - {positions: f7+l7, rank: 8}"
-)
+_SWEEP = "\nA sweep lists whole blocks: loreft: [{rank: 4}, {rank: 8}]"
 # Fields of the adapter's config that no user writes.
 _SET_BY_THE_PACKAGE = (
     "turn_markers", "vocab_size", "format_version", "axolotl_reft_version",
@@ -54,17 +50,17 @@ class LoreftArgs(BaseModel):
     """Keys that the plugin adds to axolotl's config."""
 
     loreft: LoreftBlock | None = Field(
-        default=None, description="Settings of `adapter: loreft`; see LoreftBlock."
+        None, description="Settings of `adapter: loreft`; see LoreftBlock."
     )
     loreft_log_edits: bool | None = Field(
-        default=None,
-        description="Log the size of the edits and their gradients by group of layers, "
-        "and show before the first step which tokens are edited. Default: true.",
+        None,
+        description="Log the sizes of edits and gradients, and show which tokens are "
+        "edited before the first step. Default: true.",
     )
     loreft_labelled_logits: bool | None = Field(
-        default=None,
-        description="Compute the logits of tokens with labels alone, where the loss "
-        "is the same: less time and memory. Default: true.",
+        None,
+        description="Compute only the logits of tokens with labels, where the loss is "
+        "the same. Default: true.",
     )
 
     @model_validator(mode="before")
@@ -75,27 +71,21 @@ class LoreftArgs(BaseModel):
 
     @model_validator(mode="after")
     def check_beside_other_settings(self) -> LoreftArgs:
-        if getattr(self, "adapter", None) == "loreft":
-            self.loreft = self.loreft or LoreftBlock()
-        _check_together(self.__dict__, self.loreft)
+        self.loreft = _check_together(self.__dict__, self.loreft)
         if self.loreft is not None:
             self.lora_modules_to_save = self.loreft.modules_to_save
-            self.overrides_of_model_kwargs = quantised.with_quantization(self.__dict__)
+            self.overrides_of_model_kwargs = with_quantization(self.__dict__)
         return self
 
 
 def check_as_written(settings: Mapping[str, Any]) -> None:
     """Run every check that needs the YAML alone, ahead of axolotl's own.
 
-    Validation repeats them, but there they are a line in pydantic's report.
-
-    Raises:
-        ValueError: what was wrong, what was got, and the remedy.
+    Validation repeats them, but there their messages are lines in pydantic's report.
     """
     _check_keys_at_the_top(settings)
     block = settings.get("loreft")
-    if block is not None:
-        block = LoreftBlock(**_checked_block(block))
+    block = None if block is None else LoreftBlock(**_checked_block(block))
     _check_together(settings, block)
 
 
@@ -139,15 +129,18 @@ def _check_keys_at_the_top(settings: Mapping[str, Any]) -> None:
             )
 
 
-def _check_together(settings: Mapping[str, Any], block: LoreftBlock | None) -> None:
-    """Check the block together with axolotl's settings."""
+def _check_together(
+    settings: Mapping[str, Any], block: LoreftBlock | None
+) -> LoreftBlock | None:
+    """Check the block, by default its defaults, together with axolotl's settings."""
     adapter = settings.get("adapter")
     if adapter == "loreft":
-        refuse(SETTINGS, settings, block or LoreftBlock())
-        if quantised.asked_width(settings):
-            quantised.check_bnb_config(settings.get("bnb_config_kwargs") or {})
+        block = block or LoreftBlock()
+        refuse(settings, block)
+        with_quantization(settings)
     elif block is not None:
         raise ValueError(
             f"loreft: the block is set, but adapter is {adapter!r}; set adapter: "
             "loreft, or remove the block"
         )
+    return block

@@ -59,8 +59,7 @@ def import_command(directory: str, out: str, **settings: Any) -> None:
     """Write pyreft's adapter in DIR to OUT as a PEFT adapter.
 
     DIR is what ReftModel.save wrote, or a checkpoint of pyreft's trainer. pyreft does
-    not store positions, dropout and activation; pass those it was trained with. Of the
-    base model only the config is read.
+    not store positions, dropout and activation; pass those it was trained with.
     """
     from axolotl_reft.exchange.directory import import_adapter
 
@@ -120,8 +119,7 @@ def config_schema_command() -> None:
 def inspect_command(directory: str, **options: Any) -> None:
     """Show what the adapter in DIR is, which tokens it edits, and by how much.
 
-    The base model is loaded only when there are prompts to run, with --prompt or
-    --prompts-file; the rest is read from DIR's files.
+    The base model is loaded only to run prompts (--prompt, --prompts-file).
     """
     from axolotl_reft.inspect.command import run
 

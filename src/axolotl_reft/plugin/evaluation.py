@@ -26,25 +26,21 @@ def evaluate_tasks(
     batch_size: str,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Score the adapter of a config or of a directory.
+    """Score an adapter; whatever is wrong is found before the base model loads.
 
     Args:
         source: axolotl's YAML, whose model is loaded as by ``axolotl inference``, or a
             directory with an adapter, whose base is loaded as by lm_eval.
         tasks: names of tasks or groups; empty for the config's ``lm_eval_tasks``.
-        include_path: a directory of further tasks.
-        output: a JSON file for the results.
         settings: passed to ``lm_eval.simple_evaluate``, whose results are returned.
-
-    Raises:
-        ValueError: there is no task, no adapter, or they do not go together. Checked
-            before the base model is loaded.
     """
     if output and Path(output).exists():
         raise ValueError(f"--output: {output!r} exists already; name another file")
     directory = source if Path(source).is_dir() else None
     if not tasks and directory is None:
-        tasks = _tasks_of(source)
+        # Validation drops them without axolotl's own plugin.
+        written = yaml.safe_load(Path(source).read_text()) or {}
+        tasks = written.get("lm_eval_tasks") or []
     if not tasks:
         raise ValueError("--tasks: name at least one task of lm_eval")
     manager = TaskManager(include_path=include_path)
@@ -76,19 +72,6 @@ def evaluate_tasks(
         text = json.dumps(results, indent=2, default=handle_non_serializable)
         Path(output).write_text(text)
     return results
-
-
-def _tasks_of(config: str) -> list[str]:
-    """Read ``lm_eval_tasks``, which validation drops without axolotl's own plugin."""
-    tasks = (yaml.safe_load(Path(config).read_text()) or {}).get("lm_eval_tasks") or []
-    for task in tasks:
-        name, colon, shots = task.partition(":")
-        if colon:
-            raise ValueError(
-                f"lm_eval_tasks: {task!r} holds a number of shots; write --tasks "
-                f"{name} --num-fewshot {shots}"
-            )
-    return list(tasks)
 
 
 def _check_tasks(tasks: list[str], manager: TaskManager, positions: str) -> None:

@@ -6,7 +6,7 @@ separate prompt and answer, out of the batch first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any
 
@@ -24,28 +24,26 @@ LOG = get_logger(__name__)
 
 # Maps the ids (B, T) of a forward to the mask (B, T) or (1, T) of its answers.
 FindAnswers = Callable[[Tensor], Tensor]
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def set_answers(
-    model: PeftModel, find_answers: FindAnswers | None
-) -> FindAnswers | None:
+def set_answers(model: PeftModel, find: FindAnswers | None) -> FindAnswers | None:
     """Set how an adapter finds the answers without labels; return what was set."""
     hooks = hooks_of(model.get_base_model())
     assert hooks is not None, "a model with a LoReFT adapter"
-    state = hooks.state
-    before, state.find_answers = state.find_answers, find_answers
+    before, hooks.state.find_answers = hooks.state.find_answers, find
     return before
 
 
 def note_answers_during(
     trainer: Trainer, name: str, find: Callable[..., FindAnswers | None]
 ) -> None:
-    """Set the answers while a method of the trainer's runs, by its arguments."""
+    """Set the answers while a trainer's method runs, by its positional arguments."""
     method = getattr(trainer, name)
 
     @wraps(method)
     def noted(*args: Any, **kwargs: Any) -> Any:
-        before = set_answers(trainer.model, find(*args, **kwargs))
+        before = set_answers(trainer.model, find(*args))
         try:
             return method(*args, **kwargs)
         finally:
@@ -58,9 +56,7 @@ def note_answers_during(
 def show_labels(trainer: Trainer) -> None:
     """Let the adapter find the prompts by the batch's labels in every loss."""
 
-    def find(
-        model: Any, inputs: Mapping[str, Tensor], *_: Any, **__: Any
-    ) -> FindAnswers | None:
+    def find(model: Any, inputs: Mapping[str, Tensor], *_: Any) -> FindAnswers | None:
         labels_BT = inputs.get("labels")
         return None if labels_BT is None else partial(_answers_of, labels_BT)
 
@@ -80,19 +76,17 @@ def _answers_of(labels_BT: Tensor, ids_BT: Tensor) -> Tensor:
 def complete_batches(trainer: Trainer, labelled_logits: bool | None) -> None:
     """Add to batches what the loss and the adapter need (``axolotl_reft.training``).
 
-    Args:
-        labelled_logits: True to warn where the loss needs all logits, None to compute
-            all of them silently there, False to compute all everywhere.
+    ``labelled_logits`` False computes all logits; True warns where the loss needs all.
     """
     reason = "it is off" if labelled_logits is False else _why_all_logits(trainer)
     if labelled_logits and reason:
         LOG.warning("loreft_labelled_logits: true has no effect: %s", reason)
-    wrappers: list[Callable[[Any], Any]] = [] if reason else [LabelledLogits]
+    wrappers: list[Wrapper] = [] if reason else [LabelledLogits]
     # Metrics see every token's logits.
     if trainer.compute_metrics is None:
-        _wrap_collator(trainer, "get_eval_dataloader", wrappers)
+        _wrap_collator(trainer, "get_eval_dataloader", *wrappers)
     indices = partial(EditIndexCollator.of, trainer.model)
-    _wrap_collator(trainer, "get_train_dataloader", [*wrappers, indices])
+    _wrap_collator(trainer, "get_train_dataloader", *wrappers, indices)
 
 
 def _why_all_logits(trainer: Trainer) -> str | None:
@@ -110,9 +104,7 @@ def _why_all_logits(trainer: Trainer) -> str | None:
     return why_all_logits(trainer.model.get_base_model())
 
 
-def _wrap_collator(
-    trainer: Trainer, name: str, wrappers: Sequence[Callable[[Any], Any]]
-) -> None:
+def _wrap_collator(trainer: Trainer, name: str, *wrappers: Wrapper) -> None:
     make = getattr(trainer, name)
 
     @wraps(make)

@@ -23,10 +23,9 @@ from axolotl_reft.core.interventions import INTERVENTION_CLASSES
 from axolotl_reft.plugin import quantised, running
 from axolotl_reft.plugin.against_base import check_against_base
 from axolotl_reft.plugin.args import check_as_written
-from axolotl_reft.plugin.chat import markers_of_data
 from axolotl_reft.plugin.labels import complete_batches, show_labels
 from axolotl_reft.plugin.observation import edit_callbacks
-from axolotl_reft.plugin.typed_prompts import warn_of_other_prompts
+from axolotl_reft.plugin.prompt_forms import markers_of_data, warn_of_other_prompts
 from axolotl_reft.saved.card import keep_in_trainers_card
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.lora import LayerLora
@@ -65,7 +64,12 @@ class LoreftPlugin(BasePlugin):
         if inference:
             cfg.lora_model_dir = cfg.lora_model_dir or trained_adapter(cfg.output_dir)
             LOG.info("using the LoReFT adapter in %s", cfg.lora_model_dir)
-            running.warn_of_no_evaluation(cfg)
+            evaluates = running.is_running("axolotl.evaluate")
+            if evaluates and not (cfg.val_set_size or cfg.test_datasets):
+                LOG.warning(
+                    "axolotl evaluate computes the loss of the training data "
+                    "(train_loss), and no eval_loss; set val_set_size or test_datasets"
+                )
         elif not self._has_block:
             LOG.info(
                 "no loreft: block in the config: positions: %s, rank: %s, layers: %s",
@@ -104,22 +108,18 @@ class LoreftPlugin(BasePlugin):
             torch.manual_seed(seed)
             return None, config
         # For modules_to_save alone: interventions are always float32.
-        upcast = cfg.peft_autocast_adapter_dtype is not False
+        upcast = {
+            "autocast_adapter_dtype": cfg.peft_autocast_adapter_dtype is not False
+        }
         # Every process must begin with the same parameters.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if saved:
                 peft_model = PeftModel.from_pretrained(
-                    model,
-                    saved,
-                    config=config,
-                    is_trainable=not inference,
-                    autocast_adapter_dtype=upcast,
+                    model, saved, config=config, is_trainable=not inference, **upcast
                 )
             else:
-                peft_model = get_peft_model(
-                    model, config, autocast_adapter_dtype=upcast
-                )
+                peft_model = get_peft_model(model, config, **upcast)
         if is_local_main_process():
             peft_model.print_trainable_parameters()
         return peft_model, config
@@ -129,16 +129,13 @@ class LoreftPlugin(BasePlugin):
             return
         if running.is_running("axolotl.cli.inference"):
             warn_of_other_prompts(cfg, chat=running.is_running("axolotl.cli.chat"))
-        if str(cfg.fsdp_version) != "2":
-            return
-        # In the model's group its mixed precision would round the adapter at every
-        # step. As axolotl's norms, its modules get float32 groups of their own.
-        classes = [*INTERVENTION_CLASSES.values(), LayerLora]
-        patterns = get_fp32_norm_patterns(cfg) or []
-        patterns += [f"{c.__module__}.{c.__name__}" for c in classes]
-        if cfg.fp32_norms:
-            cfg.fp32_norm_classes = patterns  # axolotl reads it again after this
-        else:
+        if str(cfg.fsdp_version) == "2":
+            # In the model's group its mixed precision would round the adapter at every
+            # step. As axolotl's norms, its modules get float32 groups of their own.
+            classes = [*INTERVENTION_CLASSES.values(), LayerLora]
+            patterns = get_fp32_norm_patterns(cfg) or []
+            patterns += [f"{c.__module__}.{c.__name__}" for c in classes]
+            cfg.fp32_norm_classes = patterns
             # Patch: where axolotl looks for the patterns when fp32_norms is off.
             model._axolotl_fp32_norm_patterns = patterns
 
@@ -166,11 +163,7 @@ class LoreftPlugin(BasePlugin):
 
 
 def trained_adapter(output_dir: str) -> str:
-    """Return the directory of the adapter that training left in ``output_dir``.
-
-    Raises:
-        ValueError: there is none; the message names the last checkpoint, if any.
-    """
+    """Return ``output_dir`` if training left an adapter there, else raise."""
     # By its weights: axolotl writes the configuration already when training begins.
     if (Path(output_dir) / SAFETENSORS_WEIGHTS_NAME).is_file():
         return str(output_dir)

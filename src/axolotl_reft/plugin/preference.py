@@ -1,9 +1,8 @@
 """Find the prompts in TRL's preference and reinforcement trainers.
 
-These give the model ids and a mask, but not which tokens are answers: that is in
-`completion_mask`, in the labels that ORPO and CPO concatenate, or in the number of
-columns that GRPO generated. Their methods that call the model are wrapped to note it. A
-forward of ids that no method noted is an error.
+They do not tell the model which tokens are answers: that is in `completion_mask`, in
+the labels that ORPO and CPO concatenate, or in the number of columns that GRPO
+generated. It is noted while they call the model; a forward of other ids is an error.
 
 Shapes: B batch, T tokens.
 """
@@ -31,12 +30,22 @@ LOG = get_logger(__name__)
 
 
 def note_answers(trainer: Trainer) -> None:
-    """Let the adapter find the answers in the batches of a trainer of TRL's."""
+    """Let the adapter find the answers in the batches of one of TRL's trainers."""
     if isinstance(trainer, (DPOTrainer, KTOTrainer)):
         for name in ("compute_loss", "compute_ref_log_probs"):
             note_answers_during(trainer, name, _by_masks)
     elif isinstance(trainer, (ORPOTrainer, CPOTrainer)):
-        _note_concatenated(trainer)
+        concatenate = trainer.concatenated_inputs
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            batch = concatenate(*args, **kwargs)
+            answer_BT = batch["concatenated_labels"] != -100
+            batches = [(batch["concatenated_input_ids"], answer_BT)]
+            set_answers(trainer.model, partial(_look_up, batches))
+            return batch
+
+        # Patch: the labels are dropped before the model is called.
+        trainer.concatenated_inputs = noted  # type: ignore[method-assign]
     elif isinstance(trainer, GRPOTrainer):
         for name in ("_get_per_token_logps_and_entropies", "_get_last_hidden_state"):
             note_answers_during(trainer, name, answers_in_columns)
@@ -48,9 +57,7 @@ def note_answers(trainer: Trainer) -> None:
     set_answers(trainer.model, partial(_look_up, []))
 
 
-def _by_masks(
-    model: Any, inputs: Mapping[str, Tensor], *_: Any, **__: Any
-) -> FindAnswers:
+def _by_masks(model: Any, inputs: Mapping[str, Tensor], *_: Any) -> FindAnswers:
     """Find the answers of DPO, and of KTO, which has a second batch for its KL term."""
     kinds = [kind for kind in ("", "KL_") if f"{kind}input_ids" in inputs]
     batches = [(inputs[f"{k}input_ids"], inputs[f"{k}completion_mask"]) for k in kinds]
@@ -63,13 +70,12 @@ def _look_up(batches: Sequence[tuple[Tensor, Tensor]], ids_BT: Tensor) -> Tensor
             return answer_BT
     raise ValueError(
         "LoReFT cannot tell prompt from answer in a batch of shape "
-        f"{tuple(ids_BT.shape)}, for which the trainer gave no completion mask; use "
-        "axolotl's own trainers, or positions: all"
+        f"{tuple(ids_BT.shape)}; use axolotl's own trainers, or positions: all"
     )
 
 
 def answers_in_columns(
-    model: Any, input_ids: Tensor, attention_mask: Any, count: int, *_: Any, **__: Any
+    model: Any, input_ids: Tensor, attention_mask: Any, count: int, *_: Any
 ) -> FindAnswers:
     """Find the answers of GRPO, in the last columns of a batch and of its parts."""
     width = input_ids.shape[1]
@@ -80,20 +86,6 @@ def answers_in_columns(
         return torch.arange(width, device=ids_BT.device)[None] >= width - count
 
     return find
-
-
-def _note_concatenated(trainer: Any) -> None:
-    concatenate = trainer.concatenated_inputs
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        batch = concatenate(*args, **kwargs)
-        answer_BT = batch["concatenated_labels"] != -100
-        batches = [(batch["concatenated_input_ids"], answer_BT)]
-        set_answers(trainer.model, partial(_look_up, batches))
-        return batch
-
-    # Patch: the labels are dropped before the model is called.
-    trainer.concatenated_inputs = noted
 
 
 def _evaluate_tokenized_rows(trainer: Any) -> None:
@@ -110,15 +102,7 @@ def _evaluate_tokenized_rows(trainer: Any) -> None:
 
 
 def prepare_trainer(trainer: Trainer, saved: str | None, evaluates: bool) -> None:
-    """Adapt a trainer that axolotl built for ``rl:``: answers, reference, dropout.
-
-    Args:
-        saved: directory of the adapter to start from or to evaluate.
-        evaluates: the model is evaluated and not trained.
-
-    Raises:
-        ValueError: the trainer is of an unknown class.
-    """
+    """Adapt a trainer for ``rl:`` that starts from, or evaluates, a saved adapter."""
     if not isinstance(trainer.model, PeftModel):
         # Patch: `axolotl evaluate` gives DPO, IPO and KTO the base without an adapter.
         assert evaluates and saved is not None
@@ -132,8 +116,13 @@ def prepare_trainer(trainer: Trainer, saved: str | None, evaluates: bool) -> Non
     # Patch: axolotl saves the model that it gave the trainer, which for DPO, IPO and
     # KTO is the whole base with the adapter inside.
     model.get_base_model().__dict__["save_pretrained"] = model.save_pretrained
-    if trainer.args.disable_dropout:
-        _disable_dropout(model)
+    # TRL's disable_dropout finds torch's modules alone.
+    dropout = model.peft_config["default"].dropout
+    if dropout and trainer.args.disable_dropout:
+        for adapter in model.peft_config:
+            for found in interventions_of(model, adapter):
+                found.intervention.dropout_p = 0.0
+        LOG.warning("dropout: %s is not used, by TRL's disable_dropout", dropout)
 
 
 def _set_reference(model: PeftModel, saved: str | None) -> None:
@@ -157,17 +146,3 @@ def _set_reference(model: PeftModel, saved: str | None) -> None:
     model.__dict__["save_pretrained"] = partial(
         model.save_pretrained, selected_adapters=["default"]
     )
-
-
-def _disable_dropout(model: PeftModel) -> None:
-    """Disable the interventions' dropout, as TRL does with torch's modules."""
-    dropout = model.peft_config["default"].dropout
-    for adapter in model.peft_config:
-        for found in interventions_of(model, adapter):
-            found.intervention.dropout_p = 0.0
-    if dropout:
-        LOG.warning(
-            "dropout: %s is not used: TRL's disable_dropout computes this trainer's "
-            "loss without, as with other adapters",
-            dropout,
-        )

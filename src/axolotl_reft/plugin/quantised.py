@@ -39,7 +39,6 @@ _NOT_TRAINABLE = (
     "FineGrainedFP8Config", "Mxfp4Config", "auto-round", "fbgemm_fp8", "fp8", "higgs",
     "metal", "mxfp4", "nvfp4", "quark", "spqr", "vptq",
 )  # fmt: skip
-_OPTIMUM_FOR_GPTQ = "1.24.0"
 # A module without which transformers fails when it has begun to load the base, and what
 # to install for it. gptqmodel 7.7 needs a newer torch than axolotl 0.19 takes.
 NEEDED = {
@@ -53,22 +52,30 @@ def asked_width(settings: Mapping[str, Any]) -> str | None:
     return next((key for key in _LAYERS if settings.get(key)), None)
 
 
-def second_config(settings: Mapping[str, Any]) -> str | None:
-    """Return a quantization_config that contradicts the one that is asked for."""
-    kwargs = settings.get("overrides_of_model_kwargs") or settings.get("model_kwargs")
-    given = (kwargs or {}).get("quantization_config")
-    # After a first validation it is ours.
-    if given is None or dict(given) | quantization_config(settings) == dict(given):
-        return None
-    return f"model_kwargs: quantization_config: {given}"
+def with_quantization(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return axolotl's ``model_kwargs``, with what loads the base as asked.
 
-
-def check_bnb_config(extra: Mapping[str, Any]) -> None:
-    """Refuse ``bnb_config_kwargs`` that bitsandbytes would not follow.
-
-    Raises:
-        ValueError: the setting, what is wrong with it, and what is known.
+    In plain values, so that the validated config can be dumped and validated again.
     """
+    kwargs = settings.get("overrides_of_model_kwargs") or settings.get("model_kwargs")
+    key = asked_width(settings)
+    if key is None:
+        return kwargs
+    extra = settings.get("bnb_config_kwargs") or {}
+    _check_bnb_config(extra)
+    like_qlora = _LIKE_QLORA if key == "load_in_4bit" else {}
+    ours = {"quant_method": "bitsandbytes", key: True, **like_qlora, **extra}
+    given = (kwargs or {}).get("quantization_config") or ours
+    # Of a config that was validated before it is ours, and perhaps completed.
+    if {**given, **ours} != {**given}:
+        raise ValueError(
+            f"model_kwargs: quantization_config: {given} with {key}: true: both say "
+            "how to quantise the base; remove one of the two"
+        )
+    return {**(kwargs or {}), "quantization_config": given}
+
+
+def _check_bnb_config(extra: Mapping[str, Any]) -> None:
     try:
         for name in extra:
             if name not in _FIELDS:
@@ -80,28 +87,6 @@ def check_bnb_config(extra: Mapping[str, Any]) -> None:
             raise ValueError("bnb_4bit_quant_type is nf4 or fp4")
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"bnb_config_kwargs: {dict(extra)}: {error}") from error
-
-
-def quantization_config(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``BitsAndBytesConfig`` that is asked for, in plain values.
-
-    Plain, so that the validated config can be dumped and validated again.
-    """
-    key = asked_width(settings)
-    assert key is not None
-    like_qlora = _LIKE_QLORA if key == "load_in_4bit" else {}
-    extra = settings.get("bnb_config_kwargs") or {}
-    return {"quant_method": "bitsandbytes", key: True} | like_qlora | dict(extra)
-
-
-def with_quantization(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return axolotl's ``model_kwargs``, with what loads the base as asked."""
-    kwargs = settings.get("overrides_of_model_kwargs")
-    if asked_width(settings) is None:
-        return kwargs
-    kwargs = dict(kwargs or {})
-    given = kwargs.get("quantization_config")
-    return kwargs | {"quantization_config": given or quantization_config(settings)}
 
 
 def complete(cfg: DictDefault) -> None:
@@ -122,11 +107,7 @@ def complete(cfg: DictDefault) -> None:
 def check_stored(
     settings: Mapping[str, Any], model_config: PretrainedConfig, training: bool
 ) -> None:
-    """Refuse a base that is stored quantised, where it cannot be used so.
-
-    Raises:
-        ValueError: why not, and what to install or to set.
-    """
+    """Refuse a base that is stored quantised, where it cannot be used so."""
     stored = getattr(model_config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, Mapping) else stored.to_dict()
     method = stored.get("quant_method") or settings.get("model_quantization_config")
@@ -137,11 +118,8 @@ def check_stored(
     problem = None
     if method and key and not stored.get(key):
         problem = f"{key}: true cannot quantise it again; remove {key}"
-    elif method == "gptq" and Version(version("optimum")) < Version(_OPTIMUM_FOR_GPTQ):
-        problem = (
-            f"transformers needs optimum {_OPTIMUM_FOR_GPTQ} or newer for it, and this "
-            f"axolotl pins {version('optimum')}"
-        )
+    elif method == "gptq" and Version(version("optimum")) < Version("1.24.0"):
+        problem = "transformers needs optimum 1.24.0 or newer, which axolotl excludes"
     elif module and find_spec(module) is None:
         problem = f"{module} is not installed; pip install '{package}'"
     elif method and trains and (settings.get("fsdp") or settings.get("fsdp_config")):
@@ -161,9 +139,6 @@ def finish_base(cfg: DictDefault, model: PreTrainedModel, training: bool) -> Non
     PEFT freezes it and casts what is not quantised to float32; axolotl then casts norms
     and embeddings to its dtype, as for qlora. Inputs need no gradients: backward stops
     at the lowest edited layer.
-
-    Raises:
-        ValueError: no layer of it is quantised, or gradients do not pass one.
     """
     if key := asked_width(cfg):
         _check_layers(key, model)
@@ -174,10 +149,9 @@ def finish_base(cfg: DictDefault, model: PreTrainedModel, training: bool) -> Non
         _check_backward(model)
     if method == "compressed-tensors":
         LOG.warning(
-            "the base is stored in compressed-tensors, which unpacks it at the first "
-            "forward: it takes the memory of the full-precision one, in %s. For less, "
-            "set base_model to that one, and load_in_4bit: true",
-            model.dtype,
+            "compressed-tensors unpacks the base at the first forward: it takes the "
+            "memory of the full-precision one. For less, set base_model to that one, "
+            "and load_in_4bit: true"
         )
 
 
@@ -192,9 +166,8 @@ def _check_layers(key: str, model: PreTrainedModel) -> None:
     )
     if not quantised or not all(packed):
         raise ValueError(
-            f"{key}: true, but no linear layer of the base was quantised when it was "
-            f"loaded in {model.dtype}; remove {key}, or what prevents it (such as "
-            "reinit_weights)"
+            f"{key}: true, but no linear layer of the base was quantised; remove it, "
+            "or what prevents it (such as reinit_weights)"
         )
     LOG.info("the base is quantised: %d linear layers, %s", len(quantised), key)
     left = sum(
@@ -226,7 +199,6 @@ def _check_backward(model: PreTrainedModel) -> None:
         inputs = torch.zeros(1, module.in_features, dtype=model.dtype, device=device)
         if not module.train()(inputs.requires_grad_()).requires_grad:
             raise ValueError(
-                f"{name} of the base is gptqmodel's {type(module).__name__}, which "
-                "computes no gradients of its inputs; set base_model to the "
-                "full-precision one, and load_in_4bit: true"
+                f"{name} of the base is gptqmodel's {type(module).__name__}, which has "
+                "no gradients of its inputs; set base_model to the full-precision one"
             )

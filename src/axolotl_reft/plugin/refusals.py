@@ -1,21 +1,81 @@
-"""Settings that contradict ``adapter: loreft``, as tables for ``rules``."""
+"""Settings that contradict ``adapter: loreft``: tables of rows, and one loop over them.
+
+A table is a condition and its rows, ``condition: "reason; remedy"``. A condition is
+``key``, which must be set, or ``key = pattern``, a regular expression that the whole
+value, or an entry of a list, must match, or a function that returns the offending
+"KEY: VALUE", or a tuple of such. Keys are paths; ``$NAME`` is an environment variable.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
+from typing import Any
 
-from axolotl_reft.plugin.quantised import second_config
-from axolotl_reft.plugin.rules import Condition, Settings, Table, find, plain, values
+from pydantic import BaseModel
 
-_NOT_SAVED = (
-    "it would train weights of the base, which are not saved with the adapter; remove "
-    "it, and set loreft: layers, or modules_to_save for modules to train whole"
-)
+Settings = Mapping[str, Any]
+Condition = str | Callable[[Settings], str | None] | tuple["Condition", ...]
+Table = tuple[Condition, Mapping[Any, str]]
+
 _OR_ALL = "or edit every token with positions: all"
 _NO_VLLM = "vLLM does not edit hidden states"
 _DATA = ("datasets", "test_datasets")
+_ENDS = ("train_on_eos", "train_on_eot")
 _WIDTHS = ("load_in_4bit", "load_in_8bit")
 _SEVERAL = r"[2-9]|[1-9]\d+"
+
+
+def refuse(settings: Settings, block: BaseModel) -> None:
+    """Raise the first refusal of axolotl's settings beside the adapter's block.
+
+    As a ValueError, "KEY: VALUE with adapter: loreft: REASON; REMEDY".
+    """
+    environment = {f"${key}": value.lower() for key, value in os.environ.items()}
+    merged = {**settings, **dict(block), "adapter": "loreft", **environment}
+    # DeepSpeed's settings may be the path of a file; axolotl reports a wrong one.
+    with suppress(KeyError, OSError, TypeError, ValueError):
+        text = Path(merged["deepspeed"]).read_text(encoding="utf-8")
+        merged["deepspeed"] = json.loads(text)
+    for beside, rows in _TABLES:
+        context = find(beside, merged)
+        for condition, text in rows.items() if context else ():
+            if subject := find(condition, merged):
+                raise ValueError(f"{subject} with {context}: {text}")
+
+
+def find(condition: Condition, settings: Settings) -> str | None:
+    """Return the "KEY: VALUE" that a condition is about, or None."""
+    if isinstance(condition, tuple):
+        return next(filter(None, (find(c, settings) for c in condition)), None)
+    if not isinstance(condition, str):
+        return condition(settings)
+    key, _, pattern = condition.partition(" = ")
+    for value in map(plain, values(settings, key)):
+        if not pattern or re.fullmatch(pattern, str(value)):
+            return f"{key.removeprefix('$')}: {value}"
+    return None
+
+
+def values(settings: Settings, path: str) -> list[Any]:
+    """Return what is set at a path, and of lists on the way every entry."""
+    found: list[Any] = [settings]
+    for key in path.split("."):
+        found = [dict(e).get(key) for e in found if isinstance(e, Mapping | BaseModel)]
+        found = [e for v in found for e in (v if isinstance(v, list) else [v])]
+    return [value for value in found if value]
+
+
+def plain(value: Any) -> Any:
+    """Return a value as YAML would show it."""
+    if isinstance(value, Enum):
+        return value.value
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _without(*keys: str) -> Condition:
@@ -24,10 +84,9 @@ def _without(*keys: str) -> Condition:
 
 def _scoring_after_training(settings: Settings) -> str | None:
     """axolotl's LMEvalPlugin, which would fail when the training is over."""
-    scores = settings.get("lm_eval_post_train") is not False
-    if scores and settings.get("lm_eval_tasks"):
-        return find(r"plugins = .*\bLMEvalPlugin", settings)
-    return None
+    tasks = settings.get("lm_eval_tasks")
+    scores = tasks and settings.get("lm_eval_post_train") is not False
+    return find(r"plugins = .*\bLMEvalPlugin", settings) if scores else None
 
 
 def _misplaced_modules(settings: Settings) -> str | None:
@@ -60,28 +119,25 @@ def _fsdp1(settings: Settings) -> str | None:
     return f"fsdp_version: {version}" if str(version) != "2" else None
 
 
-SETTINGS: tuple[Table, ...] = (
+_TABLES: tuple[Table, ...] = (
     ("adapter", {
         ("merge_lora", "relora"): "LoReFT edits hidden states, which cannot be merged "
         "into weights; remove it",
         "loraplus_lr_ratio": "LoRA+ sets the learning rate of LoRA's B; remove it",
-        (
-            "unfrozen_parameters", "lisa_n_layers", r"plugins = .*\bSpectrumPlugin",
-        ): _NOT_SAVED,
+        ("unfrozen_parameters", "lisa_n_layers", r"plugins = .*\bSpectrumPlugin"):
+        "it would train weights of the base, which are not saved with the adapter; "
+        "remove it, and set loreft: layers, or modules_to_save to train modules whole",
         ("fp8", "qat", "optim_target_modules"): "LoReFT trains no weights of the base; "
         "remove it (load_in_8bit or load_in_4bit: true makes the base smaller)",
         "optimizer = (q_galore|galore|apollo|lomo|adalomo).*": "it is for large "
         "matrices of a base, which LoReFT does not train; set adamw_torch_fused",
-        "process_reward_model": "it is not supported; remove it, or train a "
-        "reward_model",
+        "process_reward_model": "not supported; remove it, or train a reward_model",
         _scoring_after_training: "lm_eval's own model cannot load the adapter; set "
         "lm_eval_post_train: false, and then run axolotl reft lm-eval config.yml",
-        _misplaced_modules: "it is a setting of LoRA; write\n"
-        "loreft:\n  modules_to_save: [...]",
+        _misplaced_modules: "it is LoRA's; write\nloreft:\n  modules_to_save: [...]",
         _lora_settings: "settings of LoRA, which would do nothing; remove them. Rank, "
         "layers, dropout, and LoRA beside LoReFT (lora:), are set in the loreft: block",
-        _misplaced_bnb_setting: "not a key at the top; write it under "
-        "bnb_config_kwargs:",
+        _misplaced_bnb_setting: "not a key at the top; use bnb_config_kwargs:",
         "rl = gdpo": "axolotl passes the adapter to TRL twice, which TRL refuses; "
         "write rl: grpo with trl.multi_objective_aggregation: normalize_then_sum, "
         "which is the same",
@@ -113,16 +169,12 @@ SETTINGS: tuple[Table, ...] = (
     ("positions = (?!all$).*", {
         "train_on_inputs": "the prompt is what comes before the first trained token, "
         f"and there would be none; set train_on_inputs: false, {_OR_ALL}",
-        (
-            "pretraining_dataset",
-            *(f"{name}.type = (completion|pretrain)([.:].*)?" for name in _DATA),
-        ): f"raw text has no prompt to edit; use instruction data, {_OR_ALL}",
+        ("pretraining_dataset",
+         *(f"{name}.type = (completion|pretrain)([.:].*)?" for name in _DATA)):
+        f"raw text has no prompt to edit; use instruction data, {_OR_ALL}",
         r"plugins = .*\bDiffusionPlugin": "a diffusion language model has no prompt "
         f"before its answer; remove it, {_OR_ALL}",
-        tuple(
-            f"{name}.{key} = all"
-            for name in _DATA for key in ("train_on_eos", "train_on_eot")
-        ):
+        tuple(f"{name}.{key} = all" for name in _DATA for key in _ENDS):
         "the prompt would end with the user's turn, not where the answer begins; "
         f"write turn in place of all, {_OR_ALL}",
         tuple(f"{name}.roles_to_train = system|developer|user|human" for name in _DATA):
@@ -170,7 +222,6 @@ SETTINGS: tuple[Table, ...] = (
     (_WIDTHS, {
         ("fsdp", "fsdp_config"): "axolotl shards quantised bases for adapter: qlora "
         "alone; remove one of the two (without FSDP, each process holds the base)",
-        second_config: "both say how to quantise the base; remove one of the two",
     }),
     (_without(*_WIDTHS), {
         "bnb_config_kwargs": "it would do nothing; set one of them, or remove it",

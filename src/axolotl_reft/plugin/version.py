@@ -10,9 +10,8 @@ AXOLOTL = ">=0.19,<0.20"
 def check_axolotl() -> None:
     """Refuse an axolotl that the plugin was not tested with.
 
-    Raises:
-        ValueError: another version is installed. Of an ImportError, which its changed
-            modules would raise, axolotl logs a line and trains without the plugin.
+    By a ValueError: of an ImportError, which changed modules would raise, axolotl logs
+    a line and trains without the plugin.
     """
     found = version("axolotl")
     if found not in SpecifierSet(AXOLOTL, prereleases=True):

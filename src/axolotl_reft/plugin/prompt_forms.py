@@ -1,7 +1,7 @@
-"""Warn where ``axolotl inference`` builds prompts otherwise than training did.
+"""Prompts as the config's data sets form them: turn markers, and what inference lacks.
 
-It puts the training's text around a typed prompt only where ``--prompter`` or a chat
-template asks for it; without that text the adapter edits other tokens.
+``axolotl inference`` puts the training's text around a typed prompt only where
+``--prompter`` or a chat template asks for it; else the adapter edits other tokens.
 """
 
 from __future__ import annotations
@@ -19,17 +19,47 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
 
+from axolotl_reft.prompts.templates import turn_markers
+
 LOG = get_logger(__name__)
 
 _TYPED = "{instruction}"
 
 
-def warn_of_other_prompts(cfg: DictDefault, chat: bool) -> None:
-    """Warn where typed prompts differ from those of the first data set.
+def markers_of_data(cfg: DictDefault) -> dict[str, list] | None:
+    """Merge ``turn_markers`` of all chat data sets; None where there are none."""
+    datasets = [
+        dataset
+        for dataset in [*(cfg.datasets or []), *(cfg.test_datasets or [])]
+        if "chat_template" in str(dataset.get("type"))
+    ]
+    if not datasets:
+        return None
+    tokenizer = load_tokenizer(cfg)
+    prompts: list[list[int]] = []
+    ends: set[int] = set()
+    for dataset in datasets:
+        template = get_chat_template_from_config(cfg, dataset, tokenizer)
+        options = dataset.get("chat_template_kwargs") or cfg.chat_template_kwargs or {}
+        try:
+            found = turn_markers(tokenizer, template, **options)
+        except ValueError as error:
+            LOG.warning(
+                "%s. Training finds turns by the labels; at inference only answers of "
+                "`generate` on a reused cache are known, and a whole conversation "
+                "counts as one prompt",
+                error,
+            )
+            continue
+        prompts += [ids for ids in found["generation_prompts"] if ids not in prompts]
+        ends.update(found["end_of_turn"])
+    if not prompts:
+        return None
+    return {"generation_prompts": prompts, "end_of_turn": sorted(ends)}
 
-    Args:
-        chat: the command is ``axolotl inference --chat``.
-    """
+
+def warn_of_other_prompts(cfg: DictDefault, chat: bool) -> None:
+    """Warn where typed prompts, ``--chat`` or not, differ from the first data set's."""
     has_prompter = any(option.startswith("--prompter") for option in sys.argv)
     if has_prompter or not cfg.datasets or cfg.reward_model:
         return
