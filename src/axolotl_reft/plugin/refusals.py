@@ -153,8 +153,7 @@ _TABLES: tuple[Table, ...] = (
     ("rl", {
         "rl_adapter_ref_model": "the reference is the base without the adapter, and "
         "with a second model axolotl would not save the adapter; remove it",
-        "trainer_cls": "only axolotl's own trainers tell which tokens are answers; "
-        "remove it",
+        "trainer_cls": "only axolotl's own trainers tell the answers; remove it",
         "trl.use_vllm": f"{_NO_VLLM}; set trl.use_vllm: false",
         "trl.async_prefetch": "it generates in a second thread with the model that is "
         "being trained; remove it",
