@@ -1,8 +1,7 @@
 """A data collator that finds the edited tokens before a batch goes to a device.
 
 On an accelerator, counting edited tokens would make the host wait. The host knows them
-from ids and labels alone, so the collator finds their indices and hands them to the
-model's forward beside the batch, where the hooks take them out.
+from ids and labels alone; the model's hooks take their indices out of its arguments.
 
 Shapes: B batch, T tokens, N edited positions.
 """
@@ -12,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from axolotl_reft.prompts.batch import labelled_spans
 from axolotl_reft.prompts.indices import edit_indices
@@ -26,8 +23,11 @@ from axolotl_reft.tuner.model import hooks_of
 class EditIndexCollator:
     """A data collator that adds the indices of edited tokens to another one's batches.
 
+    Added are the ``shape`` (B, T) and the ``indices`` (N,) into B·T of each adapter's
+    interventions, to batches with ``input_ids`` and ``labels`` (B, T).
+
     Args:
-        collate: the other one, whose batches have ``input_ids`` and ``labels`` (B, T).
+        collate: the other collator.
         adapters: settings of the adapters that are trained; :meth:`of` a model's.
     """
 
@@ -42,26 +42,15 @@ class EditIndexCollator:
         return cls(collate, dict(hooks.state.adapters))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        batch = self.collate(*args, **kwargs)
-        found = indices_of_batch(batch, self.adapters)
-        if found:
-            batch[POSITIONS] = found
+        batch, indices = self.collate(*args, **kwargs), {}
+        for name, spec in self.adapters.items():
+            if spec.positions.everywhere:
+                continue
+            spans = labelled_spans(batch, spec.turns)
+            if spans is None:
+                return batch
+            indices[name] = edit_indices(spans, spec.positions, spec.tied).sides
+        if indices:
+            shape = tuple(batch["input_ids"].shape[:2])
+            batch[POSITIONS] = {"shape": shape, "indices": indices}
         return batch
-
-
-def indices_of_batch(
-    batch: Mapping[str, Any], adapters: Mapping[str, AdapterSpec]
-) -> dict[str, Any]:
-    """Return ``shape`` (B, T) and the ``indices`` (N,) into B·T of each adapter's
-    interventions; nothing where the batch does not tell them."""
-    indices: dict[str, tuple[Tensor, ...]] = {}
-    for name, spec in adapters.items():
-        if spec.positions.everywhere:
-            continue
-        spans = labelled_spans(batch, spec.turns)
-        if spans is None:
-            return {}
-        indices[name] = edit_indices(spans, spec.positions, spec.tied).sides
-    if not indices:
-        return {}
-    return {"shape": tuple(batch["input_ids"].shape[:2]), "indices": indices}

@@ -5,8 +5,8 @@ Steps that are not logged are not watched, and the host never waits in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -41,15 +41,16 @@ class EditLog(TrainerCallback):
 
     Args:
         trainer: its ``log`` is extended, so that every reporter gets the values.
-        adapter: name of the adapter.
     """
 
-    def __init__(self, trainer: Any, adapter: str = "default") -> None:
+    def __init__(self, trainer: Any) -> None:
         self._model = trainer.model
-        self._adapter = adapter
-        layers = {layer for layer, *_ in interventions_of(trainer.model, adapter)}
-        groups = layer_groups(sorted(layers))
-        self._group_of = {n: name for name, ns in groups.items() for n in ns}
+        found = list(interventions_of(trainer.model, "default"))
+        groups = layer_groups(sorted({layer for layer, *_ in found}))
+        self._modules: dict[str, list[Any]] = {
+            name: [place.intervention for place in found if place.layer in layers]
+            for name, layers in groups.items()
+        }
         self._watched: list[Any] = []
         self._sizes: dict[str, list[Tensor]] = {}
         self._norms: dict[str, Tensor] = {}
@@ -64,37 +65,28 @@ class EditLog(TrainerCallback):
         # Patch: a callback sees the logs only after the reporters before it.
         trainer.log = log_with_edits
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._reset()
+    def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        self.on_train_end()
         if will_log(args, state) and not args.torch_compile:
-            for group, module in self._interventions():
-                sizes = self._sizes.setdefault(group, [])
-                # A hook would keep the kernels from making the edit.
-                module.on_edit = _record(module, sizes)
-                self._watched.append(module)
+            for group, modules in self._modules.items():
+                sizes = self._sizes[group] = []
+                for module in modules:
+                    # A forward hook would keep the kernels from making the edit.
+                    module.on_edit = partial(_record, module, sizes)
+                    self._watched.append(module)
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, **_: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         self._unwatch()
         if will_log(args, state):
             self._norms = self._gradient_norms()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._reset()
-
-    def _interventions(self) -> Iterator[tuple[str, Any]]:
-        """Yield the group and the module of each intervention."""
-        for layer, _, _, module in interventions_of(self._model, self._adapter):
-            yield self._group_of[layer], module
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._unwatch()
+        self._sizes, self._norms = {}, {}
 
     def _unwatch(self) -> None:
         while self._watched:
             self._watched.pop().on_edit = None
-
-    def _reset(self) -> None:
-        self._unwatch()
-        self._sizes, self._norms = {}, {}
 
     def _gradient_norms(self) -> dict[str, Tensor]:
         """Return norms by group, and of all trained parameters under the empty name."""
@@ -102,10 +94,9 @@ class EditLog(TrainerCallback):
         if any(p.grad is None or isinstance(p.grad, DTensor) for p in trained):
             return {}
         gradients = {"": [p.grad for p in trained]}
-        for group, module in self._interventions():
-            gradients.setdefault(group, []).extend(
-                p.grad for p in module.parameters() if p.grad is not None
-            )
+        for group, modules in self._modules.items():
+            parameters = (p for module in modules for p in module.parameters())
+            gradients[group] = [p.grad for p in parameters if p.grad is not None]
         return {name: get_total_norm(g) for name, g in gradients.items() if g}
 
     def _collect(self, total: float | None) -> dict[str, float]:
@@ -115,24 +106,25 @@ class EditLog(TrainerCallback):
             total: the trainer's norm of all gradients, by which ours are scaled:
                 clipping and float16's loss scale change every norm by one factor.
         """
-        norms = {name: float(norm) for name, norm in self._norms.items()}
-        scaled_total = norms.pop("", 0.0)
-        factor = total / scaled_total if total and scaled_total else 1.0
-        values = {f"grad_norm/{name}": norm * factor for name, norm in norms.items()}
+        values = {}
         for name, sizes in self._sizes.items():
             if sizes:
                 mean = torch.nanmean(torch.cat([size.cpu() for size in sizes]))
-                values[f"edit_size/{name}"] = float(mean)
-        return {f"loreft/{name}": value for name, value in values.items()}
+                values[f"loreft/edit_size/{name}"] = float(mean)
+        norms = {name: float(norm) for name, norm in self._norms.items()}
+        scaled_total = norms.pop("", 0.0)
+        factor = total / scaled_total if total and scaled_total else 1.0
+        for name, norm in norms.items():
+            values[f"loreft/grad_norm/{name}"] = norm * factor
+        return values
 
 
-def _record(module: nn.Module, sizes: list[Tensor]) -> Callable[[Tensor, Tensor], None]:
-    def on_edit(before: Tensor, after: Tensor) -> None:
-        # Skip evaluation, generation, and the first forward of a checkpointed layer.
-        if module.training and torch.is_grad_enabled():
-            sizes.append(edit_sizes(before, after).flatten())
-
-    return on_edit
+def _record(
+    module: nn.Module, sizes: list[Tensor], before: Tensor, after: Tensor
+) -> None:
+    # Skip evaluation, generation, and the first forward of a checkpointed layer.
+    if module.training and torch.is_grad_enabled():
+        sizes.append(edit_sizes(before, after).flatten())
 
 
 def will_log(args: Any, state: Any) -> bool:

@@ -1,9 +1,7 @@
 """Compute logits only for the tokens that the loss is computed from.
 
 The loss ignores the logits of prompt tokens. In a small model with a large vocabulary
-they are a fifth of a step, and in any model they are in its memory's peak. When a batch
-is collated its labelled tokens are known, and transformers' models can compute the
-logits of chosen tokens (``logits_to_keep``) and take shifted labels (``shift_labels``).
+they are a fifth of a step, and in any model they are in its memory's peak.
 
 Shapes: B batch, T tokens, K tokens that are kept.
 """
@@ -28,12 +26,12 @@ class LabelledLogits:
     """A data collator that asks the model for the logits of labelled tokens alone.
 
     For trainers that leave the loss to the model, as transformers' ``Trainer`` does.
-    The output's ``logits`` are those of ``logits_to_keep``, not of every token.
+    Where tokens can be left out, ``logits_to_keep`` (K) and ``shift_labels`` (B, K) are
+    added to the batch, and the output's ``logits`` are those of K tokens.
 
     Args:
         collate: the data collator whose batches have ``input_ids`` and ``labels``
-            (B, T), −100 for none. ``logits_to_keep`` (K) and ``shift_labels`` (B, K)
-            are added where tokens can be left out.
+            (B, T), −100 for none.
     """
 
     collate: Callable[..., Any]
@@ -47,8 +45,7 @@ class LabelledLogits:
         """
         if reason := why_all_logits(model.get_base_model()):
             raise ValueError(
-                f"LabelledLogits: {reason}, so all logits are needed; use {collate} "
-                "as it is"
+                f"LabelledLogits: {reason}, so all logits are needed; use {collate}"
             )
         return cls(collate)
 
@@ -59,34 +56,31 @@ class LabelledLogits:
 
 
 def labelled_logits(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The batch's ``logits_to_keep`` and ``shift_labels``.
+    """Return the batch's ``logits_to_keep`` and ``shift_labels``.
 
     Empty where all tokens or none are needed, or without ids and labels of one shape.
     """
     ids_BT, labels_BT = batch.get("input_ids"), batch.get("labels")
     if not isinstance(ids_BT, Tensor) or not isinstance(labels_BT, Tensor):
         return {}
-    if labels_BT.ndim != 2 or labels_BT.shape != ids_BT.shape:
-        return {}
-    if "logits_to_keep" in batch or "shift_labels" in batch:
+    is_prepared = "logits_to_keep" in batch or "shift_labels" in batch
+    if is_prepared or labels_BT.ndim != 2 or labels_BT.shape != ids_BT.shape:
         return {}
     next_BT = pad(labels_BT, (0, 1), value=-100)[:, 1:]
     kept_T = (next_BT != -100).any(0)
     count = int(kept_T.sum())
     if not 0 < count <= len(kept_T) - _MULTIPLE:
         return {}
-    others = (~kept_T).nonzero()[:, 0]
-    kept_T[others[: -count % _MULTIPLE]] = True
+    kept_T[(~kept_T).nonzero()[: -count % _MULTIPLE]] = True
     kept_K = kept_T.nonzero()[:, 0]
     return {"logits_to_keep": kept_K, "shift_labels": next_BT[:, kept_K]}
 
 
 def why_all_logits(model: Any) -> str | None:
-    """Why a transformers model's loss needs the logits of every token, or None.
+    """Return why a transformers model's loss needs the logits of every token, or None.
 
     Its forward must take ``logits_to_keep`` and pass its further arguments to
-    ``loss_function``, and that must take ``shift_labels``. No attribute of the model
-    declares that, so the forward's source is read.
+    ``loss_function``, and that must take ``shift_labels``. Only its source tells.
     """
     name = type(model).__name__
     forward = inspect.unwrap(type(model).forward)
@@ -96,8 +90,7 @@ def why_all_logits(model: Any) -> str | None:
         return f"{name} does not compute its loss from the logits that it is asked for"
     if "shift_labels" not in inspect.signature(model.loss_function).parameters:
         return f"{name}'s loss does not take labels that are shifted"
-    devices = set((getattr(model, "hf_device_map", None) or {}).values())
-    if len(devices) > 1:
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return f"{name} is spread over several devices"
     return None
 
