@@ -16,12 +16,11 @@ from workspace import build_base, build_tokenizer
 
 from axolotl_reft.inspect import probe as probing
 from axolotl_reft.inspect.command import read_prompts
-from axolotl_reft.inspect.facts import inspect_adapter
+from axolotl_reft.inspect.facts import inspect_adapter, subspace_overlap
 from axolotl_reft.inspect.plot import figure
 from axolotl_reft.inspect.probe import load_model, open_base, probe, prompt_ids
-from axolotl_reft.inspect.subspaces import subspace_overlap
 from axolotl_reft.inspect.text import as_ranges, columns, summary
-from axolotl_reft.inspect.tokens import plain_line, token_text
+from axolotl_reft.inspect.tokens import runs, token_text
 from axolotl_reft.plugin.commands import reft
 
 PROMPT = "a b c d e f g h :"
@@ -156,11 +155,11 @@ def test_the_table_names_everything_and_marks_the_tokens(places):
         "0-2 (3 layers)",
         "f2+l3, one intervention each",
         "3,096",
-        "R: its rows are orthonormal in every layer, as they should be (max",
+        "R: its rows are orthonormal in every layer (max",
         "overlap prefix/suffix",
         "overlap with other, suffix",
         "edit suffix",
-        "0 changes nothing, 1 is as large as the hidden state itself",
+        "mean ‖Φ(h)−h‖/‖h‖ of the prompts' edited tokens",
         "prompt 1: 10 tokens, 5 edited",
         "« <s>· a» b c d e f‹ g· h· :›",
         "edited: «prefix» ‹suffix›, with · between two tokens",
@@ -196,7 +195,7 @@ def test_sizes_of_files(places):
     assert re.search(r"size +18\.5 kB", invoke(places.untied).output)
     facts = inspect_adapter(places.untied)
     facts.bytes = 2_500_000
-    assert ("size", "2.50 MB") in summary(facts)
+    assert ("size", "2.5 MB") in summary(facts)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -329,7 +328,8 @@ def test_where_there_is_nothing_else_the_rotation_is_drawn(places, tmp_path):
 def test_long_stretches_are_shortened(places):
     model, tokenizer = load(inspect_adapter(places.untied))
     ids = prompt_ids(tokenizer, "a b c d e f g h " * 20, chat=False)
-    line = plain_line(probe(model, tokenizer, ids).tokens)
+    shown = runs(probe(model, tokenizer, ids).tokens, keep=12)
+    line = "".join(text for _, text in shown)
     assert line.startswith("« <s>· a» b c d e f g … 144 tokens … ")
     assert line.endswith("h a b c d e‹ f· g· h›")
 
@@ -351,33 +351,39 @@ def narrower(places):
 MISTAKES = [
     (["nowhere"], "DIR: there is no readable adapter in 'nowhere'"),
     (["{untied}", "--with", "nowhere"], "--with: there is no readable adapter"),
-    (["{untied}", "--with", "{small}"], "--with: .* edits vectors of size 32, the oth"),
+    (
+        ["{untied}", "--with", "{small}"],
+        "--with: .* vectors of size 32 in layers",
+    ),
     (
         ["{untied}", "--with", "{top}"],
-        r"--with: .* edits layers \[2\] and the other one",
+        r"--with: .* vectors of size 64 in layers \[2\]; compare adapters of one",
     ),
     (["{untied}", "--plot", "a.jpg"], "--plot: 'a.jpg' does not end with one of .png"),
-    (["{untied}", "--plot", "no/a.png"], "--plot: there is no folder 'no'; create it"),
-    (["{mute}", "--prompt", "a"], "DIR: the tokenizer in .* cannot be read: .*; save"),
+    (["{untied}", "--plot", "no/a.png"], "--plot: there is no folder '.*no'"),
+    (
+        ["{mute}", "--prompt", "a"],
+        "DIR: the model or tokenizer .* cannot be read",
+    ),
     (["{untied}", "--prompts-file", "no"], "--prompts-file: 'no' cannot be read"),
-    (["{untied}", "--plot", "a.html"], "does not end with one of .png, .svg, .pdf;"),
+    (["{untied}", "--plot", "a.html"], "does not end with one of .png, .svg, .pdf"),
     (["{untied}", "--chat"], "--chat: there is no prompt to run; pass --prompt or"),
     (["{untied}", "--base-model", "{narrow}"], "--base-model: there is no prompt to r"),
-    (["{untied}", "--sample", "2"], "--sample: there is no file to draw from; pass -"),
+    (["{untied}", "--sample", "2"], "--sample: pass a file with --prompts-file"),
     (
         ["{untied}", "--chat", "--prompt", "a"],
         "--chat: the tokenizer has no chat templ",
     ),
     (
         ["{untied}", "--base-model", "no/such", "--prompt", "a"],
-        "--base-model: 'no/such' cannot be read",
+        "--base-model: the model or tokenizer 'no/such' cannot be read",
     ),
     (
         ["{untied}", "--base-model", "{narrow}", "--prompt", "a"],
         "of hidden size 64, this base has 32",
     ),
     (["{untied}", "--device", "abacus"], "--device: 'abacus' cannot be used"),
-    (["{nameless}", "--prompt", "a"], "--base-model: the adapter does not name its ba"),
+    (["{nameless}", "--prompt", "a"], "--base-model: the adapter names none; pass"),
     (["{tokens}", "--prompt", "a"], "DIR: the adapter is for TOKEN_CLS, and edits are"),
 ]
 
@@ -426,7 +432,7 @@ def test_a_missing_extra_is_named_with_its_command(
     monkeypatch.setitem(sys.modules, package, None)
     done = invoke(places.untied, *options)
     assert done.exit_code == 1 and not done.stdout and not list(tmp_path.iterdir())
-    assert f"inspect needs {package}, not installed here" in done.stderr
+    assert f"{package} is not installed" in done.stderr
     assert "pip install 'axolotl-reft[inspect]'" in done.stderr
 
 

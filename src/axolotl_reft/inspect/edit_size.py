@@ -1,9 +1,4 @@
-"""The relative size of an edit, ‖Φ(h)−h‖/‖h‖.
-
-Shapes: N positions, D hidden size.
-"""
-
-from __future__ import annotations
+"""The relative size of an edit. Shapes: N positions, D hidden size."""
 
 import torch
 from torch import Tensor

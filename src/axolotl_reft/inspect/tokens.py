@@ -1,4 +1,4 @@
-"""Write tokens so that a reader sees which are edited. Free of rich.
+"""Write tokens so that a reader sees which are edited, without rich.
 
 Prefix tokens stand in ``« »``, suffix tokens in ``‹ ›``, tokens of ``positions: all``
 in ``« »``: brackets that no tokenizer's special tokens have.
@@ -8,40 +8,35 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from axolotl_reft.prompts.positions import Positions
 from axolotl_reft.prompts.spans import PromptSpans
 
-PROMPT, ANSWER, OTHER = "prompt", "answer", "other"
-# By side, and the legend's name of what is in them.
-BRACKETS = {
-    "prefix": ("«", "prefix", "»"),
-    "suffix": ("‹", "suffix", "›"),
-    "all": ("«", "every token", "»"),
-}
-BETWEEN = "·"
+# The values of ``ShownToken.edited``, in the order that ``edited_sides`` numbers them.
+SIDES = (None, "prefix", "suffix", "all")
+_SIGNS = {"prefix": "«prefix»", "suffix": "‹suffix›", "all": "«every token»"}
+_BETWEEN = "·"
+_MOST_EDITED = 24
 
 
-@dataclass(frozen=True)
-class ShownToken:
+class ShownToken(NamedTuple):
     """A token as text.
 
     Attributes:
+        edited: one of ``SIDES``.
         part: prompt, answer (trained), or other (neither, such as a later turn's
             question that is not edited).
-        edited: prefix, suffix, all, or None.
     """
 
     text: str
-    part: str
     edited: str | None
+    part: str = "prompt"
 
 
 def token_text(tokenizer: Any, token: int) -> str:
@@ -58,67 +53,35 @@ def token_text(tokenizer: Any, token: int) -> str:
 
 def edited_sides(
     positions: Positions, spans: PromptSpans | None, real_BT: Tensor
-) -> dict[str, Tensor]:
-    """Return masks (B, T) of the edited tokens by side, on the CPU."""
-    if positions.everywhere:
-        return {"all": real_BT.cpu()}
-    if spans is None:
-        none_BT = torch.zeros_like(real_BT, device="cpu")
-        return {"prefix": none_BT, "suffix": none_BT}
-    prefix_BT, suffix_BT = spans.edited(positions)
-    return {"prefix": prefix_BT.cpu(), "suffix": suffix_BT.cpu()}
-
-
-def shown_tokens(
-    tokenizer: Any,
-    ids: list[int],
-    sides: dict[str, list[bool]],
-    inside: list[bool],
-    trained: list[bool] | None,
-) -> list[ShownToken]:
-    """Describe the tokens of one sample.
+) -> Tensor:
+    """Return the place of each token's side in ``SIDES`` (B, T), on the CPU.
 
     Args:
-        sides: by side, whether each token is edited.
-        inside: whether each token is in a prompt.
-        trained: whether each token is in an answer; None where the batch had no labels,
-            and everything outside prompts counts as an answer.
+        spans: the prompts; None where every token is edited.
     """
-    shown = []
-    for place, token in enumerate(ids):
-        edited = next((name for name, mask in sides.items() if mask[place]), None)
-        if inside[place]:
-            part = PROMPT
-        elif trained is None or trained[place]:
-            part = ANSWER
-        else:
-            part = OTHER
-        shown.append(ShownToken(token_text(tokenizer, token), part, edited))
-    return shown
+    if spans is None:
+        return real_BT.cpu() * SIDES.index("all")
+    prefix_BT, suffix_BT = spans.edited(positions)
+    return (prefix_BT + 2 * suffix_BT).cpu()
 
 
-def runs(tokens: list[ShownToken], keep: int | None = None) -> list[tuple[str, str]]:
+def runs(
+    tokens: Iterable[ShownToken], keep: int = sys.maxsize
+) -> list[tuple[str, str]]:
     """Group neighbours with the same edit into (side or "", text with brackets).
 
     Args:
-        keep: shorten a run to this many tokens, an edited one to 24; None
-            keeps the tokens that are not edited whole.
+        keep: shorten longer runs of tokens that are not edited.
     """
     found = []
     for side, group in groupby(tokens, key=lambda token: token.edited):
         texts = [token.text for token in group]
-        if side:
-            left, _, right = BRACKETS[side]
-            edits = BETWEEN.join(_shortened(texts, 24))
-            found.append((side, f"{left}{edits}{right}"))
+        if side is None:
+            found.append(("", "".join(_shortened(texts, keep))))
         else:
-            found.append(("", "".join(_shortened(texts, keep) if keep else texts)))
+            text = _BETWEEN.join(_shortened(texts, _MOST_EDITED))
+            found.append((side, f"{_SIGNS[side][0]}{text}{_SIGNS[side][-1]}"))
     return found
-
-
-def plain_line(tokens: list[ShownToken]) -> str:
-    """Return tokens as one line of plain text, long runs shortened."""
-    return "".join(text for _, text in runs(tokens, keep=12))
 
 
 def _shortened(texts: list[str], keep: int) -> list[str]:
@@ -132,12 +95,5 @@ def _shortened(texts: list[str], keep: int) -> list[str]:
 def legend(tokens: Iterable[ShownToken]) -> str:
     """Explain the brackets around these tokens; empty if no token is edited."""
     edited = {token.edited for token in tokens}
-    signs = ["".join(signs) for side, signs in BRACKETS.items() if side in edited]
-    return f"{' '.join(signs)}, with {BETWEEN} between two tokens" if signs else ""
-
-
-def parts(tokens: list[ShownToken]) -> list[tuple[str, list[ShownToken]]]:
-    """Group the tokens into prompts, answers and the rest, in their order."""
-    return [
-        (part, list(group)) for part, group in groupby(tokens, key=lambda t: t.part)
-    ]
+    signs = " ".join(sign for side, sign in _SIGNS.items() if side in edited)
+    return f"{signs}, with {_BETWEEN} between two tokens" if signs else ""
