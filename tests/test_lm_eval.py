@@ -171,7 +171,7 @@ def test_the_vocabulary_keeps_its_rows(saved):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "peft: no adapter is given; name the output_dir of a training"),
+        ({}, "peft: no adapter is given; name its directory"),
         ({"peft": "nowhere"}, "peft: there is no readable adapter in 'nowhere'"),
     ],
 )

@@ -2,16 +2,14 @@
 
 lm_eval's own ``hf`` model scores context and continuation as one prompt, so that the
 edited suffix falls on the continuation. Here every request's context is the prompt.
-
-``python -m axolotl_reft.lm_eval --model loreft --model_args peft=DIR --tasks …`` is
-lm_eval's command line with this model in it; lm_eval has no entry point for models.
+lm_eval has no entry point for models; its command line with this one in it is
+``python -m axolotl_reft.lm_eval --model loreft --model_args peft=DIR --tasks …``.
 
 Shapes: B batch, T tokens, C tokens of a continuation, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -30,7 +29,8 @@ from axolotl_reft.tuner.model import LoreftModel
 
 # The request's text, tokens of its context, tokens of its continuation.
 _Request = tuple[Any, list[int], list[int]]
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+# Stands between context and continuation where requests are compared; no token's id.
+_SPLIT = -1
 
 
 @register_model("loreft")
@@ -38,10 +38,10 @@ class LoreftLM(HFLM):
     """A base model with a LoReFT adapter; each request's context is its prompt.
 
     Args:
-        pretrained: the base model, by default the one that the adapter names; or a
-            loaded ``PeftModel``.
+        pretrained: a loaded ``PeftModel``, or the base model; by default the one that
+            the adapter names.
         peft: directory or hub id of the adapter, where ``pretrained`` is not loaded.
-        tokenizer: by default the adapter's, if there is one beside it, or the base's.
+        tokenizer: by default the adapter's, or else the base's.
         kwargs: as for lm_eval's ``hf`` model.
 
     Raises:
@@ -59,8 +59,13 @@ class LoreftLM(HFLM):
         **kwargs: Any,
     ) -> None:
         if pretrained is None or isinstance(pretrained, str):
-            pretrained = _base_of(peft, pretrained)
-            if tokenizer is None and (Path(str(peft)) / _TOKENIZER_CONFIG).is_file():
+            if not peft:
+                raise ValueError("peft: no adapter is given; name its directory")
+            saved = read_adapter_config(peft, "peft")
+            pretrained = pretrained or saved.base_model_name_or_path
+            base = AutoConfig.from_pretrained(pretrained).get_text_config()
+            check_adapter_fits(peft, "peft", base.hidden_size, base.num_hidden_layers)
+            if tokenizer is None and Path(peft, "tokenizer_config.json").is_file():
                 tokenizer = peft
         elif not isinstance(getattr(pretrained, "base_model", None), LoreftModel):
             raise ValueError(
@@ -94,108 +99,68 @@ class LoreftLM(HFLM):
     ) -> list[tuple[float, bool]]:
         # Continuations that differ in their last token alone share a forward. Unlike in
         # lm_eval, equal tokens that are split elsewhere do not: their prompts differ.
-        sharing: dict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
-        for number, (_, context, continuation) in enumerate(requests):
-            sharing[tuple(context), tuple(continuation[:-1])].append(number)
-        inputs: list[_Request] = [
-            (numbers, *requests[numbers[0]][1:]) for numbers in sharing.values()
-        ]
-        answers: list[Any] = [None] * len(requests)
+        ordered = Collator(
+            requests,
+            # Longest first, so that a batch too large for memory fails at once.
+            sort_fn=lambda request: -len(request[1] + request[2]),
+            group_fn=lambda request: [*request[1], _SPLIT, *request[2][:-1]],
+            group_by="contexts",
+        )
+        if self.batch_size == "auto" and not override_bs:
+            batches = ordered.get_batched(n=0, batch_fn=self._batch_scheduler)
+        else:
+            batches = ordered.get_batched(n=override_bs or self.batch_size)
+        answers = []
         quiet = disable_tqdm or self.rank != 0
         progress = tqdm(total=len(requests), disable=quiet, desc="loglikelihood")
-        for batch in self._batches(inputs, override_bs):
-            for (numbers, _, _), scores_CV in zip(
-                batch, self._scores(batch), strict=True
+        for (text, context, continuation), scores_1CV in self._scores(batches):
+            for asked, expected, shared_1CV in ordered.get_cache(
+                text, [*context, _SPLIT], continuation, scores_1CV
             ):
-                for number in numbers:
-                    asked, _, continuation = requests[number]
-                    answers[number] = _answer(scores_CV, continuation)
-                    if asked is not None:
-                        self.cache_hook.add_partial(
-                            "loglikelihood", asked, answers[number]
-                        )
-                progress.update(len(numbers))
+                scores_CV = shared_1CV[0]
+                tokens_C = torch.tensor(expected, device=scores_CV.device)
+                total = scores_CV.gather(1, tokens_C.unsqueeze(1)).sum()
+                is_greedy = bool((scores_CV.argmax(1) == tokens_C).all())
+                answers.append((float(total), is_greedy))
+                if asked is not None:
+                    self.cache_hook.add_partial("loglikelihood", asked, answers[-1])
+                progress.update()
         progress.close()
-        return answers
+        return ordered.get_original(answers)
 
-    def _batches(
-        self, inputs: list[_Request], override_bs: int | None
-    ) -> Iterator[list[_Request]]:
-        """Batches, longest first, so that one too large for memory fails at once."""
-
-        def key(request: _Request) -> tuple[int, list[int]]:
-            return -len(request[1] + request[2]), request[1] + request[2]
-
-        finds_size = self.batch_size == "auto" and not override_bs
-        size = override_bs if self.batch_size == "auto" else self.batch_size
-        return Collator(inputs, sort_fn=key).get_batched(
-            n=size or 0, batch_fn=self._batch_scheduler if finds_size else None
-        )
-
-    def _scores(self, batch: list[_Request]) -> Iterator[Tensor]:
-        """Log probabilities (C, V) where each request's continuation is predicted."""
-        rows = [
-            (context + continuation)[-(self.max_length + 1) :][:-1]
-            for _, context, continuation in batch
-        ]
-        width = max(map(len, rows))
-        ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
-        mask_BT = torch.zeros_like(ids_BT)
-        labels_BT = torch.full_like(ids_BT, -100)
-        prompts = []
-        for index, row in enumerate(rows):
-            # The last token of the continuation is not in the row.
-            prompt = len(row) + 1 - len(batch[index][2])
-            ids_BT[index, : len(row)] = torch.tensor(row)
-            mask_BT[index, : len(row)] = 1
-            labels_BT[index, prompt : len(row)] = ids_BT[index, prompt : len(row)]
-            prompts.append(prompt)
-        dtype = self.mixed_precision_dtype
-        autocast = torch.autocast(self.device.type, dtype, enabled=dtype is not None)
-        with torch.no_grad(), autocast:
-            logits_BTV = self.model(
-                input_ids=ids_BT.to(self.device),
-                attention_mask=mask_BT.to(self.device),
-                labels=labels_BT.to(self.device),
-            ).logits
-        for logits_TV, row, prompt in zip(logits_BTV, rows, prompts, strict=True):
-            answer_CV = logits_TV[prompt - 1 : len(row)]
-            yield answer_CV.log_softmax(-1, dtype=self.softmax_dtype)
-
-
-def _answer(scores_CV: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """A continuation's log probability, and whether it is the most probable one."""
-    tokens_C = torch.tensor(continuation, device=scores_CV.device)
-    logs_C = scores_CV.gather(1, tokens_C.unsqueeze(1))
-    greedy = bool((scores_CV.argmax(1) == tokens_C).all())
-    return float(logs_C.sum()), greedy
-
-
-def _base_of(peft: str | None, base: str | None) -> str:
-    """The base model to load, checked against the adapter."""
-    if not peft:
-        raise ValueError(
-            "peft: no adapter is given; name the output_dir of a training, for example "
-            "--model_args peft=outputs/loreft"
-        )
-    base = base or read_adapter_config(peft, "peft").base_model_name_or_path
-    config = AutoConfig.from_pretrained(base).get_text_config()
-    check_adapter_fits(peft, "peft", config.hidden_size, config.num_hidden_layers)
-    return str(base)
+    @torch.no_grad()
+    def _scores(
+        self, batches: Iterator[list[_Request]]
+    ) -> Iterator[tuple[_Request, Tensor]]:
+        """Yield requests, with log probabilities (1, C, V) of their continuations."""
+        for batch in batches:
+            rows, labels = [], []
+            for _, context, continuation in batch:
+                # The last token of the continuation is not in the row.
+                row = (context + continuation)[-(self.max_length + 1) : -1]
+                prompt = len(row) - len(continuation) + 1
+                rows.append(torch.tensor(row))
+                labels.append(torch.tensor([-100] * prompt + continuation[:-1]))
+            mask = [torch.ones_like(row_T) for row_T in rows]
+            dtype = self.mixed_precision_dtype
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                logits_BTV = self.model(
+                    input_ids=pad_sequence(rows, True).to(self.device),
+                    attention_mask=pad_sequence(mask, True).to(self.device),
+                    labels=pad_sequence(labels, True, -100).to(self.device),
+                ).logits
+            for index, request in enumerate(batch):
+                stop = len(rows[index])
+                logits_1CV = logits_BTV[index, None, stop - len(request[2]) : stop]
+                yield request, logits_1CV.log_softmax(-1, dtype=self.softmax_dtype)
 
 
 def check_rolling(positions: str) -> None:
-    """Refuse perplexity tasks, whose texts have no prompt, with prompt positions.
-
-    Raises:
-        ValueError: the adapter edits prompt positions.
-    """
+    """Raise a ValueError for perplexity tasks and an adapter of prompt positions."""
     if positions != "all":
         raise ValueError(
-            "loglikelihood_rolling (perplexity of whole texts) with an adapter of "
-            f"positions: {positions}: such texts have no prompt, so that nothing would "
-            "be edited and the bare base scored; choose tasks with a context, or train "
-            "with positions: all"
+            f"loglikelihood_rolling with positions: {positions}: such texts have no "
+            "prompt, so that nothing would be edited; choose tasks with a context"
         )
 
 
