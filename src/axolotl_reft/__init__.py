@@ -25,7 +25,6 @@ __all__ = [
     "to_pyreft",
     "turn_markers",
 ]
-
 # Imported when asked for: these bring in axolotl, or pyreft.
 _LAZY = {
     "LoreftPlugin": "axolotl_reft.plugin",
@@ -39,7 +38,5 @@ register_loreft()
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(
-        f"module {__name__!r} has no attribute {name!r}."
-        f"{did_you_mean(name, tuple(__all__))}"
-    )
+    hint = did_you_mean(name, tuple(__all__))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{hint}")

@@ -1,7 +1,5 @@
 """LOREFT in PEFT's tables of methods."""
 
-from __future__ import annotations
-
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
