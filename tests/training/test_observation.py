@@ -290,6 +290,29 @@ def test_each_turn_of_a_conversation_is_told(tmp_path):
             assert shown[1:4] == ["answerm</s>", *later]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_answers_that_a_trainer_knows_are_told_apart(tmp_path, known):
+    """As in preference training, where no labels reach the model."""
+    model = build_adapter(build_model(), positions="f2" if known else "all")
+
+    def find_answers(ids_BT):
+        if not known:  # which positions: all does not ask for
+            raise ValueError
+        return torch.arange(ids_BT.shape[1])[None] >= PROMPT
+
+    model.base_model.model.loreft_hooks.state.find_answers = find_answers
+    told = []
+    callback = FirstBatch(model, TOKENIZER, told.append)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    callback.on_train_begin(arguments, TrainerState(), None)
+    for _ in range(2):
+        model.train()(input_ids=sample()["input_ids"][None])
+    text = lines(told)
+    counts = "9 in prompts, 2 edited" if known else "12 in prompts, 12 edited"
+    assert text[1] == f"sample 1: 12 tokens, {counts}"
+    assert [line.split()[0] for line in text[2:]] == ["prompt", "answer"][: 1 + known]
+
+
 def test_padding_is_not_shown(tmp_path):
     model = build_adapter(build_model(), positions="all")
     row = sample() | {"attention_mask": torch.ones(PROMPT + ANSWER)}
