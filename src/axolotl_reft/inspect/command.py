@@ -54,7 +54,11 @@ def run(
     ):
         if is_wrong:
             raise ValueError(message)
-    _check_device(device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: {device!r} cannot be used: {reason}") from error
     texts = list(prompts)
     if prompts_file:
         texts += read_prompts(prompts_file, sample)
@@ -125,12 +129,3 @@ def _ends_like_template(facts: AdapterFacts, ids: list[int]) -> bool:
     return markers is None or any(
         ids[-len(marker) :] == marker for marker in markers["generation_prompts"]
     )
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device: {device!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error

@@ -8,22 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from axolotl_reft.inspect.facts import AdapterFacts
 from axolotl_reft.inspect.probe import ProbedPrompt
 
-_STYLE = {
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 10,
-    "figure.titlesize": 11,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 4,
-}
 _LINES = {
     "color": ["#003f7f", "#e08214", "#222222"],
     "linestyle": ["-", "--", "-."],
@@ -39,34 +29,35 @@ def figure(facts: AdapterFacts, prompts: list[ProbedPrompt]) -> Figure:
     heights = [2.4] * len(panels)
     if prompts:
         heights.append(1.2 + min(max(0.16 * len(facts.layers), 1.4), 5.5))
-    with rc_context(_STYLE):
-        drawing = Figure(figsize=(8, sum(heights) + 0.7), layout="constrained")
-        axes = drawing.subplots(len(heights), squeeze=False, height_ratios=heights)
-        settings = facts.settings
-        drawing.suptitle(
-            f"{Path(facts.directory).name}: {settings['intervention']}, positions "
-            f"{settings['positions']}, {facts.layer_count}, "
-            f"{facts.all_parameters:,} parameters"
-        )
-        numbers = [layer.layer for layer in facts.layers]
-        every = -(-len(numbers) // _MOST_TICKS)
-        for axis, panel in zip(axes.flat, panels, strict=False):
-            axis.set_prop_cycle(**_LINES)
-            for label, values in panel.lines.items():
-                axis.plot(list(values), list(values.values()), label=label)
-            if panel.name == "overlap":
-                axis.axhline(facts.chance, color="#666666", linestyle=":")
-            if len(panel.lines) > 1:
-                axis.legend(ncols=2)
-            axis.set(title=panel.title, ylabel=panel.name, xlabel="layer")
-            axis.set(xlim=(numbers[0] - 1, numbers[-1] + 1), ylim=panel.limits)
-            axis.set_yscale("log" if panel.limits[0] else "linear")
-            axis.set_xticks(numbers[::every])
-            axis.grid(axis="y", color="#dddddd", linewidth=0.6)
-        if prompts:
-            axis = axes.flat[-1]
-            axis.set_yticks(range(0, len(numbers), every), numbers[::every], fontsize=8)
-            _draw_map(axis, prompts[0])
+    drawing = Figure(figsize=(8, sum(heights) + 0.7), layout="constrained")
+    axes = drawing.subplots(len(heights), squeeze=False, height_ratios=heights)
+    settings = facts.settings
+    drawing.suptitle(
+        f"{Path(facts.directory).name}: {settings['intervention']}, positions "
+        f"{settings['positions']}, {facts.layer_count}, "
+        f"{facts.all_parameters:,} parameters"
+    )
+    numbers = [layer.layer for layer in facts.layers]
+    every = -(-len(numbers) // _MOST_TICKS)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        axis.set_prop_cycle(**_LINES)
+        for label, values in panel.lines.items():
+            axis.plot(list(values), list(values.values()), label=label, markersize=4)
+        if panel.name == "overlap":
+            axis.axhline(facts.chance, color="#666666", linestyle=":")
+        if len(panel.lines) > 1:
+            axis.legend(ncols=2, fontsize=8)
+        axis.set_title(panel.title, fontsize=10)
+        axis.set(ylabel=panel.name, ylim=panel.limits)
+        axis.set(xlabel="layer", xlim=(numbers[0] - 1, numbers[-1] + 1))
+        axis.set_yscale("log" if panel.limits[0] else "linear")
+        axis.set_xticks(numbers[::every])
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+    if prompts:
+        axis = axes.flat[-1]
+        axis.set_yticks(range(0, len(numbers), every), numbers[::every], fontsize=8)
+        _draw_map(axis, prompts[0])
     return drawing
 
 
@@ -82,10 +73,10 @@ def _draw_map(axis: Axes, prompt: ProbedPrompt) -> None:
         range(len(shown)), labels, rotation=90, fontsize=6, parse_math=False
     )
     left_out = len(places) - len(shown)
-    axis.set(
-        title=f"Size of the edit in the first prompt ({len(prompt.tokens)} tokens, "
+    axis.set_title(
+        f"Size of the edit in the first prompt ({len(prompt.tokens)} tokens, "
         f"{len(places)} edited{f', {left_out} not shown' if left_out else ''})",
-        xlabel="edited token and its place in the prompt",
-        ylabel="layer",
+        fontsize=10,
     )
+    axis.set(xlabel="edited token and its place in the prompt", ylabel="layer")
     axis.figure.colorbar(image, ax=axis, label="edit")
