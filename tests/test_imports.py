@@ -35,7 +35,7 @@ ROOMS = {
         ("torch", "transformers", "peft", "lm_eval", "tqdm"),
     ),
     "inspect": (
-        ("core", "exchange", "prompts", "saved", "tuner"),
+        ("core", "prompts", "saved", "tuner"),
         ("torch", "transformers", "peft", "rich", "matplotlib"),
     ),
     "training": (

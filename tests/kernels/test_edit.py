@@ -47,12 +47,9 @@ def fail(_):
 
 SIDES = {
     "index": "*i64",
-    "m": "*fp32",
-    "bias": "*fp32",
-    "p": "*fp32",
     "rows": "i32",
 }
-HIDDEN = ("h", "out", "taken", "grad", "kept_grad")
+HIDDEN = ("x", "out", "taken", "grad")
 
 
 def signature(kernel, constants, dtype):
@@ -85,14 +82,14 @@ def spilled(ptx, directory):
 @pytest.mark.parametrize("rows", [56, 500])
 def test_the_kernels_compile_and_keep_to_the_registers(rank, rows, dtype, tmp_path):
     """For an A100; numbers that do not fit would go through memory."""
-    options = dict.fromkeys(("HAS_M", "WRITE", "KEEP"), True)
-    for kernel, how in {
-        kernels.edit_rows: launch.by_rows,
-        kernels.edit_rows_backward: launch.by_rows,
-        kernels.edit_weights_backward: launch.by_columns,
-    }.items():
+    options = dict.fromkeys(("HAS_FIRST", "HAS_SECOND", "HAS_M", "KEEP"), True)
+    for kernel, how, has_bias in (
+        (kernels.edit_rows, launch.by_rows, True),
+        (kernels.edit_rows, launch.by_rows, False),
+        (kernels.edit_weights_backward, launch.by_columns, False),
+    ):
         _, sizes = how([rows, rows], 4096, rank)
-        sizes |= {"D": 4096, "R": rank, **options}
+        sizes |= {"D": 4096, "R": rank, "HAS_BIAS": has_bias, **options}
         compiled = compile_(kernel, sizes, lambda k, c: signature(k, c, dtype))
         assert compiled.metadata.shared <= 48 * 1024
         assert spilled(compiled.asm["ptx"], tmp_path) == 0

@@ -10,8 +10,7 @@ Shapes: K interventions, N rows, D hidden size, R rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +19,9 @@ from torch import Tensor
 from axolotl_reft.core.rotation import rotations
 
 
-@dataclass(frozen=True)
-class AffineStack:
-    """M, b and P of K interventions of one kind, width and rank, in float32.
-
-    Attributes:
-        m_KRD: None where the kind does not read the hidden state.
-        b_KR: b.
-        p_KRD: P.
-    """
+class AffineStack(NamedTuple):
+    """M, b and P of K interventions of one kind, width and rank, in float32; M is None
+    where the kind does not read the hidden state."""
 
     m_KRD: Tensor | None
     b_KR: Tensor
@@ -40,13 +33,9 @@ def affine_stack(interventions: Sequence[Any]) -> AffineStack:
     kind = interventions[0].kind
     p_KRD = projections(interventions)
     b_KR = _stacked(interventions, "bias")
-    m_KRD = None
-    if kind.has_weight:
-        m_KRD = _stacked(interventions, "weight")
-        if kind.subtracts:
-            m_KRD = m_KRD - p_KRD
-    elif kind.subtracts:
-        m_KRD = -p_KRD
+    m_KRD = _stacked(interventions, "weight") if kind.has_weight else None
+    if kind.subtracts:
+        m_KRD = -p_KRD if m_KRD is None else m_KRD - p_KRD
     return AffineStack(m_KRD, b_KR, p_KRD)
 
 
@@ -74,15 +63,11 @@ def affine_rows(h_ND: Tensor, m_RD: Tensor | None, b_R: Tensor, p_RD: Tensor) ->
 
 
 def joint_rows(h_ND: Tensor, prefixes: int, stack: AffineStack) -> Tensor:
-    """Edit the first rows by the first of two interventions, the others by the second.
+    """Edit rows in float32 by the two interventions of a stack: the first ``prefixes``
+    of them by the first, the others by the second.
 
     For compiled graphs, whose time with few tokens is their number of kernels: one
     product for both sides in the place of two, of which each row keeps its side's half.
-
-    Args:
-        h_ND: rows in float32.
-        prefixes: how many rows are the first intervention's.
-        stack: of the two.
     """
     p_KD, b_K = stack.p_KRD.flatten(0, 1), stack.b_KR.flatten()
     source_NK = b_K.expand(h_ND.shape[0], -1)
@@ -103,7 +88,7 @@ class StackCache:
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[list[Any], AffineStack] | None = None
+        self._kept: tuple[list[int], list[Tensor], AffineStack] | None = None
 
     def get(self, interventions: Sequence[Any]) -> AffineStack:
         """Return the stack of these interventions."""
@@ -111,20 +96,21 @@ class StackCache:
         if state is None:
             self._kept = None
             return affine_stack(interventions)
-        kept = self._kept
-        if kept is None or not _same(kept[0], state):
-            kept = self._kept = state, affine_stack(interventions)
-        return kept[1]
+        if self._kept is None or self._kept[0] != state[0]:
+            self._kept = *state, affine_stack(interventions)
+        return self._kept[2]
 
     def __reduce__(self) -> tuple[type[StackCache], tuple[()]]:
         return type(self), ()  # a copy or a pickle keeps nothing
 
 
-def _kept_state(interventions: Sequence[Any]) -> list[Any] | None:
-    """Return everything a kept stack depends on; None where it must not be kept."""
+def _kept_state(interventions: Sequence[Any]) -> tuple[list[int], list[Tensor]] | None:
+    """Return what shows that a tensor has changed, and the tensors themselves, so that
+    no other gets the id of one; None where a stack must not be kept."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    state: list[Any] = []
+    state: list[int] = []
+    tensors: list[Tensor] = []
     for module in interventions:
         if module.training:
             return None
@@ -132,13 +118,6 @@ def _kept_state(interventions: Sequence[Any]) -> list[Any] | None:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor.grad is not None or tensor.is_inference():
                 return None
-            state += (tensor, tensor._version, tensor.data_ptr())
-    return state
-
-
-def _same(state: list[Any], other: list[Any]) -> bool:
-    """Compare by identity: tensors have an equality of their own."""
-    return len(state) == len(other) and all(
-        one is two or (type(one) is int and one == two)
-        for one, two in zip(state, other, strict=True)
-    )
+            state += (id(tensor), tensor._version, tensor.data_ptr())
+            tensors.append(tensor)
+    return state, tensors

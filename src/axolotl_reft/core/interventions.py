@@ -11,7 +11,6 @@ Shapes: N rows, D hidden size, R rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -72,35 +71,31 @@ class Intervention(AdapterLeaf):
         dropout: float = 0.0,
         act_fn: str | None = None,
     ) -> None:
-        if not 1 <= low_rank_dimension <= embed_dim:
+        size, rank = embed_dim, low_rank_dimension
+        if not 1 <= rank <= size:
             raise ValueError(
-                f"rank: {low_rank_dimension} is larger than the hidden size "
-                f"{embed_dim} of what is edited; choose a rank of at most {embed_dim}, "
-                "4 to 8 are usual"
+                f"rank: {rank} is larger than the hidden size {size} of what is "
+                f"edited; choose a rank of at most {size}, 4 to 8 are usual"
             )
         nn.Module.__init__(self)
-        self.hidden_size = embed_dim
-        self.rank = low_rank_dimension
-        self.made_for = f"hidden size {embed_dim}, rank {low_rank_dimension}"
+        self.hidden_size, self.rank = size, rank
+        self.made_for = f"hidden size {size}, rank {rank}"
         self.dropout_p = dropout
         # Not through nn.Module's setattr: activations are modules, and this is a leaf.
         self.__dict__["act_fn"] = ACT2FN[act_fn or "linear"]
         self.is_linear = act_fn in (None, "linear")
         self._cache = StackCache()
-        self._create_parameters()
-
-    def _create_parameters(self) -> None:
-        """Initialise as pyreft does: R uniformly, W and b as ``nn.Linear``."""
-        size, rank = self.hidden_size, self.rank
+        # As pyreft starts: R uniformly, W, b and W₂ as nn.Linear.
         if self.kind.has_rotation:
             self.rotation = nn.Parameter(torch.zeros(size, rank, dtype=torch.float32))
             self.register_buffer("rotation_base", random_base(size, rank))
         if self.kind.has_weight:
-            self.weight, self.bias = _linear_parameters(size, rank)
+            linear = nn.Linear(size, rank, dtype=torch.float32)
+            self.weight, self.bias = linear.weight, linear.bias
         else:
             self.bias = nn.Parameter(torch.rand(rank, dtype=torch.float32))
         if not self.kind.has_rotation:
-            self.proj_weight, _ = _linear_parameters(size, rank)
+            self.proj_weight = nn.Linear(size, rank, dtype=torch.float32).weight
 
     @property
     def is_affine(self) -> bool:
@@ -127,12 +122,12 @@ class Intervention(AdapterLeaf):
         """
         with without_autocast(base.device):
             stack = self._cache.get([self])
-            if self.is_linear:
-                m_RD = None if stack.m_KRD is None else stack.m_KRD[0]
-                rows_ND = base.float().reshape(-1, base.shape[-1])
-                new_ND = affine_rows(rows_ND, m_RD, stack.b_KR[0], stack.p_KRD[0])
-                return self._finished(base, new_ND)
-        return self.edit(base, stack.p_KRD[0])
+            if not self.is_linear:
+                return self.edit(base, stack.p_KRD[0])
+            m_RD = None if stack.m_KRD is None else stack.m_KRD[0]
+            h_ND = base.float().reshape(-1, base.shape[-1])
+            new_ND = affine_rows(h_ND, m_RD, stack.b_KR[0], stack.p_KRD[0])
+        return self._finished(base, new_ND)
 
     def edit(self, base: Tensor, p_RD: Tensor) -> Tensor:
         """Return Φ(h) for hidden states ``base`` (…, D) and this P, in their dtype."""
@@ -198,10 +193,8 @@ class NoreftIntervention(Intervention):
 
 
 class DireftIntervention(Intervention):
-    """Φ(h) = h + W₂ᵀ(f(W₁h + b)), the paper's DiReFT (equation 3).
-
-    pyreft calls this ``NodireftIntervention``.
-    """
+    """Φ(h) = h + W₂ᵀ(f(W₁h + b)), the paper's DiReFT (equation 3); pyreft calls this
+    ``NodireftIntervention``."""
 
     kind = KINDS["direft"]
 
@@ -224,26 +217,8 @@ class LobireftIntervention(Intervention):
     kind = KINDS["lobireft"]
 
 
-_CLASSES: tuple[type[Intervention], ...] = (
-    LoreftIntervention,
-    NoreftIntervention,
-    DireftIntervention,
-    OrthogonalDireftIntervention,
-    ConsreftIntervention,
-    LobireftIntervention,
-)
-INTERVENTION_CLASSES = {ours.kind.name: ours for ours in _CLASSES}
-extend_when_imported({ours.kind.pyreft_class: ours for ours in _CLASSES})
-
-
-def _linear_parameters(size: int, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return W (R, D) and b (R,), initialised as ``nn.Linear`` does."""
-    weight = nn.Parameter(torch.empty(rank, size, dtype=torch.float32))
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-    bias = nn.Parameter(torch.empty(rank, dtype=torch.float32))
-    bound = 1 / math.sqrt(size)
-    nn.init.uniform_(bias, -bound, bound)
-    return weight, bias
+INTERVENTION_CLASSES = {ours.kind.name: ours for ours in Intervention.__subclasses__()}
+extend_when_imported({c.kind.pyreft_class: c for c in INTERVENTION_CLASSES.values()})
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

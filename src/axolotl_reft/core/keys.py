@@ -8,25 +8,16 @@ part is ``intv_0``, ``intv_1`` (the suffix's intervention, where untied) or
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _PART = r"intv_(?P<part>0|1|lora)"
-_SAVED = re.compile(
-    rf"base_model\.model\.(?P<layers>.+)\.(?P<layer>\d+)\.{_PART}\.(?P<tensor>\w+)"
-)
+_SAVED = re.compile(rf"base_model\.model\.(.+)\.(\d+)\.{_PART}\.(\w+)")
 _IN_A_MODEL = re.compile(rf"\.{_PART}\.(?P<adapter>[^.]+)\.\w+$")
 
 
-@dataclass(frozen=True)
-class SavedKey:
-    """The parts of a saved tensor's key.
-
-    Attributes:
-        layers: path of the base model's list of layers.
-        layer: number of the layer.
-        side: 0, 1 for a suffix of its own, or None for LoRA.
-        tensor: name of the tensor.
-    """
+class SavedKey(NamedTuple):
+    """A saved tensor's key: the path of the base model's list of layers, the layer's
+    number, the side (None for LoRA), and the tensor's name."""
 
     layers: str
     layer: int
@@ -36,11 +27,11 @@ class SavedKey:
 
 def parse_saved_key(key: str) -> SavedKey | None:
     """Read a key of an adapter's file; None if it is not of an intervention or LoRA."""
-    match = _SAVED.fullmatch(key)
-    if match is None:
+    if (match := _SAVED.fullmatch(key)) is None:
         return None
-    side = None if match["part"] == "lora" else int(match["part"])
-    return SavedKey(match["layers"], int(match["layer"]), side, match["tensor"])
+    layers, layer, part, tensor = match.groups()
+    side = None if part == "lora" else int(part)
+    return SavedKey(layers, int(layer), side, tensor)
 
 
 def adapter_of(key: str) -> str | None:

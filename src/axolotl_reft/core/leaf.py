@@ -34,20 +34,18 @@ class AdapterLeaf(nn.Module):
         self, state_dict: dict[str, Tensor], prefix: str, *args: object
     ) -> None:
         for name, tensor in self.state_dict(keep_vars=True).items():
-            saved = state_dict.get(prefix + name)
-            if saved is None:
+            key = prefix + name
+            if (saved := state_dict.get(key)) is None:
                 continue
             if saved.shape != tensor.shape:
                 raise ValueError(
-                    f"the adapter's {prefix}{name} has shape {tuple(saved.shape)}, but "
-                    f"this base model with {self.made_for} needs "
-                    f"{tuple(tensor.shape)}; load it on the base model it was trained "
-                    "on"
+                    f"the adapter's {key} has shape {tuple(saved.shape)}, but this "
+                    f"base model with {self.made_for} needs {tuple(tensor.shape)}; "
+                    "load it on the base model it was trained on"
                 )
-            check_values(prefix + name, saved)
-        for name in self._buffers:
+            check_values(key, saved)
             # FSDP2 loads with assign=True, and wraps what it hands over: a parameter
-            # would take the buffer's place, and be trained.
-            if isinstance(saved := state_dict.get(prefix + name), nn.Parameter):
-                state_dict[prefix + name] = saved.detach()
+            # would take the place of a buffer, and be trained.
+            if name in self._buffers and isinstance(saved, nn.Parameter):
+                state_dict[key] = saved.detach()
         super()._load_from_state_dict(state_dict, prefix, *args)

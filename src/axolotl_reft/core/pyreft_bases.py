@@ -16,47 +16,39 @@ from types import ModuleType
 from typing import Any
 
 
-def extend_when_imported(classes: Mapping[str, type]) -> None:
-    """Append pyreft's classes to the bases of ours, now or when pyreft is imported.
-
-    Args:
-        classes: our class for each name of a pyreft class.
-    """
-    if "pyreft" in sys.modules:
-        _extend(classes, sys.modules["pyreft"])
-    else:
-        # Patch: Python has no callback for an import.
-        sys.meta_path.insert(0, _PyreftFinder(classes))
-
-
-def _extend(classes: Mapping[str, type], pyreft: ModuleType) -> None:
-    for name, ours in classes.items():
-        theirs = getattr(pyreft, name, None)
-        if theirs is not None and not issubclass(ours, theirs):
-            ours.__bases__ = (*ours.__bases__, theirs)
-
-
 class _PyreftFinder(MetaPathFinder):
     """Finds pyreft as Python would, and extends our classes once it has been loaded."""
 
     def __init__(self, classes: Mapping[str, type]) -> None:
         self._classes = classes
 
+    def extend(self, pyreft: ModuleType) -> None:
+        for name, ours in self._classes.items():
+            theirs = getattr(pyreft, name, None)
+            if theirs is not None and not issubclass(ours, theirs):
+                ours.__bases__ = (*ours.__bases__, theirs)
+
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: Any = None
     ) -> ModuleSpec | None:
-        if name != "pyreft":
-            return None
-        spec = PathFinder.find_spec(name, path, target)
+        spec = PathFinder.find_spec(name, path) if name == "pyreft" else None
         if spec is None or spec.loader is None:
             return None
         load = spec.loader.exec_module
 
         def load_and_extend(module: ModuleType) -> None:
             load(module)
-            _extend(self._classes, module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
+            self.extend(module)
 
         spec.loader.exec_module = load_and_extend  # type: ignore[method-assign]
         return spec
+
+
+def extend_when_imported(classes: Mapping[str, type]) -> None:
+    """Append pyreft's classes, by name, to the bases of ours, once it is imported."""
+    finder = _PyreftFinder(classes)
+    if "pyreft" in sys.modules:
+        finder.extend(sys.modules["pyreft"])
+    else:
+        # Patch: Python has no callback for an import.
+        sys.meta_path.insert(0, finder)

@@ -1,4 +1,4 @@
-"""Orthonormal d×r matrices held in O(dr) numbers: Householder vectors on a base.
+"""Orthonormal d×r matrices in O(dr) memory: Householder vectors on a base.
 
 Replaces ``torch.nn.utils.parametrizations.orthogonal``, which keeps a full d×d base,
 differentiates through ``householder_product`` (a thousand times slower on a CPU), and
@@ -20,13 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.linalg import solve_triangular
+
+# How far from orthonormal a saved R may be: bfloat16 rounding passes, pyreft's drift
+# after a resume (0.05 and more, stanfordnlp/pyreft#179) does not.
+ORTHONORMALITY_TOLERANCE = 0.02
 
 
 def _as_float64(matrix: Tensor) -> Tensor:
-    """A copy in float64, where the device has it (Apple's does not), laid out row by
-    row."""
+    """Copy row by row in float64, where the device has it (Apple's does not)."""
     dtype = matrix.dtype if matrix.device.type == "mps" else torch.float64
     return matrix.to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def _diagonal(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1)
 
 
 def _reflectors(vectors_RD: Tensor) -> Tensor:
@@ -40,35 +48,14 @@ def _reflectors(vectors_RD: Tensor) -> Tensor:
     return y_RD
 
 
-def _diagonal(matrix: Tensor) -> Tensor:
-    return matrix.diagonal(dim1=-2, dim2=-1)
-
-
 def _half_triangle(square_RR: Tensor) -> Tensor:
-    """The upper triangle with half of the diagonal; the map is its own derivative."""
+    """The upper triangle with half of the diagonal; the map is its own derivative.
+
+    Of YYᵀ it is T⁻¹ (Puglisi 1992; Joffrain et al. 2006).
+    """
     upper_RR = square_RR.triu()
     _diagonal(upper_RR).mul_(0.5)
     return upper_RR
-
-
-def _t_inverse(y_RD: Tensor) -> Tensor:
-    """T⁻¹ = triu(YYᵀ, 1) + diag(YYᵀ)/2 (Puglisi 1992; Joffrain et al. 2006)."""
-    return _half_triangle(y_RD @ y_RD.mT)
-
-
-def _solve(triangular_RR: Tensor, right: Tensor, upper: bool = True) -> Tensor:
-    return torch.linalg.solve_triangular(triangular_RR, right, upper=upper)
-
-
-def _leading_columns(
-    y_RD: Tensor, t_inverse_RR: Tensor, columns: int
-) -> tuple[Tensor, Tensor]:
-    """The first columns of −H₁H₂…H_R as rows, which are CᵀY less the identity's,
-    and C."""
-    c_RC = _solve(t_inverse_RR, y_RD[..., :columns])
-    q_CD = c_RC.mT @ y_RD
-    _diagonal(q_CD).sub_(1)
-    return q_CD, c_RC
 
 
 def _rotate(
@@ -85,8 +72,11 @@ def _rotate(
     y_K2RD = _reflectors(both_DR.unflatten(0, (2, count)).permute(1, 0, 3, 2))
     y_K2RD[:, 0, :, :rank].mul_(signs_K1R)
     y_KND = y_K2RD.flatten(1, 2)
-    t_inverse_KNN = _t_inverse(y_KND)
-    r_KRD, c_KNR = _leading_columns(y_KND, t_inverse_KNN, rank)
+    t_inverse_KNN = _half_triangle(y_KND @ y_KND.mT)
+    # The first columns of −H₁H₂…H_N, as rows: CᵀY less the identity's.
+    c_KNR = solve_triangular(t_inverse_KNN, y_KND[..., :rank], upper=True)
+    r_KRD = c_KNR.mT @ y_KND
+    _diagonal(r_KRD).sub_(1)
     r_KRD[..., :rank].mul_(signs_K1R)
     return r_KRD.to(both_DR.dtype), (y_KND, t_inverse_KNN, c_KNR)
 
@@ -113,7 +103,7 @@ class _Rotations(torch.autograd.Function):
         grad_q_KRD[..., :rank].mul_(signs_K1R)
         # Through Q = CᵀY less the identity's rows, where T⁻¹ C = Y[:, :R].
         right_KNR = y_KND @ grad_q_KRD.mT
-        grad_top_KNR = _solve(t_inverse_KNN.mT, right_KNR, upper=False)
+        grad_top_KNR = solve_triangular(t_inverse_KNN.mT, right_KNR, upper=False)
         # Through T⁻¹, half of the triangle of YYᵀ; of Y, X has the lower half.
         gram_KNN = _half_triangle(grad_top_KNR @ c_KNR.mT)
         through_gram_KRN = (gram_KNN + gram_KNN.mT)[:, rank:]
@@ -128,8 +118,7 @@ class _Rotations(torch.autograd.Function):
 
 
 def rotations(vectors: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
-    """The matrices :func:`rotation` returns for K vectors and bases of one shape, as
-    rows (K, R, D), in one computation.
+    """Return :func:`rotation` of K vectors and bases of one shape, as rows (K, R, D).
 
     As rows, since their products with hidden states are up to five times faster on a
     CPU than those of columns (hᵀs of 56×4096 and 56×8, float32: 50 µs as sᵀh, 240 as it
@@ -143,18 +132,12 @@ def rotations(vectors: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
 
 
 def rotation(vectors_DR: Tensor, base_DR: Tensor) -> Tensor:
-    """The matrix R = B·Q(X), with orthonormal columns for any X.
+    """Return R = B·Q(X), with orthonormal columns for any X.
 
-    B is the orthogonal D×D matrix that ``base_DR`` stands for, Q(X) the first R columns
-    of −H₁H₂…H_R for the vectors X; R(0) is the matrix ``base_DR`` was made from.
-    Differentiable once, in X.
-
-    Args:
-        vectors_DR: X; its entries on and above the diagonal are not used.
-        base_DR: what :func:`compact_base` returned, of the same shape.
-
-    Returns:
-        (D, R), in the dtype of the two; in memory, column after column.
+    B is the orthogonal D×D matrix that ``base_DR`` stands for (:func:`compact_base`),
+    Q(X) the first R columns of −H₁H₂…H_R for the vectors X, whose entries on and above
+    the diagonal are not used. R(0) is the matrix that the base was made from.
+    Differentiable once, in X. In memory, R (D, R) lies column after column.
     """
     return rotations([vectors_DR], [base_DR])[0].mT
 
@@ -166,32 +149,29 @@ def compact_base(columns_DR: Tensor) -> Tensor:
     ±1 that LAPACK leaves in its triangular factor. Nothing is lost for any orthonormal
     ``columns_DR``, so a trained R can become a base as well as a random one.
 
-    Args:
-        columns_DR: orthonormal columns, D ≥ R.
-
     Raises:
         ValueError: more columns than rows.
     """
-    if columns_DR.shape[0] < columns_DR.shape[1]:
+    size, rank = columns_DR.shape
+    if size < rank:
         raise ValueError(
-            f"rank {columns_DR.shape[1]} is larger than the hidden size "
-            f"{columns_DR.shape[0]}; choose a rank of at most {columns_DR.shape[0]}"
+            f"rank {rank} is larger than the hidden size {size}; choose at most {size}"
         )
-    vectors_DR = torch.geqrf(_as_float64(columns_DR)).a.tril(-1)
-    # H₁…H_R begins with the columns themselves, up to one sign each.
-    y_RD = _reflectors(vectors_DR.mT)
-    q_RD, _ = _leading_columns(y_RD, _t_inverse(y_RD), y_RD.shape[0])
-    _diagonal(vectors_DR).copy_(-(q_RD.mT * columns_DR).sum(0).sign())
-    return vectors_DR.to(columns_DR.dtype)
+    base_DR = torch.geqrf(_as_float64(columns_DR)).a.tril(-1)
+    base_DR.diagonal().fill_(1)
+    # Begins with the columns themselves, up to one sign each.
+    unsigned_DR = rotation(torch.zeros_like(base_DR), base_DR)
+    base_DR.diagonal().copy_((unsigned_DR * columns_DR).sum(0).sign())
+    return base_DR.to(columns_DR.dtype)
 
 
 def square_base(base_DR: Tensor) -> Tensor:
-    """The D×D matrix B itself, which pyreft keeps; O(D²) memory."""
-    rank = base_DR.shape[1]
+    """Return the D×D matrix B itself, which pyreft keeps; O(D²) memory."""
     y_RD = _reflectors(base_DR.mT)
-    b_DD = -y_RD.mT @ _solve(_t_inverse(y_RD), y_RD)
+    t_inverse_RR = _half_triangle(y_RD @ y_RD.mT)
+    b_DD = -y_RD.mT @ solve_triangular(t_inverse_RR, y_RD, upper=True)
     b_DD.diagonal().add_(1)
-    b_DD[:, :rank] *= base_DR.diagonal()
+    b_DD[:, : base_DR.shape[1]] *= base_DR.diagonal()
     return b_DD.to(base_DR.dtype)
 
 

@@ -5,7 +5,7 @@ gradients need in a workspace. Once backward has been through all layers, the gr
 of all parameters are computed together: each layer has a token for an input, which one
 function of the parameters made, and which autograd therefore calls last.
 
-The three steps are torch's operations here, and Triton's kernels in ``kernels/``.
+Torch's operations here; ``kernels/`` has the same in Triton.
 
 Shapes: B batch, T tokens, S = B·T, L layers, I interventions of a layer (one, or one
 each for prefix and suffix), N edited rows of a layer, D hidden size, R rank.
@@ -20,9 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from axolotl_reft.core.affine import AffineStack, affine_rows
+from axolotl_reft.core.affine import AffineStack
 from axolotl_reft.core.interventions import without_autocast
 from axolotl_reft.core.scatter import EditIndices, replace_rows, rows_at
+
+# A matrix or a bias of each intervention of a layer; None where there is none.
+Sides = Sequence[Tensor | None]
 
 
 class Workspace:
@@ -30,27 +33,27 @@ class Workspace:
 
     Attributes:
         keeps: gradients of the parameters will be asked for.
+        parameters: M, b and P of the interventions of each layer.
         indices: the edited rows of each intervention; None for all rows.
         taken_LND: the rows as they were.
         sources_LNR: Mh + b.
     """
 
     def __init__(self, stack: AffineStack, layers: int) -> None:
-        parameters = (stack.m_KRD, stack.b_KR, stack.p_KRD)
         self.keeps = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in parameters
+            tensor is not None and tensor.requires_grad for tensor in stack
         )
-        self.layers = layers
-        m_KRD, b_KR, p_KRD = (
-            None if tensor is None else tensor.detach() for tensor in parameters
-        )
-        assert b_KR is not None and p_KRD is not None
-        _, self.rank, self.width = p_KRD.shape
-        self.b_LIR = b_KR.unflatten(0, (layers, -1)).unbind(0)
-        self.p_LIRD = p_KRD.unflatten(0, (layers, -1)).unbind(0)
-        self.m_LIRD: Sequence[Tensor | None] = [None] * layers
-        if m_KRD is not None:
-            self.m_LIRD = m_KRD.unflatten(0, (layers, -1)).unbind(0)
+        self.layers, self.has_m = layers, stack.m_KRD is not None
+        count, self.rank, self.width = stack.p_KRD.shape
+        tensors: list[Sides] = [
+            [None] * count if tensor is None else tensor.detach().unbind(0)
+            for tensor in stack
+        ]
+        sides = count // layers
+        self.parameters = [
+            [tensor[first : first + sides] for tensor in tensors]
+            for first in range(0, count, sides)
+        ]
         self._backward = -1
         self._grads: tuple[Tensor, Tensor] | None = None
 
@@ -68,16 +71,12 @@ class Workspace:
         rooms = self.layers if self.keeps else 1
         self.sources_LNR = self._new(
             (rooms, rows, self.rank), dtype=torch.float32, device=h_BTD.device
-        )
+        ).expand(self.layers, -1, -1)
         # All rows are the hidden states themselves, which their layer hands in.
         own_rows = rows if self.keeps and indices is not None else 0
         self.taken_LND = self._new(
             (rooms, own_rows, self.width), dtype=h_BTD.dtype, device=h_BTD.device
         )
-
-    def room(self, layer: int) -> int:
-        """Return the layer's place among the rows."""
-        return layer if self.keeps else 0
 
     def grads(self) -> tuple[Tensor, Tensor]:
         """Return the room for this backward's gradients of the rows (L, N, D), and of
@@ -85,95 +84,100 @@ class Workspace:
         backward = torch._C._current_graph_task_id()
         if self._grads is None or self._backward != backward:
             self._backward = backward
-            shape_LND, device = self.taken_LND.shape, self.taken_LND.device
-            dtype = self.taken_LND.dtype
-            self._grads = (
-                self._new(shape_LND, dtype=dtype, device=device),
-                self._new(self.sources_LNR.shape, dtype=torch.float32, device=device),
+            rooms = self.taken_LND, self.sources_LNR
+            grads_LND, grad_sources_LNR = (
+                self._new(room.shape, dtype=room.dtype, device=room.device)
+                for room in rooms
             )
+            self._grads = grads_LND, grad_sources_LNR
         return self._grads
 
     def edit(self, h_SD: Tensor, layer: int) -> Tensor:
         """Return hidden states with the layer's rows edited; notes what was edited."""
-        place = self.room(layer)
         if self.indices is None:
-            rows_ND = h_SD
             self.taken_LND = h_SD.unsqueeze(0)
-        else:
-            taken_ND = self.taken_LND[place] if self.keeps else None
-            rows_ND = rows_at(h_SD, *self._where, out=taken_ND)
-        rows_ND = rows_ND.float()
-        m_IRD, b_IR, p_IRD = self.m_LIRD[layer], self.b_LIR[layer], self.p_LIRD[layer]
-        sources_NR, start, edited = self.sources_LNR[place], 0, []
-        for side, count in enumerate(self.rows):
-            h_ND, end = rows_ND[start : start + count], start + count
-            if m_IRD is None:
-                sources_NR[start:end] = b_IR[side]
-                edited.append(affine_rows(h_ND, None, b_IR[side], p_IRD[side]))
-            else:
-                source_NR = sources_NR[start:end]
-                torch.addmm(b_IR[side], h_ND, m_IRD[side].T, out=source_NR)
-                edited.append(torch.addmm(h_ND, source_NR, p_IRD[side]))
-            start = end
-        new_ND = edited[0] if len(edited) == 1 else torch.cat(edited)
-        if self.indices is None:
-            return new_ND.to(h_SD.dtype)
-        return replace_rows(h_SD, new_ND.to(h_SD.dtype), *self._where)
+        taken_ND = self.taken_LND[layer] if self.keeps else None
+        m, b, p = self.parameters[layer]
+        return self.add_products(h_SD, taken_ND, self.sources_LNR[layer], m, b, p)
 
     def edit_backward(
         self, grad_SD: Tensor, layer: int, to_input: bool, to_parameters: bool
     ) -> Tensor | None:
         """Return the gradient of a layer's hidden states; notes those of its rows."""
-        m_IRD, p_IRD = self.m_LIRD[layer], self.p_LIRD[layer]
         grads_LND, grad_sources_LNR = self.grads()
         if self.indices is None:
-            grad_ND = grad_SD
-            self._grads = grad_SD.unsqueeze(0), grad_sources_LNR
-        else:
-            out_ND = grads_LND[layer] if to_parameters else None
-            grad_ND = rows_at(grad_SD, *self._where, out=out_ND)
-        grad_ND = grad_ND.float()
-        place, start, passed = self.room(layer), 0, []
-        for side, count in enumerate(self.rows):
-            g_ND, end = grad_ND[start : start + count], start + count
-            grad_source_NR = grad_sources_LNR[place, start:end]
-            torch.mm(g_ND, p_IRD[side].T, out=grad_source_NR)
-            if to_input and m_IRD is not None:
-                passed.append(torch.addmm(g_ND, grad_source_NR, m_IRD[side]))
-            start = end
-        if not to_input:
-            return None
-        if not passed:
-            return grad_SD
-        passed_ND = passed[0] if len(passed) == 1 else torch.cat(passed)
-        if self.indices is None:
-            return passed_ND.to(grad_SD.dtype)
-        return replace_rows(grad_SD, passed_ND.to(grad_SD.dtype), *self._where)
+            grads_LND = grad_SD.unsqueeze(0)
+            self._grads = grads_LND, grad_sources_LNR
+        grad_ND = grads_LND[layer] if to_parameters else None
+        m, _, p = self.parameters[layer]
+        none = [None] * len(p)
+        out_SD = self.add_products(
+            grad_SD, grad_ND, grad_sources_LNR[layer], p, none, m if to_input else none
+        )
+        return out_SD if to_input else None
 
-    def parameter_gradients(self) -> tuple[Tensor | None, Tensor, Tensor]:
+    def add_products(
+        self,
+        x_SD: Tensor,
+        taken_ND: Tensor | None,
+        source_NR: Tensor,
+        first: Sides,
+        bias: Sides,
+        second: Sides,
+    ) -> Tensor:
+        """Return x + secondᵀ(first·x + bias) in the edited rows, and x in the others.
+
+        Forward, x are hidden states, and the rest M, b and P; backward, their gradient,
+        and P, nothing and M.
+
+        Args:
+            taken_ND: where to put the rows as they were; None for nowhere.
+            source_NR: where to put first·x + bias.
+        """
+        rows_ND = x_SD
+        if self.indices is not None:
+            rows_ND = rows_at(x_SD, *self._where, out=taken_ND)
+        parts = rows_ND.float().split(self.rows), source_NR.split(self.rows)
+        sums = []
+        for x_ND, to_NR, first_RD, bias_R, second_RD in zip(
+            *parts, first, bias, second, strict=True
+        ):
+            if first_RD is not None and bias_R is not None:
+                torch.addmm(bias_R, x_ND, first_RD.T, out=to_NR)
+            elif first_RD is not None:
+                torch.mm(x_ND, first_RD.T, out=to_NR)
+            elif bias_R is not None:
+                to_NR.copy_(bias_R)
+            if second_RD is not None:
+                sums.append(torch.addmm(x_ND, to_NR, second_RD))
+        if not sums:
+            return x_SD
+        new_ND = sums[0] if len(sums) == 1 else torch.cat(sums)
+        new_ND = new_ND.to(x_SD.dtype)
+        if self.indices is None:
+            return new_ND
+        return replace_rows(x_SD, new_ND, *self._where)
+
+    def parameter_gradients(self) -> tuple[Tensor | None, ...]:
         """Return the gradients of M (L·I, R, D), b (L·I, R) and P (L·I, R, D)."""
         (grads_LND, grad_sources_LNR), self._grads = self.grads(), None
+        rooms = self.taken_LND, self.sources_LNR, grads_LND, grad_sources_LNR
         grad_m, grad_b, grad_p = [], [], []
-        start = 0
-        for count in self.rows:
-            part = slice(start, start + count)
-            grad_source_LNR = grad_sources_LNR[:, part]
+        for taken_LND, source_LNR, grad_LND, grad_source_LNR in zip(
+            *(room.split(self.rows, 1) for room in rooms), strict=True
+        ):
+            if self.has_m:
+                grad_m.append(grad_source_LNR.mT @ taken_LND.float())
             grad_b.append(grad_source_LNR.sum(1))
-            grad_p.append(self.sources_LNR[:, part].mT @ grads_LND[:, part].float())
-            if self.m_LIRD[0] is not None:
-                taken_LND = self.taken_LND[:, part].float()
-                grad_m.append(grad_source_LNR.mT @ taken_LND)
-            start += count
-        return (
-            (_by_layer(grad_m) if grad_m else None),
-            _by_layer(grad_b),
-            _by_layer(grad_p),
-        )
+            grad_p.append(source_LNR.mT @ grad_LND.float())
+        return _by_layer(grad_m), _by_layer(grad_b), _by_layer(grad_p)
 
 
-def _by_layer(sides: list[Tensor]) -> Tensor:
+def _by_layer(sides: list[Tensor]) -> Tensor | None:
     """Lay tensors (L, …) of each side out as (L·I, …)."""
-    return sides[0] if len(sides) == 1 else torch.stack(sides, 1).flatten(0, 1)
+    if len(sides) < 2:
+        return sides[0] if sides else None
+    return torch.stack(sides, 1).flatten(0, 1)
 
 
 class StackedEdits:
@@ -188,11 +192,8 @@ class StackedEdits:
     def __init__(
         self, stack: AffineStack, layers: int, workspace: type[Workspace] = Workspace
     ) -> None:
-        self.layers = layers
         self._workspace = workspace(stack, layers)
-        self._token = _Parameters.apply(
-            self._workspace, stack.m_KRD, stack.b_KR, stack.p_KRD
-        )
+        self._token = _Parameters.apply(self._workspace, *stack)
         self._like: tuple[Any, ...] | None = None
 
     def fits(self, h_BTD: Tensor) -> bool:
@@ -200,10 +201,9 @@ class StackedEdits:
         return self._like in (None, _like(h_BTD))
 
     def edit(self, layer: int, h_BTD: Tensor, indices: EditIndices | None) -> Tensor:
-        """Return the hidden states of a layer, edited; once for each layer.
+        """Return the hidden states of a layer, from 0 to L − 1, edited; once for each.
 
         Args:
-            layer: from 0 to L − 1.
             indices: the same for all layers; None for every row.
         """
         if self._like is None:
@@ -221,15 +221,11 @@ class _Parameters(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        workspace: Workspace,
-        m_KRD: Tensor | None,
-        b_KR: Tensor,
-        p_KRD: Tensor,
+        ctx: Any, workspace: Workspace, m: Tensor | None, b: Tensor, p: Tensor
     ) -> Tensor:
         ctx.workspace = workspace
         ctx.set_materialize_grads(False)
-        return b_KR.new_empty(0)
+        return b.new_empty(0)
 
     @staticmethod
     @once_differentiable
@@ -247,8 +243,7 @@ class _EditLayer(torch.autograd.Function):
     ) -> Tensor:
         ctx.workspace, ctx.layer = workspace, layer
         with without_autocast(h_BTD.device):
-            h_SD = h_BTD.reshape(-1, h_BTD.shape[-1])
-            out_SD = workspace.edit(h_SD, layer)
+            out_SD = workspace.edit(h_BTD.reshape(-1, h_BTD.shape[-1]), layer)
         # Not a view to autograd, which refuses changes in place to a Function's views.
         return torch.ops.aten._unsafe_view(out_SD, h_BTD.shape)
 
@@ -258,9 +253,9 @@ class _EditLayer(torch.autograd.Function):
         to_input, to_parameters, *_ = ctx.needs_input_grad
         with without_autocast(grad_BTD.device):
             grad_SD = grad_BTD.reshape(-1, grad_BTD.shape[-1])
-            passed_SD = ctx.workspace.edit_backward(
+            grad_SD = ctx.workspace.edit_backward(
                 grad_SD, ctx.layer, to_input, to_parameters
             )
-        passed = None if passed_SD is None else passed_SD.view(grad_BTD.shape)
+        passed = None if grad_SD is None else grad_SD.view(grad_BTD.shape)
         # None for the token: that there is one is what makes autograd go on to it.
         return passed, None, None, None

@@ -5,6 +5,7 @@ PEFT only warns of missing tensors, which would keep their random start. Torch o
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, nn
@@ -13,53 +14,40 @@ from axolotl_reft.core.keys import adapter_of
 
 # Put into paths by checkpointing, and taken out of those in a state dict.
 _CHECKPOINTED = "_checkpoint_wrapped_module."
-_REMEDY = "save the adapter again, or load another checkpoint of it"
+_REMEDY = (
+    "save the adapter again, or load another checkpoint, on the base model it was "
+    "trained on"
+)
 
 
 def check_values(key: str, tensor: Tensor, file: str = "the adapter") -> None:
-    """Check that a saved tensor has no NaN or infinite value.
-
-    Args:
-        file: the file it is from, for the message.
-
-    Raises:
-        ValueError: it has.
-    """
+    """Raise ``ValueError`` if a tensor saved in ``file`` has NaN or infinite values."""
     # The values of a shard or a placeholder are not here.
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
         return
     if not tensor.isfinite().all():
         raise ValueError(
-            f"tensor {key!r} of {file} has NaN or infinite values, as a training that "
-            "diverged leaves them; load an earlier checkpoint, or train it again with "
-            "a lower learning rate"
+            f"tensor {key!r} of {file} has NaN or infinite values: training diverged; "
+            "load an earlier checkpoint, or train again with a lower learning rate"
         )
 
 
 def check_tensors(
     tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], file: str
 ) -> None:
-    """Check that these are the expected tensors, with finite values.
-
-    Args:
-        tensors: by name.
-        expected: shape of each tensor, by name.
-        file: the file they are from, for the message.
+    """Check that ``tensors`` of ``file`` have the ``expected`` shapes, by name.
 
     Raises:
         ValueError: a tensor is missing, unexpected, of another shape, or not finite.
     """
+    _check_names(tensors, expected, file)
     for name, shape in expected.items():
-        if name not in tensors:
-            raise ValueError(f"missing tensor {name!r} in {file}; {_REMEDY}")
         if tensors[name].shape != shape:
             raise ValueError(
                 f"tensor {name!r} in {file} has shape {tuple(tensors[name].shape)}, "
                 f"expected {shape}; {_REMEDY}"
             )
         check_values(name, tensors[name], file)
-    if unexpected := sorted(tensors.keys() - expected.keys()):
-        raise ValueError(f"unexpected tensor {unexpected[0]!r} in {file}; {_REMEDY}")
 
 
 def check_complete(loaded: Collection[str], model: Iterable[str]) -> None:
@@ -75,24 +63,23 @@ def check_complete(loaded: Collection[str], model: Iterable[str]) -> None:
     """
     found = _by_adapter(loaded)
     expected = _by_adapter(name.replace(_CHECKPOINTED, "") for name in model)
-    if not found.keys() & expected and not any(".base_layer." in key for key in loaded):
+    adapters = found.keys() & expected.keys()
+    if not adapters and not any(".base_layer." in key for key in loaded):
         raise ValueError(f"the weights hold no LoReFT adapter of this model; {_REMEDY}")
-    for adapter in found.keys() & expected:
-        if missing := sorted(expected[adapter] - found[adapter]):
-            raise ValueError(
-                f"missing tensor {missing[0]!r} of the adapter, one of {len(missing)} "
-                f"missing of {len(expected[adapter])}; {_REMEDY}"
-            )
-        if unexpected := sorted(found[adapter] - expected[adapter]):
-            raise ValueError(
-                f"unexpected tensor {unexpected[0]!r} of the adapter, for which this "
-                "model has no place; load it on the base model it was trained on"
-            )
+    for adapter in adapters:
+        _check_names(found[adapter], expected[adapter], "the state dict")
+
+
+def _check_names(found: Collection[str], expected: Collection[str], file: str) -> None:
+    if missing := sorted(set(expected) - set(found)):
+        raise ValueError(f"missing tensor {missing[0]!r} in {file}; {_REMEDY}")
+    if unexpected := sorted(set(found) - set(expected)):
+        raise ValueError(f"unexpected tensor {unexpected[0]!r} in {file}; {_REMEDY}")
 
 
 def _by_adapter(keys: Iterable[str]) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
+    found = defaultdict(set)
     for key in keys:
         if (adapter := adapter_of(key)) is not None:
-            found.setdefault(adapter, set()).add(key)
+            found[adapter].add(key)
     return found

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_reft.core.kinds import KINDS
-from axolotl_reft.core.rotation import compact_base, rotation, square_base
+from axolotl_reft.core.rotation import (
+    ORTHONORMALITY_TOLERANCE,
+    compact_base,
+    rotation,
+    square_base,
+)
 from axolotl_reft.core.tensors import check_tensors
 from axolotl_reft.exchange.install import import_pyreft
-
-# How far from orthonormal a saved R may be: bfloat16 rounding passes, pyreft's drift
-# after a resume (0.05 and more, stanfordnlp/pyreft#179) does not.
-ORTHONORMALITY_TOLERANCE = 0.02
 
 # Our names of the tensors in pyreft's state dicts. LoReFT's holds R itself; the others'
 # hold torch's parametrization, vectors and a base (D, D).

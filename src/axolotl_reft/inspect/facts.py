@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from axolotl_reft.core.kinds import KINDS
-from axolotl_reft.core.rotation import rotation
-from axolotl_reft.exchange.objects import ORTHONORMALITY_TOLERANCE
+from axolotl_reft.core.rotation import ORTHONORMALITY_TOLERANCE, rotation
 from axolotl_reft.saved.directory import read_adapter_config, read_tensors
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.trained_modules import WRAPPED_PARTS

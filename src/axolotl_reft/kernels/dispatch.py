@@ -20,35 +20,30 @@ MOST_RANK = 32
 
 def workspace_for(device: torch.device, rank: int) -> type[Workspace]:
     """Return the workspace whose operations suit a device."""
-    if rank <= MOST_RANK and _can_run_on(device):
-        return _triton_workspace() or Workspace
-    return Workspace
-
-
-def _can_run_on(device: torch.device) -> bool:
-    """On NVIDIA's GPUs, and interpreted on a CPU, as the tests have it."""
-    if device.type == "cuda":
-        return torch.version.cuda is not None
-    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    runs = device.type == "cuda" and torch.version.cuda is not None
+    if device.type == "cpu":  # interpreted, as the tests have it
+        runs = os.environ.get("TRITON_INTERPRET") == "1"
+    return (runs and rank <= MOST_RANK and _triton_workspace()) or Workspace
 
 
 @cache
 def _triton_workspace() -> type[Workspace] | None:
-    """The kernels' workspace; None where Triton is missing or cannot run them."""
+    """Return the kernels' workspace; None where Triton is missing or cannot run."""
     if os.environ.get("AXOLOTL_REFT_KERNELS") == "0" or find_spec("triton") is None:
         return None
     try:
-        from axolotl_reft.kernels import edit
+        from triton.runtime import driver  # type: ignore[import-untyped]
+
         from axolotl_reft.kernels.launch import TritonWorkspace
 
         if torch.cuda.is_available():
-            edit.prepare()
+            # Builds what every launch needs, with the machine's C compiler.
+            driver.active.get_current_target()
     except Exception as error:
         warnings.warn(
             f"LoReFT: Triton cannot run its kernels here ({error}); torch's operations "
-            "take their place, which compute the same and take longer where a batch "
-            "has few tokens. With a C compiler installed Triton usually can; "
-            "AXOLOTL_REFT_KERNELS=0 silences this",
+            "take their place, slower where a batch has few tokens. Triton usually "
+            "needs a C compiler; AXOLOTL_REFT_KERNELS=0 silences this",
             UserWarning,
             stacklevel=2,
         )

@@ -7,15 +7,13 @@ hidden size, R rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2  # type: ignore[import-untyped]
 
-from axolotl_reft.core.affine import AffineStack
 from axolotl_reft.core.scatter import EditIndices
-from axolotl_reft.core.stacked_edits import Workspace
+from axolotl_reft.core.stacked_edits import Sides, Workspace
 from axolotl_reft.kernels import edit as kernels
 
 # A kernel's registers hold this many products at once, and so few rows and ranks.
@@ -29,68 +27,54 @@ class TritonWorkspace(Workspace):
     """Edits and differentiates by Triton's kernels: a copy and a launch for each layer
     and direction, and a launch for the parameters of all layers."""
 
-    def __init__(self, stack: AffineStack, layers: int) -> None:
-        super().__init__(stack, layers)
-        self.sizes = {
-            "D": self.width,
-            "R": self.rank,
-            "HAS_M": stack.m_KRD is not None,
-        }
-
     def open(self, h_BTD: Tensor, indices: EditIndices | None) -> None:
         assert indices is not None, "all rows are edited by torch's operations"
         super().open(h_BTD, indices)
-        self.index = _two([index_N.contiguous() for index_N in indices.sides])
-        self.counts = (self.rows[0], sum(self.rows[1:]), self.tokens)
+        self.index = [indices.sides[side].contiguous() for side in (0, -1)]
+        self.counts = self.rows[0], sum(self.rows[1:])
+        self.sizes = {"D": self.width, "R": self.rank}
         self.blocks, self.launch_kwargs = by_rows(self.rows, self.width, self.rank)
 
-    def edit(self, h_SD: Tensor, layer: int) -> Tensor:
-        place, h_SD = self.room(layer), h_SD.contiguous()
-        out_SD = h_SD.clone()
+    def add_products(
+        self,
+        x_SD: Tensor,
+        taken_ND: Tensor | None,
+        source_NR: Tensor,
+        first: Sides,
+        bias: Sides,
+        second: Sides,
+    ) -> Tensor:
+        x_SD = x_SD.contiguous()
+        out_SD = x_SD if second[0] is None else x_SD.clone()
+        sides = first[0], first[-1], bias[0], bias[-1], second[0], second[-1]
+        # In the place of None, a tensor that the kernel does not read.
+        taken, *arguments = (x_SD if t is None else t for t in (taken_ND, *sides))
         if any(self.rows):
-            p_IRD = self.p_LIRD[layer]
-            m_IRD = self.m_LIRD[layer]
-            with on(h_SD.device):
+            with torch.cuda.device_of(x_SD):  # else Triton takes the current one
                 kernels.edit_rows[self.blocks](
-                    h_SD, out_SD, self.taken_LND[place], self.sources_LNR[place],
-                    *self.index, *_two(p_IRD if m_IRD is None else m_IRD),
-                    *_two(self.b_LIR[layer]), *_two(p_IRD), *self.counts,
-                    KEEP=self.keeps, **self.sizes, **self.launch_kwargs,
+                    x_SD, out_SD, taken, source_NR, *self.index, *arguments,
+                    *self.counts, self.tokens, HAS_FIRST=first[0] is not None,
+                    HAS_BIAS=bias[0] is not None, HAS_SECOND=second[0] is not None,
+                    KEEP=taken_ND is not None, **self.sizes, **self.launch_kwargs,
                 )  # fmt: skip
         return out_SD
 
-    def edit_backward(
-        self, grad_SD: Tensor, layer: int, to_input: bool, to_parameters: bool
-    ) -> Tensor | None:
-        grad_SD = grad_SD.contiguous()
-        out_SD = grad_SD.clone() if to_input else grad_SD
-        grads_LND, grad_sources_LNR = self.grads()
-        place, p_IRD, m_IRD = self.room(layer), self.p_LIRD[layer], self.m_LIRD[layer]
-        if any(self.rows):
-            with on(grad_SD.device):
-                kernels.edit_rows_backward[self.blocks](
-                    grad_SD, out_SD, grads_LND[place], grad_sources_LNR[place],
-                    *self.index, *_two(p_IRD if m_IRD is None else m_IRD), *_two(p_IRD),
-                    *self.counts, WRITE=to_input, KEEP=to_parameters,
-                    **self.sizes, **self.launch_kwargs,
-                )  # fmt: skip
-        return out_SD if to_input else None
-
-    def parameter_gradients(self) -> tuple[Tensor | None, Tensor, Tensor]:
+    def parameter_gradients(self) -> tuple[Tensor | None, ...]:
         (grads_LND, grad_sources_LNR), self._grads = self.grads(), None
         sides = len(self.rows)
         grad_p = self.sources_LNR.new_empty(self.layers * sides, self.rank, self.width)
-        grad_m = torch.empty_like(grad_p) if self.sizes["HAS_M"] else grad_p
+        grad_m = torch.empty_like(grad_p) if self.has_m else grad_p
         grad_b = self.sources_LNR.new_empty(self.layers * sides, self.rank)
         blocks, launch_kwargs = by_columns(
             self.rows, self.width, self.rank, self.layers
         )
-        with on(grad_p.device):
+        with torch.cuda.device_of(grad_p):
             kernels.edit_weights_backward[blocks](
                 grads_LND, self.taken_LND, self.sources_LNR, grad_sources_LNR,
-                grad_m, grad_b, grad_p, *self.counts[:2], **self.sizes, **launch_kwargs,
+                grad_m, grad_b, grad_p, *self.counts, HAS_M=self.has_m,
+                **self.sizes, **launch_kwargs,
             )  # fmt: skip
-        return grad_m if self.sizes["HAS_M"] else None, grad_b, grad_p
+        return grad_m if self.has_m else None, grad_b, grad_p
 
 
 def by_rows(
@@ -98,8 +82,8 @@ def by_rows(
 ) -> tuple[tuple[int, ...], dict[str, int]]:
     """Return the grid and the block sizes of a kernel that goes by rows."""
     several = 1 if sum(rows) <= _FEW_ROWS else 4
-    padded = _power_of_two(rank)
-    block = min(_PRODUCTS // (padded * several), _power_of_two(width))
+    padded = next_power_of_2(rank)
+    block = min(_PRODUCTS // (padded * several), next_power_of_2(width))
     blocks = sum(-(-count // several) for count in rows)
     return (blocks,), {"RP": padded, "ROWS": several, "BLOCK": block, "num_warps": 8}
 
@@ -108,28 +92,9 @@ def by_columns(
     rows: Sequence[int], width: int, rank: int, layers: int = 1
 ) -> tuple[tuple[int, ...], dict[str, int]]:
     """Return the same of the kernel whose programs take all rows of some columns."""
-    padded = dot_size(rank)
-    several = min(dot_size(max(rows)), 512 // padded)
+    padded, most = (
+        max(next_power_of_2(count), _SMALLEST_DOT) for count in (rank, max(rows))
+    )
     blocks = (-(-width // 64), len(rows), layers)
-    return blocks, {"RP": padded, "ROWS": several, "BLOCK": 64, "num_warps": 4}
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Launch on the device: Triton takes the current one, whatever its arguments'."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
-def _two(sides: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
-    """A kernel's arguments for two sides; of one it never reads the second."""
-    return sides[0], sides[-1]
-
-
-def dot_size(number: int) -> int:
-    """The next size that a kernel's products of matrices can have."""
-    return max(_power_of_two(number), _SMALLEST_DOT)
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()
+    sizes = {"RP": padded, "ROWS": min(most, 512 // padded), "BLOCK": 64}
+    return blocks, sizes | {"num_warps": 4}

@@ -190,7 +190,7 @@ def _check_act_fn(act_fn: object, kind: InterventionKind) -> None:
             f"act_fn: {shown(act_fn)} is unknown.{did_you_mean(act_fn, tuple(ACT2FN))} "
             f"Choose one of: {', '.join(ACT2FN)}; or null, which is linear"
         )
-    if not kind.takes_act_fn:
+    if not kind.has_weight:
         raise ValueError(
             f"act_fn: {shown(act_fn)} would have no effect, {kind.name} has no Wh "
             "to apply it to; set act_fn: null"
