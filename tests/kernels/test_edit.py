@@ -45,10 +45,7 @@ def fail(_):
     raise RuntimeError("no gcc")
 
 
-SIDES = {
-    "index": "*i64",
-    "rows": "i32",
-}
+INTEGERS = {"index": "*i64", "rows_0": "i32", "rows_1": "i32", "tokens": "i32"}
 HIDDEN = ("x", "out", "taken", "grad")
 
 
@@ -60,8 +57,8 @@ def signature(kernel, constants, dtype):
         elif name in HIDDEN:
             kinds[name] = dtype
         else:
-            kinds[name] = SIDES.get(name.rpartition("_")[0], "*fp32")
-    return kinds | ({"tokens": "i32"} if "tokens" in kinds else {})
+            kinds[name] = INTEGERS.get(name, "*fp32")
+    return kinds
 
 
 def spilled(ptx, directory):
@@ -82,14 +79,14 @@ def spilled(ptx, directory):
 @pytest.mark.parametrize("rows", [56, 500])
 def test_the_kernels_compile_and_keep_to_the_registers(rank, rows, dtype, tmp_path):
     """For an A100; numbers that do not fit would go through memory."""
-    options = dict.fromkeys(("HAS_FIRST", "HAS_SECOND", "HAS_M", "KEEP"), True)
-    for kernel, how, has_bias in (
+    options = dict.fromkeys(("HAS_M", "HAS_P", "KEEP"), True)
+    for kernel, how, has_b in (
         (kernels.edit_rows, launch.by_rows, True),
         (kernels.edit_rows, launch.by_rows, False),
         (kernels.edit_weights_backward, launch.by_columns, False),
     ):
         _, sizes = how([rows, rows], 4096, rank)
-        sizes |= {"D": 4096, "R": rank, "HAS_BIAS": has_bias, **options}
+        sizes |= {"D": 4096, "R": rank, "HAS_B": has_b, **options}
         compiled = compile_(kernel, sizes, lambda k, c: signature(k, c, dtype))
         assert compiled.metadata.shared <= 48 * 1024
         assert spilled(compiled.asm["ptx"], tmp_path) == 0

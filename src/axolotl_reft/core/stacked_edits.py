@@ -24,8 +24,8 @@ from axolotl_reft.core.affine import AffineStack
 from axolotl_reft.core.interventions import without_autocast
 from axolotl_reft.core.scatter import EditIndices, replace_rows, rows_at
 
-# A matrix or a bias of each intervention of a layer; None where there is none.
-Sides = Sequence[Tensor | None]
+# M, b and P of each intervention of a layer; None for what is not there.
+Sides = Sequence[tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
 class Workspace:
@@ -33,7 +33,6 @@ class Workspace:
 
     Attributes:
         keeps: gradients of the parameters will be asked for.
-        parameters: M, b and P of the interventions of each layer.
         indices: the edited rows of each intervention; None for all rows.
         taken_LND: the rows as they were.
         sources_LNR: Mh + b.
@@ -45,38 +44,34 @@ class Workspace:
         )
         self.layers, self.has_m = layers, stack.m_KRD is not None
         count, self.rank, self.width = stack.p_KRD.shape
-        tensors: list[Sides] = [
-            [None] * count if tensor is None else tensor.detach().unbind(0)
-            for tensor in stack
-        ]
+        parts = list(
+            zip(
+                *([None] * count if t is None else t.detach().unbind(0) for t in stack),
+                strict=True,
+            )
+        )
         sides = count // layers
-        self.parameters = [
-            [tensor[first : first + sides] for tensor in tensors]
-            for first in range(0, count, sides)
-        ]
+        self.sides = [parts[at : at + sides] for at in range(0, count, sides)]
+        self._new = Tensor.new_zeros if layers > 1 else Tensor.new_empty
         self._backward = -1
         self._grads: tuple[Tensor, Tensor] | None = None
 
     def open(self, h_BTD: Tensor, indices: EditIndices | None) -> None:
         """Make room for the rows, now that it is known which they are."""
         self.indices = indices
+        self.tokens = h_BTD.numel() // self.width
+        self.rows = [self.tokens]
         if indices is not None:
             self._where = indices.all_N, indices.may_be_unused
-        self.tokens = h_BTD.numel() // self.width
-        self.rows = [self.tokens] if indices is None else indices.sizes
-        rows = sum(self.rows)
+            self.rows = indices.sizes
         # Zeros where a forward or a backward may leave some of the layers out; without
         # gradients the layers take turns in the room of one.
-        self._new = torch.zeros if self.layers > 1 else torch.empty
-        rooms = self.layers if self.keeps else 1
-        self.sources_LNR = self._new(
-            (rooms, rows, self.rank), dtype=torch.float32, device=h_BTD.device
-        ).expand(self.layers, -1, -1)
+        rooms, rows = self.layers if self.keeps else 1, sum(self.rows)
+        sources = self._new(h_BTD, (rooms, rows, self.rank), dtype=torch.float32)
+        self.sources_LNR = sources.expand(self.layers, -1, -1)
         # All rows are the hidden states themselves, which their layer hands in.
         own_rows = rows if self.keeps and indices is not None else 0
-        self.taken_LND = self._new(
-            (rooms, own_rows, self.width), dtype=h_BTD.dtype, device=h_BTD.device
-        )
+        self.taken_LND = self._new(h_BTD, (rooms, own_rows, self.width))
 
     def grads(self) -> tuple[Tensor, Tensor]:
         """Return the room for this backward's gradients of the rows (L, N, D), and of
@@ -84,12 +79,8 @@ class Workspace:
         backward = torch._C._current_graph_task_id()
         if self._grads is None or self._backward != backward:
             self._backward = backward
-            rooms = self.taken_LND, self.sources_LNR
-            grads_LND, grad_sources_LNR = (
-                self._new(room.shape, dtype=room.dtype, device=room.device)
-                for room in rooms
-            )
-            self._grads = grads_LND, grad_sources_LNR
+            rows_LND = self._new(self.taken_LND, self.taken_LND.shape)
+            self._grads = rows_LND, self._new(self.sources_LNR, self.sources_LNR.shape)
         return self._grads
 
     def edit(self, h_SD: Tensor, layer: int) -> Tensor:
@@ -97,8 +88,7 @@ class Workspace:
         if self.indices is None:
             self.taken_LND = h_SD.unsqueeze(0)
         taken_ND = self.taken_LND[layer] if self.keeps else None
-        m, b, p = self.parameters[layer]
-        return self.add_products(h_SD, taken_ND, self.sources_LNR[layer], m, b, p)
+        return self.add(h_SD, taken_ND, self.sources_LNR[layer], self.sides[layer])
 
     def edit_backward(
         self, grad_SD: Tensor, layer: int, to_input: bool, to_parameters: bool
@@ -109,50 +99,38 @@ class Workspace:
             grads_LND = grad_SD.unsqueeze(0)
             self._grads = grads_LND, grad_sources_LNR
         grad_ND = grads_LND[layer] if to_parameters else None
-        m, _, p = self.parameters[layer]
-        none = [None] * len(p)
-        out_SD = self.add_products(
-            grad_SD, grad_ND, grad_sources_LNR[layer], p, none, m if to_input else none
-        )
+        sides = [(p, None, m if to_input else None) for m, _, p in self.sides[layer]]
+        out_SD = self.add(grad_SD, grad_ND, grad_sources_LNR[layer], sides)
         return out_SD if to_input else None
 
-    def add_products(
-        self,
-        x_SD: Tensor,
-        taken_ND: Tensor | None,
-        source_NR: Tensor,
-        first: Sides,
-        bias: Sides,
-        second: Sides,
+    def add(
+        self, x_SD: Tensor, taken_ND: Tensor | None, source_NR: Tensor, sides: Sides
     ) -> Tensor:
-        """Return x + secondᵀ(first·x + bias) in the edited rows, and x in the others.
+        """Return x + Pᵀ(Mx + b) in the edited rows, and x in the others.
 
-        Forward, x are hidden states, and the rest M, b and P; backward, their gradient,
-        and P, nothing and M.
+        Backward, x is a gradient, and P, nothing and M are in the places of M, b and P.
 
         Args:
             taken_ND: where to put the rows as they were; None for nowhere.
-            source_NR: where to put first·x + bias.
+            source_NR: where to put Mx + b.
         """
         rows_ND = x_SD
         if self.indices is not None:
             rows_ND = rows_at(x_SD, *self._where, out=taken_ND)
         parts = rows_ND.float().split(self.rows), source_NR.split(self.rows)
-        sums = []
-        for x_ND, to_NR, first_RD, bias_R, second_RD in zip(
-            *parts, first, bias, second, strict=True
-        ):
-            if first_RD is not None and bias_R is not None:
-                torch.addmm(bias_R, x_ND, first_RD.T, out=to_NR)
-            elif first_RD is not None:
-                torch.mm(x_ND, first_RD.T, out=to_NR)
-            elif bias_R is not None:
-                to_NR.copy_(bias_R)
-            if second_RD is not None:
-                sums.append(torch.addmm(x_ND, to_NR, second_RD))
-        if not sums:
+        edited = []
+        for x_ND, to_NR, (m_RD, b_R, p_RD) in zip(*parts, sides, strict=True):
+            if m_RD is not None and b_R is not None:
+                torch.addmm(b_R, x_ND, m_RD.T, out=to_NR)
+            elif m_RD is not None:
+                torch.mm(x_ND, m_RD.T, out=to_NR)
+            elif b_R is not None:
+                to_NR.copy_(b_R)
+            if p_RD is not None:
+                edited.append(torch.addmm(x_ND, to_NR, p_RD))
+        if not edited:
             return x_SD
-        new_ND = sums[0] if len(sums) == 1 else torch.cat(sums)
+        new_ND = edited[0] if len(edited) == 1 else torch.cat(edited)
         new_ND = new_ND.to(x_SD.dtype)
         if self.indices is None:
             return new_ND

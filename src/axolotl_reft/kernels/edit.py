@@ -21,28 +21,16 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def _of(side, first, second):
-    """Return the argument of a program's side."""
-    if side == 1:
-        first = second
-    return first
-
-
 @triton.jit(do_not_specialize=["rows_0", "rows_1", "tokens"])
 def edit_rows(
     x,
     out,
-    taken,
     sources,
-    index_0,
-    index_1,
-    first_0,
-    first_1,
-    bias_0,
-    bias_1,
-    second_0,
-    second_1,
+    index,
+    taken,
+    m,
+    b,
+    p,
     rows_0,
     rows_1,
     tokens,
@@ -51,58 +39,55 @@ def edit_rows(
     RP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SECOND: tl.constexpr,
+    HAS_M: tl.constexpr,
+    HAS_B: tl.constexpr,
+    HAS_P: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """``sources`` (N, R), which is first·x + bias at the rows of x (S, D), themselves
-    zero in unused slots; where HAS_SECOND, ``out`` (S, D) at the rows, x +
-    secondᵀ·source; where KEEP, ``taken`` (N, D), the rows of x."""
+    """At the rows of ``x`` (S, D) that ``index`` (N,) names, with M and P (sides, R, D)
+    and b (sides, R): ``sources`` (N, R), Mx + b; where HAS_P, ``out`` (S, D), x + Pᵀ(Mx
+    + b); where KEEP, ``taken`` (N, D), x. In unused slots, x is zero."""
     block, blocks_0 = tl.program_id(0), tl.cdiv(rows_0, ROWS)
     side = (block >= blocks_0).to(tl.int32)
-    first, second = _of(side, first_0, first_1), _of(side, second_0, second_1)
     n = (block - side * blocks_0) * ROWS + tl.arange(0, ROWS)
-    there = n < _of(side, rows_0, rows_1)
-    token = tl.load(_of(side, index_0, index_1) + n, mask=there, other=tokens)
-    used = token < tokens
+    there = n < tl.where(side == 0, rows_0, rows_1)
     n = (side * rows_0 + n).to(tl.int64)
+    token = tl.load(index + n, mask=there, other=tokens)
+    used = token < tokens
     r, d = tl.arange(0, RP), tl.arange(0, BLOCK)
     r3, d3 = r[None, :, None], d[None, None, :]
     sums = tl.zeros((ROWS, RP, BLOCK), dtype=tl.float32)
     for start in range(0, D, BLOCK):
-        if HAS_FIRST:
+        if HAS_M:
             at_x = token[:, None, None] * D + start + d3
             in_x = used[:, None, None] & (start + d3 < D)
             row = tl.load(x + at_x, mask=in_x, other=0.0)
-            in_first = (r3 < R) & (start + d3 < D)
-            m = tl.load(first + r3 * D + start + d3, mask=in_first, other=0.0)
-            sums += row.to(tl.float32) * m
+            at_m = (side * R + r3) * D + start + d3
+            in_m = (r3 < R) & (start + d3 < D)
+            sums += row.to(tl.float32) * tl.load(m + at_m, mask=in_m, other=0.0)
     source = tl.sum(sums, axis=2)
-    if HAS_BIAS:
-        bias = _of(side, bias_0, bias_1)
-        source += tl.load(bias + r, mask=r < R, other=0.0)[None, :]
+    if HAS_B:
+        source += tl.load(b + side * R + r, mask=r < R, other=0.0)[None, :]
     all_sources = sources + n[:, None] * R + r[None, :]
     tl.store(all_sources, source, mask=there[:, None] & (r < R)[None, :])
-    if HAS_SECOND or KEEP:
+    if HAS_P or KEEP:
         tl.debug_barrier()
         for start in range(0, D, BLOCK):
             columns = (start + d)[None, :]
-            at = token[:, None] * D + columns
-            inside = used[:, None] & (columns < D)
-            row = tl.load(x + at, mask=inside, other=0.0)
+            at_x = token[:, None] * D + columns
+            in_x = used[:, None] & (columns < D)
+            row = tl.load(x + at_x, mask=in_x, other=0.0)
             if KEEP:
                 kept = taken + n[:, None] * D + columns
                 tl.store(kept, row, mask=there[:, None] & (columns < D))
-            if HAS_SECOND:
+            if HAS_P:
                 new = row.to(tl.float32)
                 for rank in tl.static_range(R):
-                    at_p = second + rank * D + columns
-                    p = tl.load(at_p, mask=columns < D, other=0.0)
-                    at_source = sources + n * R + rank
-                    product = tl.load(at_source, mask=there, other=0.0)
-                    new += product[:, None] * p
-                tl.store(out + at, new.to(out.dtype.element_ty), mask=inside)
+                    at_p = p + (side * R + rank) * D + columns
+                    of_p = tl.load(at_p, mask=columns < D, other=0.0)
+                    of_source = tl.load(sources + n * R + rank, mask=there, other=0.0)
+                    new += of_source[:, None] * of_p
+                tl.store(out + at_x, new.to(out.dtype.element_ty), mask=in_x)
 
 
 @triton.jit(do_not_specialize=["rows_0", "rows_1"])
@@ -128,7 +113,7 @@ def edit_weights_backward(
     from ``sources`` and ``grad_sources`` (L, N, R); a program for each block of
     columns, side and layer, and no RP below 16."""
     side, layer = tl.program_id(1), tl.program_id(2)
-    rows = _of(side, rows_0, rows_1)
+    rows = tl.where(side == 0, rows_0, rows_1)
     first = layer.to(tl.int64) * (rows_0 + rows_1) + side * rows_0
     r = tl.arange(0, RP)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -30,32 +30,27 @@ class TritonWorkspace(Workspace):
     def open(self, h_BTD: Tensor, indices: EditIndices | None) -> None:
         assert indices is not None, "all rows are edited by torch's operations"
         super().open(h_BTD, indices)
-        self.index = [indices.sides[side].contiguous() for side in (0, -1)]
+        self.index_N = indices.all_N.contiguous()
         self.counts = self.rows[0], sum(self.rows[1:])
         self.sizes = {"D": self.width, "R": self.rank}
         self.blocks, self.launch_kwargs = by_rows(self.rows, self.width, self.rank)
 
-    def add_products(
-        self,
-        x_SD: Tensor,
-        taken_ND: Tensor | None,
-        source_NR: Tensor,
-        first: Sides,
-        bias: Sides,
-        second: Sides,
+    def add(
+        self, x_SD: Tensor, taken_ND: Tensor | None, source_NR: Tensor, sides: Sides
     ) -> Tensor:
         x_SD = x_SD.contiguous()
-        out_SD = x_SD if second[0] is None else x_SD.clone()
-        sides = first[0], first[-1], bias[0], bias[-1], second[0], second[-1]
-        # In the place of None, a tensor that the kernel does not read.
-        taken, *arguments = (x_SD if t is None else t for t in (taken_ND, *sides))
+        # Those of the second side lie behind those of the first, as they were stacked.
+        m_RD, b_R, p_RD = sides[0]
+        out_SD = x_SD if p_RD is None else x_SD.clone()
         if any(self.rows):
+            # In the place of None, a tensor that the kernel does not read.
+            given = [x_SD if t is None else t for t in (taken_ND, m_RD, b_R, p_RD)]
             with torch.cuda.device_of(x_SD):  # else Triton takes the current one
                 kernels.edit_rows[self.blocks](
-                    x_SD, out_SD, taken, source_NR, *self.index, *arguments,
-                    *self.counts, self.tokens, HAS_FIRST=first[0] is not None,
-                    HAS_BIAS=bias[0] is not None, HAS_SECOND=second[0] is not None,
-                    KEEP=taken_ND is not None, **self.sizes, **self.launch_kwargs,
+                    x_SD, out_SD, source_NR, self.index_N, *given, *self.counts,
+                    self.tokens, HAS_M=m_RD is not None, HAS_B=b_R is not None,
+                    HAS_P=p_RD is not None, KEEP=taken_ND is not None,
+                    **self.sizes, **self.launch_kwargs,
                 )  # fmt: skip
         return out_SD
 

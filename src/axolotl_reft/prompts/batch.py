@@ -50,10 +50,10 @@ def sample_starts(inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor |
     position_ids = inputs.get("position_ids")
     if position_ids is None:
         return None
-    if position_ids.ndim == 3:  # multimodal rotary embeddings: (axes, B, T)
-        # An image at the start is at 0 in time as a whole.
-        return (position_ids == 0).all(0).expand(shape)
-    return (position_ids == 0).expand(shape)
+    starts = position_ids == 0
+    if starts.ndim == 3:  # multimodal rotary embeddings: (axes, B, T)
+        starts = starts.all(0)  # an image at the start is at 0 in time as a whole
+    return starts.expand(shape)
 
 
 def real_tokens(mask: Any, shape: tuple[int, int], device: torch.device) -> Tensor:
@@ -65,14 +65,10 @@ def real_tokens(mask: Any, shape: tuple[int, int], device: torch.device) -> Tens
     """
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device)
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == shape:
-        return mask.to(device) != 0
-    got = (
-        f"a tensor of shape {tuple(mask.shape)}"
-        if isinstance(mask, Tensor)
-        else f"a {type(mask).__name__}"
-    )
-    raise ValueError(
-        f"LoReFT reads prompts from the 2-D attention mask {shape}, and got {got}; "
-        "pass the mask as the tokenizer makes it, or use positions: all"
-    )
+    got = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+    if got != shape:
+        raise ValueError(
+            f"LoReFT reads prompts from the 2-D attention mask {shape}, got {got}; "
+            "pass the mask as the tokenizer makes it, or use positions: all"
+        )
+    return mask.to(device) != 0

@@ -10,107 +10,97 @@ seen so far.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from axolotl_reft.prompts.spans import PromptSpans
 from axolotl_reft.prompts.turns import Turns
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """Tokens behind a cache, and which of them were answers of the model's."""
 
     ids_BW: Tensor
     answer_BW: Tensor
 
-    def __getitem__(self, columns: slice) -> Tokens:
-        return Tokens(self.ids_BW[:, columns], self.answer_BW[:, columns])
+    def first(self, columns: int) -> Tokens:
+        return Tokens(*(tensor_BW[:, :columns] for tensor_BW in self))
 
     def followed_by(self, ids_BT: Tensor) -> Tokens:
-        """With tokens that were not said to be a prompt, hence answers."""
-        answer_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-        return Tokens(
-            torch.cat([self.ids_BW, ids_BT], 1),
-            torch.cat([self.answer_BW, answer_BT], 1),
-        )
+        """Return these and others that were not said to be a prompt, hence answers."""
+        more = ids_BT, torch.ones_like(ids_BT, dtype=torch.bool)
+        return Tokens(*(torch.cat(pair, 1) for pair in zip(self, more, strict=True)))
 
 
-@dataclass
 class _Conversation:
-    """Tokens behind one cache, and the ids (B, T) of forwards since, which are
-    put together when somebody asks; a decode step must not copy all before it."""
+    """Tokens behind one cache. Those of forwards since are put together when somebody
+    asks: a decode step must not copy all before it."""
 
-    tokens: Tokens
-    since: list[Tensor] = field(default_factory=list)
-    rows: int = field(init=False)
-    width: int = field(init=False)
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens, self._since = tokens, list[Tensor]()
+        self.rows, self.width = tokens.ids_BW.shape
 
-    def __post_init__(self) -> None:
-        self.rows, self.width = self.tokens.ids_BW.shape
+    def put(self, past: int, ids_BT: Tensor) -> None:
+        """Put tokens after ``past`` columns; forget others that were there."""
+        if past < self.width:
+            self._tokens = self.tokens().first(past)
+        self._since.append(ids_BT)
+        self.width = past + ids_BT.shape[1]
 
-    def add(self, ids_BT: Tensor) -> None:
-        """Tokens that were not said to be a prompt."""
-        self.since.append(ids_BT)
-        self.width += ids_BT.shape[1]
-
-    def cut(self, width: int) -> None:
-        """Forget what was cut off the cache."""
-        if width < self.width:
-            self.tokens, self.width = self.whole()[:width], width
-
-    def whole(self) -> Tokens:
-        if self.since:
-            self.tokens = self.tokens.followed_by(torch.cat(self.since, 1))
-            self.since = []
-        return self.tokens
+    def tokens(self) -> Tokens:
+        if self._since:
+            self._tokens = self._tokens.followed_by(torch.cat(self._since, 1))
+            self._since = []
+        return self._tokens
 
 
 class Conversations:
     """The tokens behind each living cache."""
 
     def __init__(self) -> None:
-        self._of: WeakKeyDictionary[Any, _Conversation] = WeakKeyDictionary()
+        self._by_cache: WeakKeyDictionary[Any, _Conversation] = WeakKeyDictionary()
+
+    def _find(self, cache: Any, rows: int, width: int) -> _Conversation | None:
+        """Return what is known of a cache of these rows and at least this width."""
+        known = self._by_cache.get(cache)
+        if known is None or known.rows != rows or known.width < width:
+            return None
+        return known
 
     def note(self, cache: Any, tokens: Tokens) -> None:
-        self._of[cache] = _Conversation(tokens)
+        self._by_cache[cache] = _Conversation(tokens)
 
     def note_forward(self, cache: Any, past: int, ids_BT: Tensor) -> None:
-        """A forward outside ``generate`` has put ``ids_BT`` after ``past`` columns."""
+        """Note that a forward outside ``generate`` put ``ids_BT`` after ``past``
+        columns."""
         ids_BT = ids_BT.clone()  # the caller's may be a buffer
         if past == 0:
             self.note(cache, Tokens(ids_BT, torch.zeros_like(ids_BT, dtype=torch.bool)))
-            return
-        known = self._of.get(cache)
-        if known is None or known.rows != ids_BT.shape[0] or known.width < past:
-            self._of.pop(cache, None)
-            return
-        known.cut(past)
-        known.add(ids_BT)
+        elif known := self._find(cache, ids_BT.shape[0], past):
+            known.put(past, ids_BT)
+        else:
+            self._by_cache.pop(cache, None)
 
     def before(self, cache: Any, past: int, rows: int) -> Tokens | None:
-        """The first ``past`` tokens of a cache of ``rows`` rows, if they are known."""
-        known = self._of.get(cache)
-        if known is None or known.rows != rows or known.width < past:
-            return None
-        return known.whole()[:past]
+        """Return the first ``past`` tokens of a cache of ``rows`` rows, if known."""
+        known = self._find(cache, rows, past)
+        return known.tokens().first(past) if known else None
 
     def answers(self, cache: Any, ids_BP: Tensor) -> Tensor | None:
-        """Which of these tokens were answers, as far as the cache knows them."""
-        conversation = self._of.get(cache)
-        if conversation is None or conversation.rows != ids_BP.shape[0]:
+        """Return which of these tokens were answers, as far as the cache knows them."""
+        known = self._find(cache, ids_BP.shape[0], 0)
+        if known is None:
             return None
-        known = conversation.whole()
-        shared = min(known.ids_BW.shape[1], ids_BP.shape[1])
-        same_BW = known.ids_BW[:, :shared].to(ids_BP.device) == ids_BP[:, :shared]
-        answer_BP = torch.zeros_like(ids_BP, dtype=torch.bool)
-        answer_BP[:, :shared] = known.answer_BW[:, :shared].to(ids_BP.device)
-        answer_BP[:, :shared] &= same_BW.cumprod(1).bool()
-        return answer_BP
+        width, device = ids_BP.shape[1], ids_BP.device
+        ids_BW, answer_BW = (t_BW.to(device) for t_BW in known.tokens().first(width))
+        shared = ids_BW.shape[1]
+        same_BW = (ids_BW == ids_BP[:, :shared]).cumprod(1).bool()
+        return F.pad(answer_BW & same_BW, (0, width - shared))
 
 
 @dataclass
@@ -165,13 +155,11 @@ class Generation:
             # The mask of a prompt that is prefilled in chunks grows with them.
             seen = min(self.mask_BW.shape[1], self.width)
             real_BP[:, :seen] = self.mask_BW[:, :seen].to(device) != 0
-        ids_BP, answer_BP = self.ids_BP, self.answer_BP
-        if ids_BP is not None:
-            ids_BP = ids_BP.to(device).repeat_interleave(rows // ids_BP.shape[0], 0)
-        if answer_BP is not None:
-            answer_BP = answer_BP.to(device)
-            answer_BP = answer_BP.repeat_interleave(rows // answer_BP.shape[0], 0)
-        elif self.continued:
+        ids_BP, answer_BP = (
+            t if t is None else t.to(device).repeat_interleave(rows // t.shape[0], 0)
+            for t in (self.ids_BP, self.answer_BP)
+        )
+        if answer_BP is None and self.continued:
             # Nothing is known of the cached tokens: no prompt is edited any more.
             answer_BP = torch.ones_like(real_BP)
         return turns.spans(real_BP, ids_BP, None, answer_BP)
@@ -203,18 +191,14 @@ def cut_back(cache: Any, past: int, keep: int, has_new_tokens_alone: bool) -> No
     Raises:
         ValueError: the cache cannot be cut, or the cut tokens are not handed over.
     """
-    remedy = "pass a fresh cache and the whole conversation"
-    if has_new_tokens_alone:
-        raise ValueError(
-            f"past_key_values: the cache ends within a prompt, {past - keep} tokens of "
-            "it are cached and the rest is new, so that its first and last tokens "
-            f"cannot be told; {remedy}"
-        )
-    try:
-        cache.crop(keep - past)
-    except (AttributeError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(
-            "past_key_values: the cache ends within a prompt and was edited for "
-            f"another end of it, and a {type(cache).__name__} cannot be cut back "
-            f"({error}); {remedy}"
-        ) from error
+    reason = f"its last {past - keep} tokens were not passed again"
+    if not has_new_tokens_alone:
+        try:
+            cache.crop(keep - past)
+            return
+        except (AttributeError, NotImplementedError, RuntimeError) as error:
+            reason = f"a {type(cache).__name__} cannot be cut back ({error})"
+    raise ValueError(
+        "past_key_values: the cache ends within a prompt, whose edited positions have "
+        f"moved, and {reason}; pass a fresh cache and the whole conversation"
+    )

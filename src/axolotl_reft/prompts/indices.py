@@ -24,9 +24,9 @@ def edit_indices(
 
     Args:
         tied: prefix and suffix have one intervention.
-        most_prompts: how many prompts there are at most, where counting the edited
-            tokens would make the host wait for the device, or is impossible in a graph:
-            as many slots are reserved. None counts.
+        most_prompts: reserves slots for so many prompts, where counting the edited
+            tokens would make the host wait for the device, or is impossible in a graph.
+            None counts.
         rows_B1: True in the rows that are meant; None for all.
     """
     prefix_BT, suffix_BT = spans.edited(positions)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from axolotl_reft.errors import shown
 
-# At most nine digits: torch's integers end at nineteen.
-_GRAMMAR = re.compile(
-    r"(?:f(?P<first>[1-9]\d{0,8}))?(?P<plus>\+)?(?:l(?P<last>[1-9]\d{0,8}))?", re.ASCII
-)
+# At most nine digits: torch's integers end at nineteen. A plus between the two alone.
+_COUNT = r"([1-9][0-9]{0,8})"
+_GRAMMAR = re.compile(rf"(?:f{_COUNT})?(?:(?(1)\+)l{_COUNT})?")
 
 
 @dataclass(frozen=True)
@@ -34,24 +33,21 @@ class Positions:
         """
         if text == "all":
             return cls(everywhere=True)
-        match = _GRAMMAR.fullmatch(text) if isinstance(text, str) else None
-        if match:
-            first, last = int(match["first"] or 0), int(match["last"] or 0)
-            if bool(match["plus"]) == bool(first and last) and (first or last):
-                return cls(first, last)
-        raise ValueError(
-            f"positions: {shown(text)} is not understood. Write f<n> for the first n "
-            "prompt tokens, l<n> for the last n, f<n>+l<m> for both (n, m from 1 to "
-            "999999999), or all for every token: for example positions: f7+l7"
-        )
+        match = _GRAMMAR.fullmatch(text) if text and isinstance(text, str) else None
+        if match is None:
+            raise ValueError(
+                f"positions: {shown(text)} is not understood. Write f<n> for the first "
+                "n prompt tokens, l<n> for the last n, f<n>+l<m> for both (n, m from 1 "
+                "to 999999999), or all for every token: for example positions: f7+l7"
+            )
+        first, last = match.groups()
+        return cls(int(first or 0), int(last or 0))
 
     def __str__(self) -> str:
         if self.everywhere:
             return "all"
-        sides = [f"f{self.first}"] * bool(self.first) + [f"l{self.last}"] * bool(
-            self.last
-        )
-        return "+".join(sides)
+        sides = ("f", self.first), ("l", self.last)
+        return "+".join(f"{end}{count}" for end, count in sides if count)
 
     @property
     def two_sided(self) -> bool:

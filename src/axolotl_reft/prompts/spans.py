@@ -7,7 +7,7 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,7 @@ from torch import Tensor
 from axolotl_reft.prompts.positions import Positions
 
 
-@dataclass(frozen=True)
-class PromptSpans:
+class PromptSpans(NamedTuple):
     """The place of each token of a batch in the prompt of its sample.
 
     Attributes:
@@ -33,12 +32,7 @@ class PromptSpans:
     def columns(self, start: int, stop: int) -> PromptSpans:
         """Return the spans of some columns; columns past the end are in no prompt."""
         beyond = max(stop - self.inside_BT.shape[1], 0)
-        return PromptSpans(
-            *(
-                F.pad(tensor_BT[:, start:stop], (0, beyond))
-                for tensor_BT in (self.inside_BT, self.rank_BT, self.length_BT)
-            )
-        )
+        return PromptSpans(*(F.pad(t_BT[:, start:stop], (0, beyond)) for t_BT in self))
 
     def edited(self, positions: Positions) -> tuple[Tensor, Tensor]:
         """Return masks (B, T) of the edited prefix and of the edited suffix.
@@ -67,8 +61,8 @@ def prompt_spans(
     """Find the prompts of every sample in a batch of rows.
 
     The first prompt of a sample runs from its first real token to its first answer
-    token; with no answer in sight, to its end. A later turn's prompt is what stands
-    between two answers, or after the last.
+    token, or to its end. A later turn's prompt stands between two answers, or after
+    the last.
 
     Args:
         real_BT: True for tokens, False for padding.
@@ -76,14 +70,13 @@ def prompt_spans(
         answer_BT: True for tokens of answers; None if there are none.
         every: find the prompts of all turns, not the first turn's alone.
     """
-    if answer_BT is None:
-        inside_BT = real_BT
-    elif every:
+    inside_BT = real_BT
+    if answer_BT is not None and every:
         # a > b is a & ~b, as one operation.
         inside_BT = real_BT > answer_BT
         begins_BT = inside_BT > F.pad(inside_BT, (1, -1))
         starts_BT = begins_BT if starts_BT is None else begins_BT | starts_BT
-    else:
+    elif answer_BT is not None:
         inside_BT = real_BT & (count_in_sample(answer_BT, starts_BT) == 0)
     count_BT, start_BT, end_BT = _counts(inside_BT, starts_BT)
     return PromptSpans(inside_BT, count_BT - start_BT - 1, end_BT - start_BT)
@@ -104,8 +97,8 @@ def any_in_sample(mask_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
 def _counts(
     mask_BT: Tensor, starts_BT: Tensor | None
 ) -> tuple[Tensor, Tensor | int, Tensor]:
-    """Return a row's running counts: at each token, before the first of its sample, and
-    at the last."""
+    """Return a row's running counts: at each token, before its sample, and at the end
+    of its sample."""
     count_BT = mask_BT.cumsum(1)
     total_B1 = count_BT[:, -1:]
     if starts_BT is None:

@@ -7,7 +7,7 @@ what the generation prompt adds, tell where an answer begins and what ends it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -17,8 +17,7 @@ from axolotl_reft.prompts.turns import Turns
 
 # Any two of them that the tokenizer tells apart will do.
 _WORDS = ("yes", "no", "one", "two", "red", "blue", "a", "b", "c", "d")
-# How templates write special tokens.
-_MARK = re.compile(r"\s*(<[^<>\s]+>)")
+_UNCLEAR = "the turns of this chat template cannot be told apart: "
 
 
 def turn_markers(
@@ -49,7 +48,6 @@ def turn_markers(
         return list(
             tokenizer.apply_chat_template(
                 messages,
-                tokenize=True,
                 return_dict=False,
                 add_generation_prompt=generate,
                 chat_template=chat_template,
@@ -62,29 +60,28 @@ def turn_markers(
             "the tokenizer has no chat template, so it marks no turns; pass one, or "
             "leave out turn_markers for prompts of a single turn"
         )
-    x, y = _two_words(tokenizer)
     try:
-        return _find(render, x, y, tokenizer)
+        return _find(render, tokenizer)
     except ValueError:
         raise
     except Exception as error:  # templates raise errors of their own
         raise _unclear(f"it failed on a plain conversation: {error}") from error
 
 
-def _find(
-    render: Callable[..., list[int]], x: str, y: str, tokenizer: Any
-) -> dict[str, list]:
+def _find(render: Callable[..., list[int]], tokenizer: Any) -> dict[str, list]:
+    x, y = _two_words(tokenizer)
     one, other = render(x, x, x), render(x, y, x)
     content = _shared(one, other)
-    asked, prompted = render(x), render(x, generate=True)
+    prompted = render(x, generate=True)
     # A generation prompt may go on with what past answers do not have, such as the
     # beginning of a thought.
     begin = min(content, _shared(prompted, one))
-    marks = one[_shared(asked, prompted) : begin]
+    marks = one[_shared(render(x), prompted) : begin]
     if not marks:
         # What stands at the end of any question, as Mistral's [/INST] does.
-        elsewhere = _shared(render(y, generate=True), render(y, x, x))
-        marks = _ending(one[:begin], render(y, x, x)[:elsewhere])
+        longer = render(y, x, x)
+        elsewhere = _shared(render(y, generate=True), longer)
+        marks = _ending(one[:begin], longer[:elsewhere])
     if not marks:
         raise _unclear("no token stands between a question and its answer")
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -94,34 +91,18 @@ def _find(
         raise _without_end(tokenizer.decode(after))
     ends = sorted({end, tokenizer.eos_token_id} - {None})
     markers = {"generation_prompts": [marks], "end_of_turn": ends}
-    _check(render, x, y, markers, content - begin)
+    # The marks must find both answers of a conversation that goes on.
+    ids = render(x, y, y, x, x)
+    changed = render(x, x, y, x, x), render(x, y, y, y, x)
+    expected = [_shared(ids, other) - (content - begin) for other in changed]
+    answer_T = Turns.parse("every", markers).answers(torch.tensor([ids]))[0][0]
+    begins_T = answer_T[1:] > answer_T[:-1]
+    if (begins_T.nonzero().flatten() + 1).tolist() != expected:
+        raise _unclear("the same marks do not begin the answers of every turn")
     return markers
 
 
-def _check(
-    render: Callable[..., list[int]],
-    x: str,
-    y: str,
-    markers: dict[str, list],
-    early: int,
-) -> None:
-    """See that the marks find both answers of a conversation that goes on."""
-    ids = render(x, y, y, x, x)
-    expected = [
-        _shared(ids, render(x, x, y, x, x)),
-        _shared(ids, render(x, y, y, y, x)),
-    ]
-    answer_T = Turns.parse("every", markers).answers(torch.tensor([ids]))[0][0]
-    begins = [
-        column
-        for column in range(1, len(ids))
-        if answer_T[column] and not answer_T[column - 1]
-    ]
-    if begins != [column - early for column in expected]:
-        raise _unclear("the same marks do not begin the answers of every turn")
-
-
-def _two_words(tokenizer: Any) -> tuple[str, str]:
+def _two_words(tokenizer: Any) -> Sequence[str]:
     known: dict[tuple[int, ...], str] = {}
     for word in _WORDS:
         ids = tuple(tokenizer.encode(word, add_special_tokens=False))
@@ -129,43 +110,37 @@ def _two_words(tokenizer: Any) -> tuple[str, str]:
             known.setdefault(ids, word)
     if len(known) < 2:
         raise _unclear(f"its tokenizer knows no two words of {', '.join(_WORDS)}")
-    first, second, *_ = known.values()
-    return first, second
+    return list(known.values())[:2]
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
     """Count the ids that two sequences begin with alike."""
-    pairs: Iterable[tuple[int, int]] = zip(one, other, strict=False)
+    pairs = zip(one, other, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _ending(one: Sequence[int], other: Sequence[int]) -> list[int]:
-    """The ids that two sequences end with alike."""
-    count = _shared(one[::-1], other[::-1])
-    return list(one[len(one) - count :])
+    """Return the ids that two sequences end with alike."""
+    return list(one[len(one) - _shared(one[::-1], other[::-1]) :])
 
 
 def _without_end(after: str) -> ValueError:
-    """No special token ends an answer; the template may write one all the same.
-
-    Args:
-        after: what follows an answer.
-    """
-    mark = _MARK.match(after)
+    """No special token ends an answer; the template may write one, which the text
+    ``after`` an answer begins with."""
+    mark = re.match(r"\s*(<[^<>\s]+>)", after)
     if mark is None:
         return _unclear("no special token ends an answer")
     return ValueError(
-        "the turns of this chat template cannot be told apart: it ends answers with "
-        f"{mark[1]}, which this tokenizer does not have as one special token. Add it "
-        f"with special_tokens: {{eos_token: {mark[1]!r}}}, or under tokens:, and train "
-        "its embedding with loreft: modules_to_save: [embed_tokens, lm_head]; or take "
-        "a base whose tokenizer has it"
+        f"{_UNCLEAR}it ends answers with {mark[1]}, which this tokenizer does not have "
+        "as one special token. Add it with special_tokens: "
+        f"{{eos_token: {mark[1]!r}}}, or under tokens:, and train its embedding with "
+        "loreft: modules_to_save: [embed_tokens, lm_head]; or take a base whose "
+        "tokenizer has it"
     )
 
 
 def _unclear(reason: str) -> ValueError:
     return ValueError(
-        f"the turns of this chat template cannot be told apart: {reason}. Use a "
-        "template with a generation prompt and a special token at the end of answers, "
-        "such as chatml or llama3"
+        f"{_UNCLEAR}{reason}. Use a template with a generation prompt and a special "
+        "token at the end of answers, such as chatml or llama3"
     )

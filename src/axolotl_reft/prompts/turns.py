@@ -9,7 +9,7 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,6 @@ from axolotl_reft.prompts.spans import (
     count_in_sample,
     prompt_spans,
 )
-
-TURNS = ("every", "first")
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Turns:
         Raises:
             ValueError: they are not understood.
         """
-        if turns not in TURNS:
+        if turns not in ("every", "first"):
             raise ValueError(
                 f"turns: {shown(turns)} is unknown. Write turns: every to edit the "
                 "prompt of each turn of a conversation, or turns: first for the first "
@@ -59,20 +57,18 @@ class Turns:
         if markers is None:
             return cls(turns == "every")
         try:
-            (prompts, ends) = (
-                tuple(tuple(_ids(p)) for p in _list(markers["generation_prompts"])),
-                tuple(_ids(markers["end_of_turn"])),
-            )
+            prompts, ends = markers["generation_prompts"], markers["end_of_turn"]
+            valid = prompts and all(map(_are_ids, [*prompts, ends]))
         except (KeyError, TypeError):
-            prompts, ends = (), ()
-        if not prompts or not all(prompts) or not ends or len(markers) != 2:
+            valid = False
+        if not valid or len(markers) != 2:
             raise ValueError(
                 f"turn_markers: {shown(markers)} is not understood. It holds the "
                 "token ids of a chat template as generation_prompts (a list of lists) "
                 "and end_of_turn (a list), which axolotl_reft.turn_markers(tokenizer) "
                 "finds"
             )
-        return cls(turns == "every", prompts, ends)
+        return cls(turns == "every", tuple(map(tuple, prompts)), tuple(ends))
 
     def answers(
         self, ids_BT: Tensor, starts_BT: Tensor | None = None
@@ -89,7 +85,7 @@ class Turns:
             generation prompt in it. Of other samples nothing is known.
         """
         opens_BT = _ends_of(self.generation_prompts, ids_BT)
-        closes_BT = _ends_of(tuple((token,) for token in self.end_of_turn), ids_BT)
+        closes_BT = _ends_of([[token] for token in self.end_of_turn], ids_BT)
         number_BT = opens_BT.long().cumsum(1)
         closed_BT = (number_BT * closes_BT).cummax(1).values
         # Both as they stood before the token itself.
@@ -116,36 +112,24 @@ class Turns:
         """
         if ids_BT is not None and self.generation_prompts:
             marked_BT, found_BT = self.answers(ids_BT, starts_BT)
-            if answer_BT is None:
-                answer_BT = marked_BT
-            else:
-                answer_BT = marked_BT.where(found_BT, answer_BT)
+            if answer_BT is not None:
+                marked_BT = marked_BT.where(found_BT, answer_BT)
+            answer_BT = marked_BT
         return prompt_spans(real_BT, starts_BT, answer_BT, self.every)
 
 
-def _list(items: Any) -> list[Any]:
-    if not isinstance(items, (list, tuple)):
-        raise TypeError
-    return list(items)
+def _are_ids(ids: Any) -> bool:
+    """Whether these are token ids, one or more."""
+    is_list = isinstance(ids, (list, tuple)) and len(ids) > 0
+    return is_list and all(type(i) is int and 0 <= i < 2**31 for i in ids)
 
 
-def _ids(numbers: Any) -> list[int]:
-    numbers = _list(numbers)
-    if any(type(number) is not int or not 0 <= number < 2**31 for number in numbers):
-        raise TypeError
-    return numbers
-
-
-def _ends_of(sequences: tuple[tuple[int, ...], ...], ids_BT: Tensor) -> Tensor:
-    """True at the last token of each occurrence of one of the sequences."""
-    found_BT = ids_BT.new_zeros(ids_BT.shape, dtype=torch.bool)
-    width = ids_BT.shape[1]
-    for sequence in sequences:
-        count = width - len(sequence) + 1
-        if count < 1:
-            continue
-        match_BT = ids_BT[:, :count] == sequence[0]
-        for offset, token in enumerate(sequence[1:], start=1):
-            match_BT = match_BT & (ids_BT[:, offset : offset + count] == token)
-        found_BT = found_BT | F.pad(match_BT, (len(sequence) - 1, 0))
+def _ends_of(sequences: Sequence[Sequence[int]], ids_BT: Tensor) -> Tensor:
+    """Return True at the last token of each occurrence of one of the sequences."""
+    found_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    for first, *others in sequences:
+        match_BT = ids_BT == first
+        for token in others:
+            match_BT = F.pad(match_BT, (1, -1)) & (ids_BT == token)
+        found_BT = found_BT | match_BT
     return found_BT
