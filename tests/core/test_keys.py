@@ -1,6 +1,6 @@
 import pytest
 
-from axolotl_reft.core.keys import SavedKey, adapter_of, parse_saved_key
+from axolotl_reft.core.tensors import SavedKey, adapter_of, parse_saved_key
 
 
 @pytest.mark.parametrize(

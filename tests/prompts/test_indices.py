@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from axolotl_reft.prompts.indices import edit_indices, flat_indices
 from axolotl_reft.prompts.positions import Positions
-from axolotl_reft.prompts.spans import prompt_spans
+from axolotl_reft.prompts.spans import edit_indices, flat_indices, prompt_spans
 
 
 def test_indices_with_slots_are_those_that_counting_finds():

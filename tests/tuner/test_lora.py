@@ -305,7 +305,7 @@ def test_a_low_precision_base_keeps_it_in_float32(tokens):
 def test_weights_of_another_shape_are_refused(tmp_path):
     build_adapter(build_model(), lora=LORA).save_pretrained(tmp_path)
     wider = build_model(intermediate_size=80)
-    message = r"down_proj_A has shape \(3, 48\), but .* lora r 3 needs \(3, 80\); load"
+    message = r"down_proj_A has shape \(3, 48\), but .* model needs \(3, 80\); load"
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(wider, tmp_path)
 

@@ -1,8 +1,7 @@
 """The edit h + Pᵀ(Mh + b), on the stacked parameters of several interventions.
 
 All six kinds are this edit while their source is linear: P is R or W₂, and M is W − P,
-W, −P or nothing (``kinds.py``). Stacking the interventions of a model makes one
-computation of what would be one for each. Torch only.
+W, −P or nothing (``kinds.py``). Torch only.
 
 Shapes: K interventions, N rows, D hidden size, R rank.
 """
@@ -43,10 +42,9 @@ def projections(interventions: Sequence[Any]) -> Tensor:
     """Stack P (K, R, D), which is R or W₂, of interventions of one kind."""
     if not interventions[0].kind.has_rotation:
         return _stacked(interventions, "proj_weight")
+    bases = [module._buffers["rotation_base"] for module in interventions]
     vectors = [module._parameters["rotation"].float() for module in interventions]
-    return rotations(
-        vectors, [module._buffers["rotation_base"] for module in interventions]
-    )
+    return rotations(vectors, bases)
 
 
 def _stacked(interventions: Sequence[Any], name: str) -> Tensor:
@@ -67,7 +65,7 @@ def joint_rows(h_ND: Tensor, prefixes: int, stack: AffineStack) -> Tensor:
     of them by the first, the others by the second.
 
     For compiled graphs, whose time with few tokens is their number of kernels: one
-    product for both sides in the place of two, of which each row keeps its side's half.
+    product for both sides, of which each row keeps its side's half.
     """
     p_KD, b_K = stack.p_KRD.flatten(0, 1), stack.b_KR.flatten()
     source_NK = b_K.expand(h_ND.shape[0], -1)
@@ -80,11 +78,10 @@ def joint_rows(h_ND: Tensor, prefixes: int, stack: AffineStack) -> Tensor:
 
 
 class StackCache:
-    """Keeps a stack while the tensors that it was built from stay as they were.
+    """Keeps a stack while its tensors stay as they were; in eval mode, without grad.
 
-    In eval mode without gradients alone. torch's version counters show every change but
-    those through ``.data``; these are made in training, so a change of mode or a
-    gradient that is there builds the stack anew.
+    torch's version counters show every change but those through ``.data``; these are
+    made in training, so a change of mode or a gradient that is there builds it anew.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,10 @@
 """The six interventions, as leaf modules with O(dr) parameters.
 
-Each computes what pyreft's class of the same name computes, and is a subclass of it
-wherever pyreft is imported, so that the objects also run inside a ``pyreft.ReftModel``.
-What differs is how they are held: parameters directly on the module (``weight``,
-``bias``, ``rotation``, ``proj_weight``), an ordinary ``state_dict``, float32 whatever
-happens to the base model, and a compact rotation (``rotation.py``).
+Each computes what its class of pyreft does, and is a subclass of it wherever pyreft is
+imported, so that the objects also run inside a ``pyreft.ReftModel``. What differs is
+how they are held: parameters directly on the module (``weight``, ``bias``,
+``rotation``, ``proj_weight``), an ordinary ``state_dict``, float32 whatever happens to
+the base model, and a compact rotation (``rotation.py``).
 
 Shapes: N rows, D hidden size, R rank.
 """
@@ -24,9 +24,9 @@ from transformers.activations import ACT2FN
 
 from axolotl_reft.core.affine import StackCache, affine_rows
 from axolotl_reft.core.kinds import KINDS, InterventionKind
-from axolotl_reft.core.leaf import AdapterLeaf
 from axolotl_reft.core.pyreft_bases import extend_when_imported
 from axolotl_reft.core.rotation import random_base
+from axolotl_reft.core.tensors import AdapterLeaf
 
 
 class Intervention(AdapterLeaf):
@@ -34,26 +34,19 @@ class Intervention(AdapterLeaf):
 
     Args:
         embed_dim: hidden size D.
-        low_rank_dimension: rank R, at most D.
+        low_rank_dimension: rank R; ``ValueError`` above D.
         dropout: probability of zeroing an entry of the **whole** new hidden state, as
             pyreft does; not of the edit.
         act_fn: key of transformers' ``ACT2FN``; None is linear.
-
-    Raises:
-        ValueError: the rank is larger than the hidden size.
-
-    Attributes:
-        on_edit: called with the hidden states before and after each edit.
-        mode_changes: how often ``train`` or ``eval`` was called.
     """
 
     kind: InterventionKind
     act_fn: Callable[[Tensor], Tensor]
+    # Called with the hidden states before and after each edit.
     on_edit: Callable[[Tensor, Tensor], None] | None = None
-    mode_changes = 0
+    mode_changes = 0  # calls of train and eval
 
-    # pyreft overrides these with ones that ignore `destination`, and so save nothing
-    # from inside a parent module.
+    # pyreft's ignore `destination`, and so save nothing from inside a parent module.
     state_dict = nn.Module.state_dict
     load_state_dict = nn.Module.load_state_dict
 
@@ -79,7 +72,6 @@ class Intervention(AdapterLeaf):
             )
         nn.Module.__init__(self)
         self.hidden_size, self.rank = size, rank
-        self.made_for = f"hidden size {size}, rank {rank}"
         self.dropout_p = dropout
         # Not through nn.Module's setattr: activations are modules, and this is a leaf.
         self.__dict__["act_fn"] = ACT2FN[act_fn or "linear"]
@@ -116,10 +108,8 @@ class Intervention(AdapterLeaf):
     def forward(
         self, base: Tensor, source: object = None, subspaces: object = None
     ) -> Tensor:
-        """Return Φ(h) for hidden states ``base`` (…, D), in their dtype.
-
-        ``source`` and ``subspaces`` are pyvene's and not used, as in pyreft.
-        """
+        """Return Φ(h) for hidden states ``base`` (…, D), in their dtype; the other
+        arguments are pyvene's, and not used, as in pyreft."""
         with without_autocast(base.device):
             stack = self._cache.get([self])
             if not self.is_linear:

@@ -12,24 +12,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class InterventionKind:
-    """One kind of intervention: h + Pᵀ(f(Wh + b) − Ph), or part of it.
+    """One kind of intervention: h + Pᵀ(f(Wh + b) − Ph), or part of it."""
 
-    Attributes:
-        name: in the configuration.
-        pyreft_class: name of pyreft's class.
-        has_rotation: P is a rotation, held as ``rotation`` and ``rotation_base``;
-            otherwise it is the free matrix ``proj_weight``.
-        has_weight: Wh is in it, and with it the activation f.
-        subtracts: Ph is in it.
-        takes_dropout: pyreft's class applies dropout to the new hidden state.
-    """
-
-    name: str
+    name: str  # in the configuration
     pyreft_class: str
+    # P is ``rotation`` on ``rotation_base``; else the free matrix ``proj_weight``.
     has_rotation: bool = True
-    has_weight: bool = True
-    subtracts: bool = False
-    takes_dropout: bool = True
+    has_weight: bool = True  # Wh is in it, and with it the activation f
+    subtracts: bool = False  # Ph is in it
+    takes_dropout: bool = True  # pyreft's class does, of the new hidden state
 
     def expected_shapes(self, width: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor in an intervention's state dict."""

@@ -1,9 +1,8 @@
 """pyreft's intervention classes as bases of ours, from the moment pyreft is imported.
 
 Importing pyreft takes 1.2 s and brings in pandas, matplotlib and datasets, and
-training, saving and loading need none of it. So our classes are defined without pyreft,
-and get its classes as further bases when somebody imports it: ``isinstance`` then holds
-for objects that were made before as well.
+training, saving and loading need none of it. Once somebody imports it, ``isinstance``
+holds for objects that were made before as well.
 """
 
 from __future__ import annotations

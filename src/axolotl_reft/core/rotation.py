@@ -2,8 +2,8 @@
 
 Replaces ``torch.nn.utils.parametrizations.orthogonal``, which keeps a full d×d base,
 differentiates through ``householder_product`` (a thousand times slower on a CPU), and
-loses R altogether under weight decay. The map is the same one: with the same base and
-the same vectors, R and its gradient agree with torch's to rounding. Torch only.
+loses R under weight decay. The map is the same: of the same base and vectors, R and its
+gradient agree with torch's to rounding. Torch only.
 
 The products run in float64: float32 sums over a hidden size of 4096 left R up to 7e-6
 from orthonormal, float64 ones rounded at the end 3e-9 (4096×8, on a CPU); nor do TF32
@@ -38,21 +38,16 @@ def _diagonal(matrix: Tensor) -> Tensor:
 
 
 def _reflectors(vectors_RD: Tensor) -> Tensor:
-    """Y (R, D), the vectors of the reflections H₁H₂…H_R = I − Yᵀ T Y (compact WY form).
-
-    H_i reflects along row i of Y, which is zero left of the diagonal, one on it, and
-    ``vectors_RD`` right of it; what ``vectors_RD`` holds elsewhere is not used.
-    """
+    """Return Y (R, D) of the reflections H₁H₂…H_R = I − Yᵀ T Y (compact WY form): H_i
+    reflects along its row i, zero left of the diagonal, one on it, the vector right."""
     y_RD = _as_float64(vectors_RD).triu_(1)
     _diagonal(y_RD).fill_(1)
     return y_RD
 
 
 def _half_triangle(square_RR: Tensor) -> Tensor:
-    """The upper triangle with half of the diagonal; the map is its own derivative.
-
-    Of YYᵀ it is T⁻¹ (Puglisi 1992; Joffrain et al. 2006).
-    """
+    """Return the upper triangle with half of the diagonal, which of YYᵀ is T⁻¹ (Puglisi
+    1992; Joffrain et al. 2006); the map is its own derivative."""
     upper_RR = square_RR.triu()
     _diagonal(upper_RR).mul_(0.5)
     return upper_RR
@@ -82,9 +77,8 @@ def _rotate(
 
 
 class _Rotations(torch.autograd.Function):
-    """R = B·Q(X) for several X, and its derivative, in two dozen operations; autograd's
-    record of the same steps takes nearly three times as many, and keeps every product.
-    """
+    """R = B·Q(X) for several X, and its derivative, in two dozen operations: a third of
+    autograd's for the same steps, which also keep every product."""
 
     @staticmethod
     def forward(ctx: Any, bases: Sequence[Tensor], *vectors: Tensor) -> Tensor:
@@ -121,8 +115,7 @@ def rotations(vectors: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
     """Return :func:`rotation` of K vectors and bases of one shape, as rows (K, R, D).
 
     As rows, since their products with hidden states are up to five times faster on a
-    CPU than those of columns (hᵀs of 56×4096 and 56×8, float32: 50 µs as sᵀh, 240 as it
-    stands).
+    CPU than those of columns (56×4096 and 56×8, float32: 50 µs as sᵀh, 240 as hᵀs).
     """
     if not torch.is_grad_enabled():
         # A compiled Function of two vectors would lose its ctx here:
@@ -148,9 +141,7 @@ def compact_base(columns_DR: Tensor) -> Tensor:
     Below the diagonal, the Householder vectors of ``torch.geqrf``; on it, the signs
     ±1 that LAPACK leaves in its triangular factor. Nothing is lost for any orthonormal
     ``columns_DR``, so a trained R can become a base as well as a random one.
-
-    Raises:
-        ValueError: more columns than rows.
+    ``ValueError`` if there are more columns than rows.
     """
     size, rank = columns_DR.shape
     if size < rank:

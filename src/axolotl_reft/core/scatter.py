@@ -1,8 +1,8 @@
 """Some rows of a tensor replaced by functions of themselves, for one copy.
 
-The same as ``index_select``, ``index_copy`` and their derivatives, which would pass
-over the whole tensor three more times in backward: to clear the gradient where it was
-overwritten, to lay the new one out among zeros, and to add the two. Torch only.
+``index_select``, ``index_copy`` and their derivatives would pass over the whole tensor
+three more times in backward: to clear the gradient where it was overwritten, to lay the
+new one out among zeros, and to add the two. Torch only.
 
 Shapes: B batch, T tokens, S = B·T, N edited rows, D hidden size.
 """
@@ -20,13 +20,10 @@ class EditIndices:
     """Flat indices into S of the rows that each intervention of a layer edits.
 
     Args:
-        sides: one (N,) tensor for each intervention, no index twice.
+        sides: one (N,) tensor for each intervention, no index twice; ``all_N`` has them
+            one after the other, and ``sizes`` how many there are of each.
         may_be_unused: slots were reserved, and S itself, one past the end, marks those
             that are not used.
-
-    Attributes:
-        all_N: the rows of all interventions, one side after the other.
-        sizes: how many rows each intervention edits.
     """
 
     def __init__(self, sides: tuple[Tensor, ...], may_be_unused: bool = False) -> None:
@@ -47,12 +44,8 @@ def edit(
     indices: EditIndices,
     interventions: Sequence[Callable[[Tensor], Tensor]],
 ) -> Tensor:
-    """Return hidden states with the rows at ``indices`` replaced by their edits.
-
-    Args:
-        h_BTD: hidden states; not changed in place.
-        interventions: one for each side, called with (N, D); or one for all of them.
-    """
+    """Return hidden states with the rows (N, D) at ``indices`` replaced by their edits,
+    of one intervention for each side or one for all of them."""
     flat_SD = h_BTD.reshape(-1, h_BTD.shape[-1])
     where = indices.all_N.to(flat_SD.device), indices.may_be_unused
     rows_ND, rest_SD = _Take.apply(flat_SD, *where)

@@ -29,14 +29,9 @@ Sides = Sequence[tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
 class Workspace:
-    """The parameters of a stack by layer, and the rows of a forward and a backward.
-
-    Attributes:
-        keeps: gradients of the parameters will be asked for.
-        indices: the edited rows of each intervention; None for all rows.
-        taken_LND: the rows as they were.
-        sources_LNR: Mh + b.
-    """
+    """The parameters of a stack by layer, and the rows of a forward and a backward:
+    ``taken_LND`` as they were, ``sources_LNR`` with Mh + b of them. Where it ``keeps``
+    them, gradients of the parameters will be asked for."""
 
     def __init__(self, stack: AffineStack, layers: int) -> None:
         self.keeps = torch.is_grad_enabled() and any(
@@ -44,14 +39,9 @@ class Workspace:
         )
         self.layers, self.has_m = layers, stack.m_KRD is not None
         count, self.rank, self.width = stack.p_KRD.shape
-        parts = list(
-            zip(
-                *([None] * count if t is None else t.detach().unbind(0) for t in stack),
-                strict=True,
-            )
-        )
-        sides = count // layers
-        self.sides = [parts[at : at + sides] for at in range(0, count, sides)]
+        parts = [[None] * count if t is None else t.detach().unbind(0) for t in stack]
+        sides, every = count // layers, list(zip(*parts, strict=True))
+        self.sides = [every[at : at + sides] for at in range(0, count, sides)]
         self._new = Tensor.new_zeros if layers > 1 else Tensor.new_empty
         self._backward = -1
         self._grads: tuple[Tensor, Tensor] | None = None
@@ -79,8 +69,8 @@ class Workspace:
         backward = torch._C._current_graph_task_id()
         if self._grads is None or self._backward != backward:
             self._backward = backward
-            rows_LND = self._new(self.taken_LND, self.taken_LND.shape)
-            self._grads = rows_LND, self._new(self.sources_LNR, self.sources_LNR.shape)
+            taken, source = self.taken_LND, self.sources_LNR
+            self._grads = self._new(taken, taken.shape), self._new(source, source.shape)
         return self._grads
 
     def edit(self, h_SD: Tensor, layer: int) -> Tensor:
@@ -91,14 +81,14 @@ class Workspace:
         return self.add(h_SD, taken_ND, self.sources_LNR[layer], self.sides[layer])
 
     def edit_backward(
-        self, grad_SD: Tensor, layer: int, to_input: bool, to_parameters: bool
+        self, grad_SD: Tensor, layer: int, to_input: bool
     ) -> Tensor | None:
         """Return the gradient of a layer's hidden states; notes those of its rows."""
         grads_LND, grad_sources_LNR = self.grads()
         if self.indices is None:
             grads_LND = grad_SD.unsqueeze(0)
             self._grads = grads_LND, grad_sources_LNR
-        grad_ND = grads_LND[layer] if to_parameters else None
+        grad_ND = grads_LND[layer] if self.keeps else None
         sides = [(p, None, m if to_input else None) for m, _, p in self.sides[layer]]
         out_SD = self.add(grad_SD, grad_ND, grad_sources_LNR[layer], sides)
         return out_SD if to_input else None
@@ -109,10 +99,7 @@ class Workspace:
         """Return x + Pᵀ(Mx + b) in the edited rows, and x in the others.
 
         Backward, x is a gradient, and P, nothing and M are in the places of M, b and P.
-
-        Args:
-            taken_ND: where to put the rows as they were; None for nowhere.
-            source_NR: where to put Mx + b.
+        The rows of x go to ``taken_ND``, if it is given, and Mx + b to ``source_NR``.
         """
         rows_ND = x_SD
         if self.indices is not None:
@@ -132,9 +119,9 @@ class Workspace:
             return x_SD
         new_ND = edited[0] if len(edited) == 1 else torch.cat(edited)
         new_ND = new_ND.to(x_SD.dtype)
-        if self.indices is None:
-            return new_ND
-        return replace_rows(x_SD, new_ND, *self._where)
+        if self.indices is not None:
+            new_ND = replace_rows(x_SD, new_ND, *self._where)
+        return new_ND
 
     def parameter_gradients(self) -> tuple[Tensor | None, ...]:
         """Return the gradients of M (L·I, R, D), b (L·I, R) and P (L·I, R, D)."""
@@ -159,13 +146,8 @@ def _by_layer(sides: list[Tensor]) -> Tensor | None:
 
 
 class StackedEdits:
-    """The edits of L layers by the interventions of one stack, in one forward.
-
-    Args:
-        stack: of L·I interventions, layer by layer.
-        layers: L.
-        workspace: of torch's operations, or of a subclass with kernels.
-    """
+    """The edits of L layers in one forward, by a stack of L·I interventions, layer by
+    layer; the workspace is of torch's operations, or a subclass with kernels."""
 
     def __init__(
         self, stack: AffineStack, layers: int, workspace: type[Workspace] = Workspace
@@ -179,11 +161,8 @@ class StackedEdits:
         return self._like in (None, _like(h_BTD))
 
     def edit(self, layer: int, h_BTD: Tensor, indices: EditIndices | None) -> Tensor:
-        """Return the hidden states of a layer, from 0 to L − 1, edited; once for each.
-
-        Args:
-            indices: the same for all layers; None for every row.
-        """
+        """Return the hidden states of a layer, from 0 to L − 1, edited; once for each,
+        and at the same indices for all, or in every row."""
         if self._like is None:
             self._like = _like(h_BTD)
             self._workspace.open(h_BTD, indices)
@@ -221,19 +200,17 @@ class _EditLayer(torch.autograd.Function):
     ) -> Tensor:
         ctx.workspace, ctx.layer = workspace, layer
         with without_autocast(h_BTD.device):
-            out_SD = workspace.edit(h_BTD.reshape(-1, h_BTD.shape[-1]), layer)
+            out_SD = workspace.edit(h_BTD.flatten(0, -2), layer)
         # Not a view to autograd, which refuses changes in place to a Function's views.
         return torch.ops.aten._unsafe_view(out_SD, h_BTD.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
-        to_input, to_parameters, *_ = ctx.needs_input_grad
         with without_autocast(grad_BTD.device):
-            grad_SD = grad_BTD.reshape(-1, grad_BTD.shape[-1])
-            grad_SD = ctx.workspace.edit_backward(
-                grad_SD, ctx.layer, to_input, to_parameters
-            )
-        passed = None if grad_SD is None else grad_SD.view(grad_BTD.shape)
+            grad_SD, to_input = grad_BTD.flatten(0, -2), ctx.needs_input_grad[0]
+            passed = ctx.workspace.edit_backward(grad_SD, ctx.layer, to_input)
+        if passed is not None:
+            passed = passed.view(grad_BTD.shape)
         # None for the token: that there is one is what makes autograd go on to it.
         return passed, None, None, None

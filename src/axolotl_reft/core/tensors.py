@@ -1,23 +1,54 @@
-"""Checks of an adapter's tensors: all there, of their shapes, finite.
+"""An adapter's tensors: their keys, checks that all are there and finite, and the base
+of the modules that hold them.
+
+A key in a file is ``base_model.model.<path of the layers>.<layer>.<part>.<tensor>``,
+where the part is ``intv_0``, ``intv_1`` (the suffix's intervention, where untied) or
+``intv_lora``. In a model the adapter's name stands ahead of the tensor's.
 
 PEFT only warns of missing tensors, which would keep their random start. Torch only.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from axolotl_reft.core.keys import adapter_of
+_PART = r"intv_(?P<part>0|1|lora)"
+_SAVED = re.compile(rf"base_model\.model\.(.+)\.(\d+)\.{_PART}\.(\w+)")
+_IN_A_MODEL = re.compile(rf"\.{_PART}\.(?P<adapter>[^.]+)\.\w+$")
 
-# Put into paths by checkpointing, and taken out of those in a state dict.
+# In paths of checkpointed modules, and not in their state dicts.
 _CHECKPOINTED = "_checkpoint_wrapped_module."
-_REMEDY = (
-    "save the adapter again, or load another checkpoint, on the base model it was "
-    "trained on"
-)
+_REMEDY = "save the adapter again, or load another checkpoint, on the base it is for"
+
+
+class SavedKey(NamedTuple):
+    """A saved tensor's key: the path of the base model's list of layers, the layer's
+    number, the side (None for LoRA), and the tensor's name."""
+
+    layers: str
+    layer: int
+    side: int | None
+    tensor: str
+
+
+def parse_saved_key(key: str) -> SavedKey | None:
+    """Read a key of an adapter's file; None if it is not of an intervention or LoRA."""
+    if (match := _SAVED.fullmatch(key)) is None:
+        return None
+    layers, layer, part, tensor = match.groups()
+    side = None if part == "lora" else int(part)
+    return SavedKey(layers, int(layer), side, tensor)
+
+
+def adapter_of(key: str) -> str | None:
+    """Return the name of the adapter that a tensor of a model belongs to, if any."""
+    match = _IN_A_MODEL.search(key)
+    return match["adapter"] if match else None
 
 
 def check_values(key: str, tensor: Tensor, file: str = "the adapter") -> None:
@@ -35,11 +66,8 @@ def check_values(key: str, tensor: Tensor, file: str = "the adapter") -> None:
 def check_tensors(
     tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], file: str
 ) -> None:
-    """Check that ``tensors`` of ``file`` have the ``expected`` shapes, by name.
-
-    Raises:
-        ValueError: a tensor is missing, unexpected, of another shape, or not finite.
-    """
+    """Raise ``ValueError`` if a tensor of ``file`` is missing, unexpected, of another
+    shape than ``expected``, or not finite."""
     _check_names(tensors, expected, file)
     for name, shape in expected.items():
         if tensors[name].shape != shape:
@@ -51,15 +79,10 @@ def check_tensors(
 
 
 def check_complete(loaded: Collection[str], model: Iterable[str]) -> None:
-    """Check that a state dict has every tensor of an adapter, or none of them.
+    """Raise ``ValueError`` if the keys ``loaded`` are part of an adapter, or of none of
+    those that the ``model``'s parameters and buffers have.
 
-    Args:
-        loaded: keys of the state dict.
-        model: names of the model's parameters and buffers.
-
-    Raises:
-        ValueError: tensors are missing or unexpected, or the state dict is of no
-            adapter of the model, nor of a base model that has one.
+    Keys of a base model that has an adapter may come without it.
     """
     found = _by_adapter(loaded)
     expected = _by_adapter(name.replace(_CHECKPOINTED, "") for name in model)
@@ -83,3 +106,35 @@ def _by_adapter(keys: Iterable[str]) -> dict[str, set[str]]:
         if (adapter := adapter_of(key)) is not None:
             found[adapter].add(key)
     return found
+
+
+class AdapterLeaf(nn.Module):
+    """A module with its parameters directly on it, which stay in float32 under a cast,
+    and are checked when they are loaded."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def without_cast(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            return out if out.dtype == tensor.dtype else tensor.to(out.device)
+
+        return super()._apply(without_cast, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: object
+    ) -> None:
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            key = prefix + name
+            if (saved := state_dict.get(key)) is None:
+                continue
+            if saved.shape != tensor.shape:
+                raise ValueError(
+                    f"the adapter's {key} has shape {tuple(saved.shape)}, but this "
+                    f"base model needs {tuple(tensor.shape)}; load it on the base "
+                    "model it was trained on"
+                )
+            check_values(key, saved)
+            # FSDP2 loads with assign=True, and wraps what it hands over: a parameter
+            # would take the place of a buffer, and be trained.
+            if name in self._buffers and isinstance(saved, nn.Parameter):
+                state_dict[key] = saved.detach()
+        super()._load_from_state_dict(state_dict, prefix, *args)

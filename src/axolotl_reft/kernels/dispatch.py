@@ -15,7 +15,7 @@ import torch
 
 from axolotl_reft.core.stacked_edits import Workspace
 
-MOST_RANK = 32
+_MOST_RANK = 32
 
 
 def workspace_for(device: torch.device, rank: int) -> type[Workspace]:
@@ -23,7 +23,7 @@ def workspace_for(device: torch.device, rank: int) -> type[Workspace]:
     runs = device.type == "cuda" and torch.version.cuda is not None
     if device.type == "cpu":  # interpreted, as the tests have it
         runs = os.environ.get("TRITON_INTERPRET") == "1"
-    return (runs and rank <= MOST_RANK and _triton_workspace()) or Workspace
+    return (runs and rank <= _MOST_RANK and _triton_workspace()) or Workspace
 
 
 @cache
@@ -41,10 +41,8 @@ def _triton_workspace() -> type[Workspace] | None:
             driver.active.get_current_target()
     except Exception as error:
         warnings.warn(
-            f"LoReFT: Triton cannot run its kernels here ({error}); torch's operations "
-            "take their place, slower where a batch has few tokens. Triton usually "
-            "needs a C compiler; AXOLOTL_REFT_KERNELS=0 silences this",
-            UserWarning,
+            f"LoReFT: Triton cannot run its kernels here ({error}), so a step of few "
+            "tokens is slower. Install a C compiler, or set AXOLOTL_REFT_KERNELS=0",
             stacklevel=2,
         )
         return None

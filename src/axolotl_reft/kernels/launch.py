@@ -1,7 +1,6 @@
 """Launches of the kernels of ``edit.py``, in the place of torch's operations.
 
-Shapes: S tokens, L layers, I interventions of a layer, N edited rows of a layer, D
-hidden size, R rank.
+Shapes: as in ``core/stacked_edits.py``.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ _PRODUCTS = 8192
 # Up to so many, each row gets a multiprocessor of its own.
 _FEW_ROWS = 256
 _SMALLEST_DOT = 16
+# A kernel's grid, and its block sizes.
+_Launch = tuple[tuple[int, ...], dict[str, int]]
 
 
 class TritonWorkspace(Workspace):
@@ -56,13 +57,11 @@ class TritonWorkspace(Workspace):
 
     def parameter_gradients(self) -> tuple[Tensor | None, ...]:
         (grads_LND, grad_sources_LNR), self._grads = self.grads(), None
-        sides = len(self.rows)
-        grad_p = self.sources_LNR.new_empty(self.layers * sides, self.rank, self.width)
+        count, rank, width = self.layers * len(self.rows), self.rank, self.width
+        grad_p = self.sources_LNR.new_empty(count, rank, width)
         grad_m = torch.empty_like(grad_p) if self.has_m else grad_p
-        grad_b = self.sources_LNR.new_empty(self.layers * sides, self.rank)
-        blocks, launch_kwargs = by_columns(
-            self.rows, self.width, self.rank, self.layers
-        )
+        grad_b = self.sources_LNR.new_empty(count, rank)
+        blocks, launch_kwargs = by_columns(self.rows, width, rank, self.layers)
         with torch.cuda.device_of(grad_p):
             kernels.edit_weights_backward[blocks](
                 grads_LND, self.taken_LND, self.sources_LNR, grad_sources_LNR,
@@ -72,10 +71,8 @@ class TritonWorkspace(Workspace):
         return grad_m if self.has_m else None, grad_b, grad_p
 
 
-def by_rows(
-    rows: Sequence[int], width: int, rank: int
-) -> tuple[tuple[int, ...], dict[str, int]]:
-    """Return the grid and the block sizes of a kernel that goes by rows."""
+def by_rows(rows: Sequence[int], width: int, rank: int) -> _Launch:
+    """Return the launch of a kernel whose programs take all columns of a few rows."""
     several = 1 if sum(rows) <= _FEW_ROWS else 4
     padded = next_power_of_2(rank)
     block = min(_PRODUCTS // (padded * several), next_power_of_2(width))
@@ -83,13 +80,9 @@ def by_rows(
     return (blocks,), {"RP": padded, "ROWS": several, "BLOCK": block, "num_warps": 8}
 
 
-def by_columns(
-    rows: Sequence[int], width: int, rank: int, layers: int = 1
-) -> tuple[tuple[int, ...], dict[str, int]]:
-    """Return the same of the kernel whose programs take all rows of some columns."""
-    padded, most = (
-        max(next_power_of_2(count), _SMALLEST_DOT) for count in (rank, max(rows))
-    )
+def by_columns(rows: Sequence[int], width: int, rank: int, layers: int = 1) -> _Launch:
+    """Return the launch of the kernel whose programs take all rows of some columns."""
+    padded = max(next_power_of_2(rank), _SMALLEST_DOT)
+    several = min(max(next_power_of_2(max(rows)), _SMALLEST_DOT), 512 // padded)
     blocks = (-(-width // 64), len(rows), layers)
-    sizes = {"RP": padded, "ROWS": min(most, 512 // padded), "BLOCK": 64}
-    return blocks, sizes | {"num_warps": 4}
+    return blocks, {"RP": padded, "ROWS": several, "BLOCK": 64, "num_warps": 4}

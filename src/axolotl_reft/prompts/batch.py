@@ -58,11 +58,7 @@ def sample_starts(inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor |
 
 def real_tokens(mask: Any, shape: tuple[int, int], device: torch.device) -> Tensor:
     """Return True where there is a token, from a 2-D mask of 0 and 1, or of segment
-    numbers.
-
-    Raises:
-        ValueError: the mask has another shape.
-    """
+    numbers; ``ValueError`` for a mask of another shape."""
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device)
     got = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"

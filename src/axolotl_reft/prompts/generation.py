@@ -1,8 +1,7 @@
 """Tokens behind a cache, and the prompt that ``generate`` was given.
 
 A reused cache holds keys and values, not tokens. To find the prompts of a conversation
-that is played turn by turn, its tokens are remembered beside each cache, as long as the
-cache lives.
+that is played turn by turn, its tokens are remembered as long as the cache lives.
 
 Shapes: B batch, P columns handed to ``generate``, T tokens of this forward, W columns
 seen so far.
@@ -38,8 +37,8 @@ class Tokens(NamedTuple):
 
 
 class _Conversation:
-    """Tokens behind one cache. Those of forwards since are put together when somebody
-    asks: a decode step must not copy all before it."""
+    """Tokens behind one cache, put together when somebody asks: a decode step must not
+    copy all before it."""
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens, self._since = tokens, list[Tensor]()
@@ -76,8 +75,7 @@ class Conversations:
         self._by_cache[cache] = _Conversation(tokens)
 
     def note_forward(self, cache: Any, past: int, ids_BT: Tensor) -> None:
-        """Note that a forward outside ``generate`` put ``ids_BT`` after ``past``
-        columns."""
+        """Note a forward outside ``generate`` of ``ids_BT`` after ``past`` columns."""
         ids_BT = ids_BT.clone()  # the caller's may be a buffer
         if past == 0:
             self.note(cache, Tokens(ids_BT, torch.zeros_like(ids_BT, dtype=torch.bool)))
@@ -105,27 +103,16 @@ class Conversations:
 
 @dataclass
 class Generation:
-    """The input of a call of ``generate``, and its step under way.
+    """The input of a call of ``generate``, and its step under way."""
 
-    Attributes:
-        width: P, cached columns included.
-        ids_BP: the tokens; None for embeddings.
-        answer_BP: which of them were answers, so far as that is remembered.
-        continued: there is a filled cache.
-        omitted: cached columns that were not handed over again.
-        mask_BW: the 2-D attention mask of the step; None for all ones.
-        past: columns in the cache before the step, W - T.
-        is_decode_step: the step comes after the prompt.
-    """
-
-    width: int
-    ids_BP: Tensor | None
-    answer_BP: Tensor | None = None
-    continued: bool = False
-    omitted: int = 0
-    mask_BW: Tensor | None = None
-    past: int = 0
-    is_decode_step: bool = False
+    width: int  # P, cached columns included
+    ids_BP: Tensor | None  # None for embeddings
+    answer_BP: Tensor | None = None  # tokens of answers, so far as they are remembered
+    continued: bool = False  # on a filled cache
+    omitted: int = 0  # cached columns that were not handed over again
+    mask_BW: Tensor | None = None  # of the step, 2-D; None for all ones
+    past: int = 0  # columns in the cache before the step
+    is_decode_step: bool = False  # after the prompt
     _filled: int = 0
 
     def start(self, past: int) -> None:
@@ -166,18 +153,14 @@ class Generation:
 
     def step(
         self, turns: Turns, rows: int, tokens: int, device: torch.device
-    ) -> PromptSpans | None:
-        """Return the prompts in the T columns of one step; None for a decode step."""
-        if self.is_decode_step:
-            return None
+    ) -> PromptSpans:
+        """Return the prompts in the T columns of one step."""
         spans = self.prompts(turns, rows, device)
         return spans.columns(self.past, self.past + tokens)
 
     def cut(self, turns: Turns, past: int) -> int:
-        """Return how many of ``past`` cached columns can be kept for these prompts.
-
-        A cache that ends within a prompt was edited for another end of it.
-        """
+        """Return how many of ``past`` cached columns can be kept for these prompts: a
+        cache that ends within a prompt was edited for another end of it."""
         if self.ids_BP is None or past >= self.width:
             return past
         spans = self.prompts(turns, self.ids_BP.shape[0], self.ids_BP.device)
@@ -186,11 +169,8 @@ class Generation:
 
 
 def cut_back(cache: Any, past: int, keep: int, has_new_tokens_alone: bool) -> None:
-    """Drop the cached columns of a prompt that ended elsewhere then.
-
-    Raises:
-        ValueError: the cache cannot be cut, or the cut tokens are not handed over.
-    """
+    """Drop the cached columns of a prompt that ended elsewhere then; ``ValueError`` if
+    the cache cannot be cut, or the cut tokens are not handed over."""
     reason = f"its last {past - keep} tokens were not passed again"
     if not has_new_tokens_alone:
         try:

@@ -26,11 +26,7 @@ class Positions:
 
     @classmethod
     def parse(cls, text: str) -> Positions:
-        """Read ``f<n>``, ``l<n>``, ``f<n>+l<m>`` or ``all``.
-
-        Raises:
-            ValueError: ``text`` is none of these.
-        """
+        """Read ``f<n>``, ``l<n>``, ``f<n>+l<m>`` or ``all``; else ``ValueError``."""
         if text == "all":
             return cls(everywhere=True)
         match = _GRAMMAR.fullmatch(text) if text and isinstance(text, str) else None

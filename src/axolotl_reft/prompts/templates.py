@@ -17,13 +17,16 @@ from axolotl_reft.prompts.turns import Turns
 
 # Any two of them that the tokenizer tells apart will do.
 _WORDS = ("yes", "no", "one", "two", "red", "blue", "a", "b", "c", "d")
-_UNCLEAR = "the turns of this chat template cannot be told apart: "
+_REMEDY = (
+    "Use a template with a generation prompt and a special token at the end of "
+    "answers, such as chatml or llama3"
+)
 
 
 def turn_markers(
     tokenizer: Any, chat_template: str | None = None, **options: Any
 ) -> dict[str, list]:
-    """The token ids by which the turns of a conversation are told apart.
+    """Find the token ids by which the turns of a conversation are told apart.
 
     Args:
         tokenizer: of transformers.
@@ -35,8 +38,7 @@ def turn_markers(
         ids after which an answer begins, and ``end_of_turn``, those that end it.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or it does not mark turns by
-            tokens of their own.
+        ValueError: the tokenizer's chat template is missing, or marks no turns.
     """
 
     def render(*contents: str, generate: bool = False) -> list[int]:
@@ -45,47 +47,44 @@ def turn_markers(
             {"role": role, "content": content}
             for role, content in zip(roles, contents, strict=False)
         ]
-        return list(
-            tokenizer.apply_chat_template(
+        try:
+            return tokenizer.apply_chat_template(
                 messages,
+                tokenize=True,
                 return_dict=False,
                 add_generation_prompt=generate,
                 chat_template=chat_template,
                 **options,
             )
-        )
+        except Exception as error:  # templates raise errors of their own
+            raise _unclear(f"it failed on a plain conversation: {error}") from error
 
     if chat_template is None and not tokenizer.chat_template:
         raise ValueError(
             "the tokenizer has no chat template, so it marks no turns; pass one, or "
             "leave out turn_markers for prompts of a single turn"
         )
-    try:
-        return _find(render, tokenizer)
-    except ValueError:
-        raise
-    except Exception as error:  # templates raise errors of their own
-        raise _unclear(f"it failed on a plain conversation: {error}") from error
+    return _find(render, tokenizer)
 
 
 def _find(render: Callable[..., list[int]], tokenizer: Any) -> dict[str, list]:
     x, y = _two_words(tokenizer)
-    one, other = render(x, x, x), render(x, y, x)
-    content = _shared(one, other)
+    same, varied = render(x, x, x), render(x, y, x)
+    content = _shared(same, varied)
     prompted = render(x, generate=True)
     # A generation prompt may go on with what past answers do not have, such as the
     # beginning of a thought.
-    begin = min(content, _shared(prompted, one))
-    marks = one[_shared(render(x), prompted) : begin]
+    begin = min(content, _shared(prompted, same))
+    marks = same[_shared(render(x), prompted) : begin]
     if not marks:
         # What stands at the end of any question, as Mistral's [/INST] does.
         longer = render(y, x, x)
         elsewhere = _shared(render(y, generate=True), longer)
-        marks = _ending(one[:begin], longer[:elsewhere])
+        marks = _ending(same[:begin], longer[:elsewhere])
     if not marks:
         raise _unclear("no token stands between a question and its answer")
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    after = _ending(one[content:], other[content:])
+    after = _ending(same[content:], varied[content:])
     end = next((token for token in after if token in special), None)
     if end is None:
         raise _without_end(tokenizer.decode(after))
@@ -94,7 +93,7 @@ def _find(render: Callable[..., list[int]], tokenizer: Any) -> dict[str, list]:
     # The marks must find both answers of a conversation that goes on.
     ids = render(x, y, y, x, x)
     changed = render(x, x, y, x, x), render(x, y, y, y, x)
-    expected = [_shared(ids, other) - (content - begin) for other in changed]
+    expected = [_shared(ids, longer) - (content - begin) for longer in changed]
     answer_T = Turns.parse("every", markers).answers(torch.tensor([ids]))[0][0]
     begins_T = answer_T[1:] > answer_T[:-1]
     if (begins_T.nonzero().flatten() + 1).tolist() != expected:
@@ -113,34 +112,33 @@ def _two_words(tokenizer: Any) -> Sequence[str]:
     return list(known.values())[:2]
 
 
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     """Count the ids that two sequences begin with alike."""
-    pairs = zip(one, other, strict=False)
+    pairs = zip(a, b, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _ending(one: Sequence[int], other: Sequence[int]) -> list[int]:
+def _ending(a: Sequence[int], b: Sequence[int]) -> list[int]:
     """Return the ids that two sequences end with alike."""
-    return list(one[len(one) - _shared(one[::-1], other[::-1]) :])
+    return list(a[len(a) - _shared(a[::-1], b[::-1]) :])
 
 
 def _without_end(after: str) -> ValueError:
-    """No special token ends an answer; the template may write one, which the text
-    ``after`` an answer begins with."""
+    """No special token ends an answer; a template may have written one into ``after``,
+    the text behind it."""
     mark = re.match(r"\s*(<[^<>\s]+>)", after)
     if mark is None:
         return _unclear("no special token ends an answer")
-    return ValueError(
-        f"{_UNCLEAR}it ends answers with {mark[1]}, which this tokenizer does not have "
-        "as one special token. Add it with special_tokens: "
-        f"{{eos_token: {mark[1]!r}}}, or under tokens:, and train its embedding with "
-        "loreft: modules_to_save: [embed_tokens, lm_head]; or take a base whose "
-        "tokenizer has it"
+    return _unclear(
+        f"it ends answers with {mark[1]}, which this tokenizer does not have as one "
+        "special token",
+        f"Add it with special_tokens: {{eos_token: {mark[1]!r}}}, or under tokens:, "
+        "and train its embedding with loreft: modules_to_save: [embed_tokens, "
+        "lm_head]; or take a base whose tokenizer has it",
     )
 
 
-def _unclear(reason: str) -> ValueError:
+def _unclear(reason: str, remedy: str = _REMEDY) -> ValueError:
     return ValueError(
-        f"{_UNCLEAR}{reason}. Use a template with a generation prompt and a special "
-        "token at the end of answers, such as chatml or llama3"
+        f"the turns of this chat template cannot be told apart: {reason}. {remedy}"
     )

@@ -43,16 +43,12 @@ class Turns:
 
     @classmethod
     def parse(cls, turns: str, markers: Mapping[str, Any] | None = None) -> Turns:
-        """Read the adapter's settings ``turns`` and ``turn_markers``.
-
-        Raises:
-            ValueError: they are not understood.
-        """
+        """Read the adapter's settings ``turns`` and ``turn_markers``; ``ValueError`` if
+        they are not understood."""
         if turns not in ("every", "first"):
             raise ValueError(
                 f"turns: {shown(turns)} is unknown. Write turns: every to edit the "
-                "prompt of each turn of a conversation, or turns: first for the first "
-                "one's alone"
+                "prompt of each turn of a conversation, or turns: first"
             )
         if markers is None:
             return cls(turns == "every")
@@ -63,10 +59,9 @@ class Turns:
             valid = False
         if not valid or len(markers) != 2:
             raise ValueError(
-                f"turn_markers: {shown(markers)} is not understood. It holds the "
-                "token ids of a chat template as generation_prompts (a list of lists) "
-                "and end_of_turn (a list), which axolotl_reft.turn_markers(tokenizer) "
-                "finds"
+                f"turn_markers: {shown(markers)} is not understood. Write token ids as "
+                "generation_prompts (a list of lists) and end_of_turn (a list), which "
+                "axolotl_reft.turn_markers(tokenizer) finds"
             )
         return cls(turns == "every", tuple(map(tuple, prompts)), tuple(ends))
 
@@ -74,10 +69,6 @@ class Turns:
         self, ids_BT: Tensor, starts_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Read from the marks which tokens are answers.
-
-        Args:
-            ids_BT: token ids.
-            starts_BT: True where a packed sample begins; None for one sample a row.
 
         Returns:
             True for tokens of an answer: after a generation prompt, up to and with
@@ -102,14 +93,8 @@ class Turns:
         starts_BT: Tensor | None = None,
         answer_BT: Tensor | None = None,
     ) -> PromptSpans:
-        """Return the prompts of a batch: by the marks where a sample has them.
-
-        Args:
-            real_BT: True for tokens, False for padding.
-            ids_BT: token ids; None where only embeddings are known.
-            starts_BT: True where a packed sample begins; None for one sample a row.
-            answer_BT: what is otherwise known of answers, for samples without marks.
-        """
+        """Return the prompts of a batch (:func:`prompt_spans`): by the marks where a
+        sample has them, else by ``answer_BT``. Ids are None for embeddings."""
         if ids_BT is not None and self.generation_prompts:
             marked_BT, found_BT = self.answers(ids_BT, starts_BT)
             if answer_BT is not None:

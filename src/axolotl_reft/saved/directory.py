@@ -10,9 +10,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import load_file
 from torch import Tensor
 
-from axolotl_reft.core.keys import parse_saved_key
 from axolotl_reft.core.kinds import KINDS
-from axolotl_reft.core.tensors import check_tensors, check_values
+from axolotl_reft.core.tensors import check_tensors, check_values, parse_saved_key
 from axolotl_reft.prompts.positions import Positions
 from axolotl_reft.settings.components import as_wide_as_the_model
 from axolotl_reft.settings.format_version import NewerFormatError

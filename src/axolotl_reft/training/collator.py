@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from axolotl_reft.prompts.batch import labelled_spans
-from axolotl_reft.prompts.indices import edit_indices
+from axolotl_reft.prompts.spans import edit_indices
 from axolotl_reft.settings.spec import AdapterSpec
 from axolotl_reft.tuner.context import POSITIONS
 from axolotl_reft.tuner.model import hooks_of

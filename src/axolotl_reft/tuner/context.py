@@ -17,8 +17,7 @@ from torch import Tensor
 from axolotl_reft.core.affine import StackCache
 from axolotl_reft.core.scatter import EditIndices
 from axolotl_reft.prompts.generation import Generation
-from axolotl_reft.prompts.indices import edit_indices
-from axolotl_reft.prompts.spans import PromptSpans
+from axolotl_reft.prompts.spans import PromptSpans, edit_indices
 from axolotl_reft.prompts.turns import Turns
 from axolotl_reft.settings.spec import AdapterSpec
 from axolotl_reft.tuner.adapter_rows import AdapterRows

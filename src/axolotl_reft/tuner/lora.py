@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from axolotl_reft.core.leaf import AdapterLeaf
+from axolotl_reft.core.tensors import AdapterLeaf
 from axolotl_reft.errors import did_you_mean, shown
 from axolotl_reft.settings.lora import ALL_LINEAR
 from axolotl_reft.tuner.context import ForwardContext
@@ -41,7 +41,6 @@ class LayerLora(AdapterLeaf):
         self, sizes: Mapping[str, Sizes], r: int, alpha: float, dropout: float
     ) -> None:
         super().__init__()
-        self.made_for = f"lora r {r}"
         widest = max((size for both in sizes.values() for size in both), default=r)
         if r > widest:
             raise ValueError(
