@@ -57,8 +57,10 @@ class Workspace:
         # Zeros where a forward or a backward may leave some of the layers out; without
         # gradients the layers take turns in the room of one.
         rooms, rows = self.layers if self.keeps else 1, sum(self.rows)
-        sources = self._new(h_BTD, (rooms, rows, self.rank), dtype=torch.float32)
-        self.sources_LNR = sources.expand(self.layers, -1, -1)
+        shape = rooms, rows, self.rank
+        self.sources_LNR = self._new(h_BTD, shape, dtype=torch.float32)
+        if not self.keeps:
+            self.sources_LNR = self.sources_LNR.expand(self.layers, -1, -1)
         # All rows are the hidden states themselves, which their layer hands in.
         own_rows = rows if self.keeps and indices is not None else 0
         self.taken_LND = self._new(h_BTD, (rooms, own_rows, self.width))
@@ -127,10 +129,9 @@ class Workspace:
         """Return the gradients of M (L·I, R, D), b (L·I, R) and P (L·I, R, D)."""
         (grads_LND, grad_sources_LNR), self._grads = self.grads(), None
         rooms = self.taken_LND, self.sources_LNR, grads_LND, grad_sources_LNR
+        sides = zip(*[room.split(self.rows, 1) for room in rooms], strict=True)
         grad_m, grad_b, grad_p = [], [], []
-        for taken_LND, source_LNR, grad_LND, grad_source_LNR in zip(
-            *(room.split(self.rows, 1) for room in rooms), strict=True
-        ):
+        for taken_LND, source_LNR, grad_LND, grad_source_LNR in sides:
             if self.has_m:
                 grad_m.append(grad_source_LNR.mT @ taken_LND.float())
             grad_b.append(grad_source_LNR.sum(1))
