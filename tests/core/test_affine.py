@@ -5,10 +5,11 @@ import torch
 from torch.testing import assert_close
 
 from axolotl_reft.core.affine import (
+    AffineStack,
     StackCache,
     affine_rows,
     affine_stack,
-    joint_rows,
+    other_side,
     projections,
 )
 from axolotl_reft.core.interventions import INTERVENTION_CLASSES
@@ -49,8 +50,8 @@ def test_the_second_of_a_stack_edits_as_its_intervention(name):
 
     def edit(h_ND):
         stack = affine_stack(modules)
-        m_RD = None if stack.m_KRD is None else stack.m_KRD[1]
-        return affine_rows(h_ND, m_RD, stack.b_KR[1], stack.p_KRD[1])
+        m_KRD = None if stack.m_KRD is None else stack.m_KRD[1:]
+        return affine_rows(h_ND, AffineStack(m_KRD, stack.b_KR[1:], stack.p_KRD[1:]))
 
     got = step(edit, h_ND, modules[1:], weights_ND)
     expected = step(modules[1], h_ND, modules[1:], weights_ND)
@@ -64,7 +65,8 @@ def test_both_sides_in_one_product_are_those_of_each(name, prefixes):
     h_ND, weights_ND = torch.randn(2, 5, 12)
 
     def jointly(h_ND):
-        return joint_rows(h_ND, prefixes, affine_stack(modules))
+        mask_NK = other_side([prefixes, 5 - prefixes], 3, h_ND.device)
+        return affine_rows(h_ND, affine_stack(modules), mask_NK)
 
     got = step(jointly, h_ND, modules, weights_ND)
     expected = step(apart(modules, prefixes), h_ND, modules, weights_ND)

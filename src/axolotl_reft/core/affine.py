@@ -53,28 +53,27 @@ def _stacked(interventions: Sequence[Any], name: str) -> Tensor:
     return torch.stack([module._parameters[name] for module in interventions]).float()
 
 
-def affine_rows(h_ND: Tensor, m_RD: Tensor | None, b_R: Tensor, p_RD: Tensor) -> Tensor:
-    """Return h + Pᵀ(Mh + b) for rows in float32, of one intervention."""
-    if m_RD is None:
-        return h_ND + b_R @ p_RD
-    return torch.addmm(h_ND, F.linear(h_ND, m_RD, b_R), p_RD)
-
-
-def joint_rows(h_ND: Tensor, prefixes: int, stack: AffineStack) -> Tensor:
-    """Edit rows in float32 by the two interventions of a stack: the first ``prefixes``
-    of them by the first, the others by the second.
-
-    For compiled graphs, whose time with few tokens is their number of kernels: one
-    product for both sides, of which each row keeps its side's half.
-    """
+def affine_rows(
+    h_ND: Tensor, stack: AffineStack, other_side_NK: Tensor | None = None
+) -> Tensor:
+    """Return h + Pᵀ(Mh + b) for rows in float32, by the interventions of one layer: one
+    product for both, of which a row keeps its side's part (:func:`other_side`)."""
     p_KD, b_K = stack.p_KRD.flatten(0, 1), stack.b_KR.flatten()
     source_NK = b_K.expand(h_ND.shape[0], -1)
     if stack.m_KRD is not None:
         source_NK = F.linear(h_ND, stack.m_KRD.flatten(0, 1), b_K)
-    rows_N1 = torch.arange(h_ND.shape[0], device=h_ND.device).unsqueeze(1)
-    columns_K = torch.arange(b_K.shape[0], device=h_ND.device)
-    is_own_side_NK = (rows_N1 < prefixes) ^ (columns_K >= stack.b_KR.shape[1])
-    return torch.addmm(h_ND, source_NK.where(is_own_side_NK, 0), p_KD)
+    if other_side_NK is not None:
+        source_NK = source_NK.masked_fill(other_side_NK, 0)
+    return torch.addmm(h_ND, source_NK, p_KD)
+
+
+def other_side(rows: Sequence[int], rank: int, device: torch.device) -> Tensor | None:
+    """Return which sources (N, 2R) of each row are the other intervention's, where
+    ``rows`` of one side and of the other lie behind each other; None for one side."""
+    if len(rows) == 1:
+        return None
+    rows_N1 = torch.arange(sum(rows), device=device).unsqueeze(1)
+    return (rows_N1 < rows[0]) ^ (torch.arange(2 * rank, device=device) < rank)
 
 
 class StackCache:

@@ -114,9 +114,8 @@ class Intervention(AdapterLeaf):
             stack = self._cache.get([self])
             if not self.is_linear:
                 return self.edit(base, stack.p_KRD[0])
-            m_RD = None if stack.m_KRD is None else stack.m_KRD[0]
             h_ND = base.float().reshape(-1, base.shape[-1])
-            new_ND = affine_rows(h_ND, m_RD, stack.b_KR[0], stack.p_KRD[0])
+            new_ND = affine_rows(h_ND, stack)
         return self._finished(base, new_ND)
 
     def edit(self, base: Tensor, p_RD: Tensor) -> Tensor:
@@ -214,6 +213,6 @@ extend_when_imported({c.kind.pyreft_class: c for c in INTERVENTION_CLASSES.value
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Compute in float32 inside autocast too."""
     # The meta device has no autocast; a forward is checked there without parameters.
-    if device.type == "meta":
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

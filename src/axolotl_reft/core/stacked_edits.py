@@ -13,25 +13,26 @@ each for prefix and suffix), N edited rows of a layer, D hidden size, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from axolotl_reft.core.affine import AffineStack
+from axolotl_reft.core.affine import AffineStack, other_side
 from axolotl_reft.core.interventions import without_autocast
 from axolotl_reft.core.scatter import EditIndices, replace_rows, rows_at
-
-# M, b and P of each intervention of a layer; None for what is not there.
-Sides = Sequence[tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
 class Workspace:
     """The parameters of a stack by layer, and the rows of a forward and a backward:
-    ``taken_LND`` as they were, ``sources_LNR`` with Mh + b of them. Where it ``keeps``
-    them, gradients of the parameters will be asked for."""
+    ``taken_LND`` as they were, ``sources_LNK`` with Mh + b of them. Where it ``keeps``
+    them, gradients of the parameters will be asked for.
+
+    The interventions of a layer are one edit with K = I·R sources, of which a row keeps
+    those of its side: one product of twice the rank takes less time than two.
+    """
 
     def __init__(self, stack: AffineStack, layers: int) -> None:
         self.keeps = torch.is_grad_enabled() and any(
@@ -39,9 +40,14 @@ class Workspace:
         )
         self.layers, self.has_m = layers, stack.m_KRD is not None
         count, self.rank, self.width = stack.p_KRD.shape
-        parts = [[None] * count if t is None else t.detach().unbind(0) for t in stack]
-        sides, every = count // layers, list(zip(*parts, strict=True))
-        self.sides = [every[at : at + sides] for at in range(0, count, sides)]
+        self.kept_sources = count // layers * self.rank
+        m_LKD, b_LK, p_LKD = (
+            [None] * layers
+            if tensor is None
+            else tensor.detach().unflatten(0, (layers, -1)).flatten(1, 2).unbind(0)
+            for tensor in stack
+        )
+        self.stack = list(zip(m_LKD, b_LK, p_LKD, strict=True))
         self._new = Tensor.new_zeros if layers > 1 else Tensor.new_empty
         self._backward = -1
         self._grads: tuple[Tensor, Tensor] | None = None
@@ -57,21 +63,25 @@ class Workspace:
         # Zeros where a forward or a backward may leave some of the layers out; without
         # gradients the layers take turns in the room of one.
         rooms, rows = self.layers if self.keeps else 1, sum(self.rows)
-        shape = rooms, rows, self.rank
-        self.sources_LNR = self._new(h_BTD, shape, dtype=torch.float32)
-        if not self.keeps:
-            self.sources_LNR = self.sources_LNR.expand(self.layers, -1, -1)
+        sources = self._new(
+            h_BTD, (rooms, rows, self.kept_sources), dtype=torch.float32
+        )
+        self.sources_LNK = sources.expand(self.layers, -1, -1)
         # All rows are the hidden states themselves, which their layer hands in.
         own_rows = rows if self.keeps and indices is not None else 0
         self.taken_LND = self._new(h_BTD, (rooms, own_rows, self.width))
 
+    @cached_property
+    def _other_side_NK(self) -> Tensor | None:
+        return other_side(self.rows, self.rank, self.sources_LNK.device)
+
     def grads(self) -> tuple[Tensor, Tensor]:
         """Return the room for this backward's gradients of the rows (L, N, D), and of
-        their sources (L, N, R)."""
+        their sources (L, N, K)."""
         backward = torch._C._current_graph_task_id()
         if self._grads is None or self._backward != backward:
             self._backward = backward
-            taken, source = self.taken_LND, self.sources_LNR
+            taken, source = self.taken_LND, self.sources_LNK
             self._grads = self._new(taken, taken.shape), self._new(source, source.shape)
         return self._grads
 
@@ -80,70 +90,66 @@ class Workspace:
         if self.indices is None:
             self.taken_LND = h_SD.unsqueeze(0)
         taken_ND = self.taken_LND[layer] if self.keeps else None
-        return self.add(h_SD, taken_ND, self.sources_LNR[layer], self.sides[layer])
+        return self.add(h_SD, taken_ND, self.sources_LNK[layer], *self.stack[layer])
 
     def edit_backward(
         self, grad_SD: Tensor, layer: int, to_input: bool
     ) -> Tensor | None:
         """Return the gradient of a layer's hidden states; notes those of its rows."""
-        grads_LND, grad_sources_LNR = self.grads()
+        grads_LND, grad_sources_LNK = self.grads()
         if self.indices is None:
             grads_LND = grad_SD.unsqueeze(0)
-            self._grads = grads_LND, grad_sources_LNR
+            self._grads = grads_LND, grad_sources_LNK
         grad_ND = grads_LND[layer] if self.keeps else None
-        sides = [(p, None, m if to_input else None) for m, _, p in self.sides[layer]]
-        out_SD = self.add(grad_SD, grad_ND, grad_sources_LNR[layer], sides)
+        m_KD, _, p_KD = self.stack[layer]
+        back = p_KD, None, m_KD if to_input else None
+        out_SD = self.add(grad_SD, grad_ND, grad_sources_LNK[layer], *back)
         return out_SD if to_input else None
 
     def add(
-        self, x_SD: Tensor, taken_ND: Tensor | None, source_NR: Tensor, sides: Sides
+        self,
+        x_SD: Tensor,
+        taken_ND: Tensor | None,
+        source_NK: Tensor,
+        m_KD: Tensor | None,
+        b_K: Tensor | None,
+        p_KD: Tensor | None,
     ) -> Tensor:
         """Return x + Pᵀ(Mx + b) in the edited rows, and x in the others.
 
         Backward, x is a gradient, and P, nothing and M are in the places of M, b and P.
-        The rows of x go to ``taken_ND``, if it is given, and Mx + b to ``source_NR``.
+        The rows of x go to ``taken_ND``, if it is given, and Mx + b to ``source_NK``.
         """
         rows_ND = x_SD
         if self.indices is not None:
             rows_ND = rows_at(x_SD, *self._where, out=taken_ND)
-        parts = rows_ND.float().split(self.rows), source_NR.split(self.rows)
-        edited = []
-        for x_ND, to_NR, (m_RD, b_R, p_RD) in zip(*parts, sides, strict=True):
-            if m_RD is not None and b_R is not None:
-                torch.addmm(b_R, x_ND, m_RD.T, out=to_NR)
-            elif m_RD is not None:
-                torch.mm(x_ND, m_RD.T, out=to_NR)
-            elif b_R is not None:
-                to_NR.copy_(b_R)
-            if p_RD is not None:
-                edited.append(torch.addmm(x_ND, to_NR, p_RD))
-        if not edited:
+        rows_ND = rows_ND.float()
+        if m_KD is not None and b_K is not None:
+            torch.addmm(b_K, rows_ND, m_KD.T, out=source_NK)
+        elif m_KD is not None:
+            torch.mm(rows_ND, m_KD.T, out=source_NK)
+        elif b_K is not None:
+            source_NK.copy_(b_K)
+        if self._other_side_NK is not None:
+            source_NK.masked_fill_(self._other_side_NK, 0)
+        if p_KD is None:
             return x_SD
-        new_ND = edited[0] if len(edited) == 1 else torch.cat(edited)
-        new_ND = new_ND.to(x_SD.dtype)
+        new_ND = torch.addmm(rows_ND, source_NK, p_KD).to(x_SD.dtype)
         if self.indices is not None:
             new_ND = replace_rows(x_SD, new_ND, *self._where)
         return new_ND
 
     def parameter_gradients(self) -> tuple[Tensor | None, ...]:
         """Return the gradients of M (L·I, R, D), b (L·I, R) and P (L·I, R, D)."""
-        (grads_LND, grad_sources_LNR), self._grads = self.grads(), None
-        rooms = self.taken_LND, self.sources_LNR, grads_LND, grad_sources_LNR
-        sides = zip(*[room.split(self.rows, 1) for room in rooms], strict=True)
-        grad_m, grad_b, grad_p = [], [], []
-        for taken_LND, source_LNR, grad_LND, grad_source_LNR in sides:
-            if self.has_m:
-                grad_m.append(grad_source_LNR.mT @ taken_LND.float())
-            grad_b.append(grad_source_LNR.sum(1))
-            grad_p.append(source_LNR.mT @ grad_LND.float())
-        return _by_layer(grad_m), _by_layer(grad_b), _by_layer(grad_p)
-
-
-def _by_layer(sides: list[Tensor]) -> Tensor | None:
-    """Lay tensors (L, …) of each side out as (L·I, …)."""
-    if len(sides) < 2:
-        return sides[0] if sides else None
-    return torch.stack(sides, 1).flatten(0, 1)
+        (grads_LND, grad_sources_LNK), self._grads = self.grads(), None
+        grad_m = grad_sources_LNK.mT @ self.taken_LND.float() if self.has_m else None
+        grad_p = self.sources_LNK.mT @ grads_LND.float()
+        each = grad_m, grad_sources_LNK.sum(1), grad_p
+        sizes = -1, self.rank
+        return tuple(
+            None if grad is None else grad.unflatten(1, sizes).flatten(0, 1)
+            for grad in each
+        )
 
 
 class StackedEdits:
@@ -188,7 +194,7 @@ class _Parameters(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        with without_autocast(ctx.workspace.sources_LNR.device):
+        with without_autocast(ctx.workspace.sources_LNK.device):
             return None, *ctx.workspace.parameter_gradients()
 
 

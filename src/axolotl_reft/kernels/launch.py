@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from triton import next_power_of_2  # type: ignore[import-untyped]
 
+from axolotl_reft.core.affine import AffineStack
 from axolotl_reft.core.scatter import EditIndices
-from axolotl_reft.core.stacked_edits import Sides, Workspace
+from axolotl_reft.core.stacked_edits import Workspace
 from axolotl_reft.kernels import edit as kernels
 
 # A kernel's registers hold this many products at once, and so few rows and ranks.
@@ -28,6 +29,10 @@ class TritonWorkspace(Workspace):
     """Edits and differentiates by Triton's kernels: a copy and a launch for each layer
     and direction, and a launch for the parameters of all layers."""
 
+    def __init__(self, stack: AffineStack, layers: int) -> None:
+        super().__init__(stack, layers)
+        self.kept_sources = self.rank  # a row's are of its side alone
+
     def open(self, h_BTD: Tensor, indices: EditIndices | None) -> None:
         assert indices is not None, "all rows are edited by torch's operations"
         super().open(h_BTD, indices)
@@ -37,34 +42,38 @@ class TritonWorkspace(Workspace):
         self.blocks, self.launch_kwargs = by_rows(self.rows, self.width, self.rank)
 
     def add(
-        self, x_SD: Tensor, taken_ND: Tensor | None, source_NR: Tensor, sides: Sides
+        self,
+        x_SD: Tensor,
+        taken_ND: Tensor | None,
+        source_NK: Tensor,
+        m_KD: Tensor | None,
+        b_K: Tensor | None,
+        p_KD: Tensor | None,
     ) -> Tensor:
         x_SD = x_SD.contiguous()
-        # Those of the second side lie behind those of the first, as they were stacked.
-        m_RD, b_R, p_RD = sides[0]
-        out_SD = x_SD if p_RD is None else x_SD.clone()
+        out_SD = x_SD if p_KD is None else x_SD.clone()
         if any(self.rows):
             # In the place of None, a tensor that the kernel does not read.
-            given = [x_SD if t is None else t for t in (taken_ND, m_RD, b_R, p_RD)]
+            given = [x_SD if t is None else t for t in (taken_ND, m_KD, b_K, p_KD)]
             with torch.cuda.device_of(x_SD):  # else Triton takes the current one
                 kernels.edit_rows[self.blocks](
-                    x_SD, out_SD, source_NR, self.index_N, *given, *self.counts,
-                    self.tokens, HAS_M=m_RD is not None, HAS_B=b_R is not None,
-                    HAS_P=p_RD is not None, KEEP=taken_ND is not None,
+                    x_SD, out_SD, source_NK, self.index_N, *given, *self.counts,
+                    self.tokens, HAS_M=m_KD is not None, HAS_B=b_K is not None,
+                    HAS_P=p_KD is not None, KEEP=taken_ND is not None,
                     **self.sizes, **self.launch_kwargs,
                 )  # fmt: skip
         return out_SD
 
     def parameter_gradients(self) -> tuple[Tensor | None, ...]:
-        (grads_LND, grad_sources_LNR), self._grads = self.grads(), None
+        (grads_LND, grad_sources_LNK), self._grads = self.grads(), None
         count, rank, width = self.layers * len(self.rows), self.rank, self.width
-        grad_p = self.sources_LNR.new_empty(count, rank, width)
+        grad_p = self.sources_LNK.new_empty(count, rank, width)
         grad_m = torch.empty_like(grad_p) if self.has_m else grad_p
-        grad_b = self.sources_LNR.new_empty(count, rank)
+        grad_b = self.sources_LNK.new_empty(count, rank)
         blocks, launch_kwargs = by_columns(self.rows, width, rank, self.layers)
         with torch.cuda.device_of(grad_p):
             kernels.edit_weights_backward[blocks](
-                grads_LND, self.taken_LND, self.sources_LNR, grad_sources_LNR,
+                grads_LND, self.taken_LND, self.sources_LNK, grad_sources_LNK,
                 grad_m, grad_b, grad_p, *self.counts, HAS_M=self.has_m,
                 **self.sizes, **launch_kwargs,
             )  # fmt: skip

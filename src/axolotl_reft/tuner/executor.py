@@ -24,7 +24,7 @@ from axolotl_reft.core.affine import (
     StackCache,
     affine_rows,
     affine_stack,
-    joint_rows,
+    other_side,
     projections,
 )
 from axolotl_reft.core.interventions import without_autocast
@@ -107,16 +107,13 @@ def _edit_in_graph(
     stack: AffineStack, h_BTD: Tensor, indices: EditIndices | None
 ) -> Tensor:
     """Edit by operations that a compiler sees."""
-    m_KRD = stack.m_KRD
 
     def edit_rows(h_ND: Tensor) -> Tensor:
+        sizes = [len(h_ND)] if indices is None else indices.sizes
         with without_autocast(h_ND.device):
-            if len(stack.b_KR) == 2:
-                prefixes = indices.sizes[0] if indices is not None else 0
-                return joint_rows(h_ND.float(), prefixes, stack).to(h_ND.dtype)
-            m_RD = None if m_KRD is None else m_KRD[0]
+            masked_NK = other_side(sizes, stack.b_KR.shape[1], h_ND.device)
             rows_ND = h_ND.float().reshape(-1, h_ND.shape[-1])
-            new_ND = affine_rows(rows_ND, m_RD, stack.b_KR[0], stack.p_KRD[0])
+            new_ND = affine_rows(rows_ND, stack, masked_NK)
             return new_ND.view(h_ND.shape).to(h_ND.dtype)
 
     return edit_rows(h_BTD) if indices is None else edit(h_BTD, indices, [edit_rows])
