@@ -9,7 +9,8 @@ from conftest import build_adapter, build_model
 
 from axolotl_reft import from_pyreft, to_pyreft
 from axolotl_reft.exchange import install
-from axolotl_reft.exchange.directory import export_adapter, import_adapter
+from axolotl_reft.exchange.directory import export_adapter
+from axolotl_reft.exchange.live import import_adapter
 
 COMMANDS = (
     "pip install --no-deps pyreft==0.1.0",
@@ -28,23 +29,22 @@ def refused(call, reason):
 
 
 def test_the_right_one_is_found():
-    install.check_pyreft()
     assert install.import_pyreft() is pyreft
 
 
 def test_missing(monkeypatch):
     monkeypatch.setattr(install, "version", missing)
-    refused(install.check_pyreft, "needs pyreft 0.1.0, and it is not installed")
+    refused(install.import_pyreft, "needs pyreft 0.1.0, and it is not installed")
 
 
 def test_another_version(monkeypatch):
     monkeypatch.setattr(install, "version", lambda name: "0.0.2")
-    refused(install.check_pyreft, "version 0.0.2 is installed")
+    refused(install.import_pyreft, "version 0.0.2 is installed")
 
 
 def test_without_pyvene(monkeypatch):
     monkeypatch.setattr(install, "find_spec", lambda name: None)
-    refused(install.check_pyreft, "pyvene, which it is built on, is not installed")
+    refused(install.import_pyreft, "pyvene, which it is built on, is not installed")
 
 
 def test_one_that_cannot_be_imported(monkeypatch):

@@ -10,36 +10,21 @@ from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from io import StringIO
-from typing import Any
+from types import ModuleType
 
 PYREFT_VERSION = "0.1.0"
 INSTALL_COMMAND = f"pip install --no-deps pyreft=={PYREFT_VERSION}"
-INSTALL_PYVENE = "pip install 'pyvene>=0.1.8,<0.2'"
 
 
-def check_pyreft() -> None:
-    """Check that pyreft and pyvene are installed, without the seconds of an import.
-
-    Raises:
-        ValueError: pyreft or pyvene is missing, or pyreft has another version.
-    """
+def import_pyreft() -> ModuleType:
+    """Import pyreft, or raise ValueError that says what to install."""
     try:
-        found = version("pyreft")
+        if (found := version("pyreft")) != PYREFT_VERSION:
+            raise _unusable(f"version {found} is installed")
     except PackageNotFoundError:
         raise _unusable("it is not installed") from None
-    if found != PYREFT_VERSION:
-        raise _unusable(f"version {found} is installed")
     if find_spec("pyvene") is None:
         raise _unusable("pyvene, which it is built on, is not installed")
-
-
-def import_pyreft() -> Any:
-    """Import pyreft and return it.
-
-    Raises:
-        ValueError: it is missing, of another version, or cannot be imported.
-    """
-    check_pyreft()
     try:
         # pyvene prints what it would like to have installed.
         with redirect_stdout(StringIO()):
@@ -53,5 +38,5 @@ def _unusable(reason: str) -> ValueError:
     return ValueError(
         f"exchange with pyreft needs pyreft {PYREFT_VERSION}, and {reason}. Install it "
         "without its dependencies, whose pins contradict axolotl's, and pyvene:\n\n"
-        f"    {INSTALL_COMMAND}\n    {INSTALL_PYVENE}\n"
+        f"    {INSTALL_COMMAND}\n    pip install 'pyvene>=0.1.8,<0.2'\n"
     )

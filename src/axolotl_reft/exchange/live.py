@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
-from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
-from transformers import PreTrainedModel
+from peft.utils import CONFIG_NAME, TaskType
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from axolotl_reft.core.kinds import KINDS
+from axolotl_reft.exchange.directory import new_directory, refuse_lora, write_directory
 from axolotl_reft.exchange.install import import_pyreft
-from axolotl_reft.exchange.read import read_directory
-from axolotl_reft.exchange.write import new_directory, refuse_lora, write_directory
+from axolotl_reft.exchange.read import read_interventions
+from axolotl_reft.prompts.positions import Positions
+from axolotl_reft.saved.directory import read_adapter_config
 from axolotl_reft.settings.components import to_pyreft_name
 from axolotl_reft.tuner.config import LoreftConfig
-from axolotl_reft.tuner.layer import LoreftDecoderLayer
 from axolotl_reft.tuner.model import find_decoder_layers
+from axolotl_reft.tuner.walk import interventions_of
 
 if TYPE_CHECKING:
     import pyreft
@@ -28,22 +30,20 @@ if TYPE_CHECKING:
 def to_pyreft(peft_model: PeftModel) -> pyreft.ReftModel:
     """Build a ``pyreft.ReftModel`` that computes what ``peft_model`` does.
 
-    Its interventions are the adapter's own objects, and its base model's weights those
-    of the adapter's base: training or changing either changes both. Its modules are
-    copies, because pyvene removes every hook of a model that it runs. As always with
-    pyreft, the positions are the caller's to pass, as ``unit_locations``. What its
-    ``save`` writes is what ``axolotl reft export`` does.
+    It shares the adapter's interventions and the base's weights: training or changing
+    either changes both. Its modules are copies, because pyvene removes every hook of a
+    model that it runs. Positions are passed as ``unit_locations``, as always with
+    pyreft. Its ``save`` writes what ``axolotl reft export`` does.
 
     Raises:
-        ValueError: pyreft is missing, the active adapter is not LoReFT, or there are
-            several.
+        ValueError: pyreft is missing, or something but one LoReFT adapter is active.
     """
     pyreft = import_pyreft()
     active = peft_model.base_model.active_adapters
     if len(active) > 1:
         raise ValueError(
-            f"the adapters {', '.join(active)} are active together, and one can be "
-            "handed to pyreft; choose it with model.set_adapter"
+            f"the adapters {', '.join(active)} are active together; choose one with "
+            "model.set_adapter"
         )
     name = peft_model.active_adapter
     config = peft_model.peft_config[name]
@@ -51,11 +51,12 @@ def to_pyreft(peft_model: PeftModel) -> pyreft.ReftModel:
         raise ValueError(f"the active adapter {name!r} is not a LoReFT adapter")
     refuse_lora(config, f"the active adapter {name!r}")
     tensors = [*peft_model.parameters(), *peft_model.buffers()]
-    base = copy.deepcopy(
-        peft_model, {id(tensor): tensor for tensor in tensors}
-    ).unload()
+    base = copy.deepcopy(peft_model, {id(t): t for t in tensors}).unload()
     path, _ = find_decoder_layers(base)
-    interventions = dict(sorted(_interventions(peft_model, name).items()))
+    interventions = {
+        (found.side, found.layer): found.intervention
+        for found in interventions_of(peft_model, name)
+    }
     representations = [
         {
             "layer": layer,
@@ -63,39 +64,29 @@ def to_pyreft(peft_model: PeftModel) -> pyreft.ReftModel:
             "low_rank_dimension": intervention.rank,
             "intervention": intervention,
         }
-        for (_, layer), intervention in interventions.items()
+        for (_, layer), intervention in sorted(interventions.items())
     ]
-    reft_config = pyreft.ReftConfig(representations=representations)
-    model = _live_class()(reft_config, base)
-    model.write = partial(write_directory, config, path, interventions)
+
+    def save(save_directory: str, *args: Any, **kwargs: Any) -> None:
+        if args or kwargs:
+            raise ValueError(
+                "save: only a directory can be saved to; upload it with "
+                "huggingface_hub's upload_folder"
+            )
+        with new_directory(save_directory) as folder:
+            write_directory(config, path, interventions, folder)
+
+    def save_intervention(save_directory: str, **kwargs: Any) -> None:
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_directory(config, path, interventions, Path(save_directory))
+
+    model = pyreft.ReftModel(pyreft.ReftConfig(representations=representations), base)
+    # pyreft's would write our state dicts; its trainer calls save_intervention.
+    model.save, model.save_intervention = save, save_intervention
     model.disable_model_gradients()
     model.set_device(peft_model.device)
     model.train(peft_model.training)
     return model
-
-
-@cache
-def _live_class() -> Any:
-    class LiveReftModel(import_pyreft().ReftModel):  # type: ignore[misc]
-        """pyreft's model over our interventions, saved as pyreft saves its own."""
-
-        write: Callable[[Path], None]
-
-        def save(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-            if args or kwargs:
-                raise ValueError(
-                    "save: only a directory can be saved to here; write it, and upload "
-                    "it with huggingface_hub's upload_folder"
-                )
-            with new_directory(save_directory) as folder:
-                self.write(folder)
-
-        def save_intervention(self, save_directory: str, **kwargs: Any) -> None:
-            """Save as pyreft's trainer does at every checkpoint."""
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            self.write(Path(save_directory))
-
-    return LiveReftModel
 
 
 def from_pyreft(
@@ -112,36 +103,89 @@ def from_pyreft(
 
     Args:
         directory: of ``ReftModel.save``, or a checkpoint of pyreft's trainer.
-        positions: what was trained with; needed unless the directory is one that
-            ``axolotl reft export`` wrote. Prefix and suffix were untied if there are
-            two interventions a layer.
+        positions, dropout, act_fn: what it was trained with, which pyreft does not
+            save; read from a directory that ``axolotl reft export`` wrote.
         intervention: needed where a checkpoint does not tell; ``noreft`` reads a LoReFT
             whose rotation is not orthonormal any more.
         component: needed where a checkpoint does not tell: a path within the layer,
             whose dots pyreft wrote as underscores.
-        dropout: what was trained with; pyreft does not save it.
-        act_fn: likewise.
 
     Raises:
         ValueError: pyreft is missing, the directory is not pyreft's, is damaged or
-            unsafe, or something that it does not tell is missing.
+            unsafe, or does not tell enough.
     """
     import_pyreft()
-    adapter = read_directory(Path(directory), intervention, component)
-    model = get_peft_model(base_model, adapter.config(positions, dropout, act_fn))
-    for (side, layer), module in _interventions(model, "default").items():
-        module.load_state_dict(adapter.interventions[layer, side])
+    folder = Path(directory) / "intervenable_model"  # of pyreft's trainer
+    folder = folder if folder.is_dir() else Path(directory)
+    kind, component, states = read_interventions(folder, intervention, component)
+    if (folder / CONFIG_NAME).is_file():
+        exported = read_adapter_config(str(folder), "DIR")
+        positions = positions or exported.positions
+        dropout = exported.dropout if dropout is None else dropout
+        act_fn = exported.act_fn if act_fn is None else act_fn
+    if positions is None:
+        raise ValueError(
+            "positions: pyreft does not save which positions an adapter was trained "
+            "on; pass --positions, for example --positions f7+l7"
+        )
+    layers, sides = ({place[i] for place in states} for i in (0, 1))
+    if 1 in sides and not Positions.parse(positions).two_sided:
+        raise ValueError(
+            f"positions: {positions} has one side, but there are two interventions a "
+            "layer; pass --positions f<n>+l<m>"
+        )
+    if 0 not in sides or len(states) < len(layers) * len(sides):
+        raise ValueError(
+            "DIR: not every layer has the same interventions for prefix and suffix"
+        )
+    ranks: dict[str | int, int] = {
+        str(layer): KINDS[kind].sizes(state)[1]
+        for (layer, _), state in sorted(states.items())
+    }
+    config = LoreftConfig(
+        task_type=TaskType.CAUSAL_LM,
+        layers=sorted(layers),
+        positions=positions,
+        rank=ranks if len(set(ranks.values())) > 1 else max(ranks.values()),
+        tied_weights=len(sides) == 1,
+        intervention=kind,
+        component=component,
+        dropout=dropout or 0.0,
+        act_fn=act_fn,
+    )
+    model = get_peft_model(base_model, config)
+    for found in interventions_of(model, "default"):
+        found.intervention.load_state_dict(states[found.layer, found.side])
     return model
 
 
-def _interventions(
-    peft_model: PeftModel, adapter: str
-) -> dict[tuple[int, int], nn.Module]:
-    """An adapter's interventions by side and layer."""
-    return {
-        (side, int(path.rpartition(".")[2])): container[adapter]
-        for path, module in peft_model.named_modules()
-        if isinstance(module, LoreftDecoderLayer)
-        for side, container in enumerate((module.intv_0, module.intv_1))
-        if adapter in container
-    }
+def import_adapter(
+    directory: str, out: str, *, base_model: str | None = None, **settings: Any
+) -> None:
+    """Write a directory of pyreft's as a PEFT adapter: ``axolotl reft import``.
+
+    Args:
+        base_model: path or hub id of the base, whose config is read; needed unless
+            ``axolotl reft export`` wrote the directory and knew it.
+        settings: of :func:`from_pyreft`.
+
+    Raises:
+        ValueError: as there, or ``out`` is in use. Nothing is written then.
+    """
+    import_pyreft()
+    if base_model is None and (Path(directory) / CONFIG_NAME).is_file():
+        base_model = read_adapter_config(directory, "DIR").base_model_name_or_path
+    if not base_model:
+        raise ValueError(
+            "base model: DIR does not say which one it is for; pass --base-model"
+        )
+    try:
+        base_config = AutoConfig.from_pretrained(base_model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"base model: cannot read {base_model!r}: {error}") from error
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(base_config)
+    model = from_pyreft(directory, base, **settings)
+    model.peft_config["default"].base_model_name_or_path = base_model
+    with new_directory(out) as folder:
+        model.save_pretrained(folder)

@@ -6,11 +6,11 @@ Shapes: D width of the edited hidden state, R rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from axolotl_reft.core.interventions import Intervention
 from axolotl_reft.core.kinds import KINDS
 from axolotl_reft.core.rotation import (
     ORTHONORMALITY_TOLERANCE,
@@ -34,23 +34,17 @@ _NAMES = {
     "consreft": {"learned_source": "bias", _VECTORS: "rotation"},
     "lobireft": {"learned_source": "bias", _VECTORS: "rotation"},
 }
-# Our names of the parameters of pyreft's objects, rotations apart.
-_PARAMETERS = {
-    **_AFFINE,
-    "learned_source": "bias",
-    "proj_layer.weight": "proj_weight",
-}
-# Bookkeeping of pyvene's.
-_IGNORED = ("embed_dim", "interchange_dim")
+# The same for the parameters of pyreft's objects, rotations apart.
+_PARAMETERS = _NAMES["noreft"] | {"learned_source": "bias"}
 
 
 @torch.no_grad()
 def make_pyreft_object(
-    intervention: str, ours: Any, act_fn: str | None, dropout: float
+    intervention: str, ours: Intervention, act_fn: str | None, dropout: float
 ) -> nn.Module:
-    """Build pyreft's own object with the parameters of ours, in float32.
+    """Build pyreft's object with the parameters of ours, in float32.
 
-    A rotation gets the same base and vectors, so that training goes on alike.
+    A rotation gets the same base and vectors, so that training goes on the same.
     """
     theirs = getattr(import_pyreft(), KINDS[intervention].pyreft_class)(
         embed_dim=ours.hidden_size,
@@ -67,7 +61,7 @@ def make_pyreft_object(
     if KINDS[intervention].has_rotation:
         unit_DR = torch.zeros_like(ours.rotation).fill_diagonal_(1)
         tensors[_VECTORS].copy_(ours.rotation.tril(-1) - unit_DR)
-        tensors[_BASE].copy_(square_base(ours.rotation_base))
+        tensors[_BASE].copy_(square_base(ours.get_buffer("rotation_base")))
     return theirs
 
 
@@ -76,17 +70,22 @@ def read_pyreft_state(
 ) -> dict[str, Tensor]:
     """Convert the state dict of one of pyreft's objects to ours, in float32.
 
+    Reads LoReFT's as ``noreft`` too, which computes the same for any R.
+
     Raises:
         ValueError: a tensor is missing, unexpected, not finite or of a wrong shape, or
             R is not orthonormal.
     """
-    state = {k: tensor.float() for k, tensor in state.items() if k not in _IGNORED}
+    pyvenes = ("embed_dim", "interchange_dim")
+    state = {k: tensor.float() for k, tensor in state.items() if k not in pyvenes}
     if "proj_layer.bias" in state:
         raise ValueError(
-            "'proj_layer.bias': it was trained with add_bias=True, which has no "
-            "counterpart here; train it without"
+            "'proj_layer.bias': it was trained with add_bias=True; train it without"
         )
     kind, names = KINDS[intervention], _NAMES[intervention]
+    if intervention == "noreft" and "rotate_layer" in state:
+        names = _NAMES["loreft"] | {"rotate_layer": "proj_weight"}
+        state["rotate_layer"] = state["rotate_layer"].transpose(0, -1)
     ours = {name: state[theirs] for theirs, name in names.items() if theirs in state}
     width, rank = kind.sizes(ours)
     shapes = kind.expected_shapes(width, rank)
@@ -97,32 +96,14 @@ def read_pyreft_state(
     if kind.has_rotation:
         r_DR = ours["rotation"]
         if _VECTORS in expected:
-            r_DR = _parametrized_rotation(r_DR, state[_BASE])
+            # As torch's parametrization computes it. It multiplies by whole numbers:
+            # after a step of weight decay the diagonal is zero, and with it R.
+            q_DR = rotation(r_DR, compact_base(torch.eye(width, rank)))
+            r_DR = state[_BASE] @ (q_DR * -r_DR.diagonal().int())
         _check_orthonormal(r_DR, intervention)
         ours["rotation"] = torch.zeros_like(r_DR)
         ours["rotation_base"] = compact_base(r_DR)
     return ours
-
-
-def read_as_noreft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read a LoReFT of pyreft's as NoReFT, which computes the same for any R."""
-    theirs = {ours: name for name, ours in _NAMES["noreft"].items()}
-    names = {
-        name: theirs["proj_weight" if ours == "rotation" else ours]
-        for name, ours in _NAMES["loreft"].items()
-    }
-    r_DR = state["rotate_layer"]
-    state = {**state, "rotate_layer": r_DR.T if r_DR.ndim == 2 else r_DR}
-    return read_pyreft_state("noreft", {names.get(k, k): t for k, t in state.items()})
-
-
-def _parametrized_rotation(vectors_DR: Tensor, base_DD: Tensor) -> Tensor:
-    """R (D, R), as torch's parametrization computes it."""
-    plain_DR = compact_base(torch.eye(*vectors_DR.shape))
-    q_DR = rotation(vectors_DR, plain_DR)
-    # torch multiplies by whole numbers too: after a step of weight decay the diagonal
-    # is zero, and with it R.
-    return base_DD @ (q_DR * -vectors_DR.diagonal().int())
 
 
 def _check_orthonormal(r_DR: Tensor, intervention: str) -> None:
@@ -131,7 +112,7 @@ def _check_orthonormal(r_DR: Tensor, intervention: str) -> None:
         remedy = "the same function without the constraint is --intervention noreft"
     if not r_DR.any():
         raise ValueError(
-            "the rotation is zero, as weight decay leaves pyreft's, so that it edits "
+            "the rotation is zero, as weight decay leaves pyreft's, and edits "
             f"nothing; train without weight decay, or {remedy}"
         )
     error = (r_DR.T @ r_DR - torch.eye(r_DR.shape[1])).abs().max().item()

@@ -61,7 +61,7 @@ def import_command(directory: str, out: str, **settings: Any) -> None:
     DIR is what ReftModel.save wrote, or a checkpoint of pyreft's trainer. pyreft does
     not store positions, dropout and activation; pass those it was trained with.
     """
-    from axolotl_reft.exchange.directory import import_adapter
+    from axolotl_reft.exchange.live import import_adapter
 
     import_adapter(directory, out, **settings)
     click.echo(
