@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import load_file
 from torch import Tensor
 
-from axolotl_reft.core.kinds import KINDS
 from axolotl_reft.core.tensors import check_tensors, check_values, parse_saved_key
-from axolotl_reft.prompts.positions import Positions
 from axolotl_reft.settings.components import as_wide_as_the_model
-from axolotl_reft.settings.format_version import NewerFormatError
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.peft_type import LOREFT
 
@@ -22,94 +18,70 @@ _REMEDY = "set base_model to the one it was trained on"
 
 
 def read_adapter_config(directory: str, setting: str) -> LoreftConfig:
-    """Read the configuration of a LoReFT adapter, in a directory or on the hub.
-
-    Args:
-        directory: path or hub id.
-        setting: the YAML key it came from, for the message.
-
-    Raises:
-        ValueError: there is no adapter, or one of another method or a newer format.
-    """
+    """Read the configuration of a LoReFT adapter, in a directory or on the hub;
+    ValueError, which begins with ``setting``, if there is none that can be read."""
     try:
         if Path(directory).is_dir() and not (Path(directory) / CONFIG_NAME).is_file():
             # PEFT would ask the hub for a repository of the directory's name.
             raise FileNotFoundError(f"there is no file {CONFIG_NAME}")
-        config = PeftConfig.from_pretrained(directory)
-        if config.peft_type == LOREFT:
-            # Once more: only the method's own class reads strictly.
-            config = LoreftConfig.from_pretrained(directory)
-    except NewerFormatError as error:
-        raise ValueError(f"{setting}: {directory!r}: {error}") from error
+        config = LoreftConfig.from_pretrained(directory)
     except Exception as error:
         raise ValueError(
-            f"{setting}: there is no readable adapter in {directory!r} (looked for "
-            "adapter_config.json). Name the directory an earlier run saved to, which "
-            f"is its output_dir or a checkpoint-N below it. ({error})"
+            f"{setting}: there is no readable adapter in {directory!r}; name a run's "
+            f"output_dir or a checkpoint-N below it ({error})"
         ) from error
     if config.peft_type != LOREFT:
-        method = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(
-            f"{setting}: the adapter in {directory!r} is {method}, not "
-            "LOREFT; name a directory trained with adapter: loreft, or set the adapter "
-            "that it was trained with"
+            f"{setting}: the adapter in {directory!r} is {config.peft_type.value}, not "
+            "LOREFT; name one that was trained with adapter: loreft"
         )
     return config
 
 
-@dataclass(frozen=True)
+@dataclass
 class SavedTensors:
     """The tensors of a saved adapter.
 
     Attributes:
-        file: where they are from, for messages.
         layers: path of the base model's list of layers.
-        interventions: the state dict of each, by layer and side; side 1 is that of an
-            untied suffix.
-        lora: the matrices of a LoRA beside them, by their keys.
-        others: what else was saved, such as a classifier's head, by its key.
+        interventions: state dicts by layer and side, 1 being that of an untied suffix.
+        lora: the matrices of a LoRA beside them, by key.
+        others: what else was saved, such as a classifier's head, by key.
     """
 
-    file: str
-    layers: str = ""
-    interventions: dict[tuple[int, int], dict[str, Tensor]] = field(
-        default_factory=dict
-    )
-    lora: dict[str, Tensor] = field(default_factory=dict)
-    others: dict[str, Tensor] = field(default_factory=dict)
+    layers: str
+    interventions: dict[tuple[int, int], dict[str, Tensor]]
+    lora: dict[str, Tensor]
+    others: dict[str, Tensor]
 
 
 def read_tensors(directory: str, setting: str) -> SavedTensors:
-    """Read every tensor of an adapter, in a directory or on the hub.
-
-    Raises:
-        ValueError: the weights are missing or damaged, or hold no intervention.
-    """
-    file, local = directory, Path(directory).is_dir()
-    if local:
-        file = str(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
+    """Read every tensor of an adapter, in a directory or on the hub; ValueError if they
+    are missing or damaged, or hold no intervention."""
     try:
-        tensors = load_file(file) if local else load_peft_weights(file, device="cpu")
+        if Path(directory).is_dir():
+            tensors = load_file(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
+        else:
+            tensors = load_peft_weights(directory, device="cpu")
     except Exception as error:  # the hub's and safetensors' own kinds
         raise ValueError(
-            f"{setting}: the adapter's weights {file!r} are missing or damaged "
+            f"{setting}: the weights in {directory!r} are missing or damaged "
             f"({error}); save the adapter again, or name another checkpoint"
         ) from error
-    keys = {key: parse_saved_key(key) for key in sorted(tensors)}
-    layers = next((parsed.layers for parsed in keys.values() if parsed), "")
-    saved = SavedTensors(file, layers)
-    for key, parsed in keys.items():
+    saved = SavedTensors("", {}, {}, {})
+    for key, tensor in sorted(tensors.items()):
+        parsed = parse_saved_key(key)
         if parsed is None:
-            saved.others[key] = tensors[key]
+            saved.others[key] = tensor
         elif parsed.side is None:
-            saved.lora[key] = tensors[key]
+            saved.lora[key] = tensor
         else:
+            saved.layers = parsed.layers
             state = saved.interventions.setdefault((parsed.layer, parsed.side), {})
-            state[parsed.tensor] = tensors[key]
+            state[parsed.tensor] = tensor
     if not saved.interventions:
         raise ValueError(
-            f"{setting}: the weights in {directory!r} hold no LoReFT intervention; "
-            "name the directory that an adapter was saved to"
+            f"{setting}: the weights in {directory!r} hold no LoReFT intervention"
         )
     return saved
 
@@ -117,88 +89,66 @@ def read_tensors(directory: str, setting: str) -> SavedTensors:
 def check_adapter_fits(
     directory: str, setting: str, hidden_size: int, num_layers: int
 ) -> LoreftConfig:
-    """Check that a saved adapter belongs to a base model of this size.
+    """Raise ValueError if a saved adapter is damaged, or of a base of another size.
 
-    An adapter on the hub has its configuration checked alone: PEFT compares the tensors
-    once it has fetched them.
-
-    Raises:
-        ValueError: it does not, or its files are damaged.
+    Of an adapter on the hub only the configuration is checked: PEFT compares the
+    tensors once it has fetched them.
     """
     config = read_adapter_config(directory, setting)
     if not Path(directory).is_dir():
         return config
     saved = read_tensors(directory, setting)
     try:
-        _check_width(config, hidden_size, saved)
         _check_interventions(config, hidden_size, num_layers, saved)
         _check_lora(config, num_layers, saved)
         for key, tensor in saved.others.items():
-            check_values(key, tensor, saved.file)
+            check_values(key, tensor, SAFETENSORS_WEIGHTS_NAME)
     except ValueError as error:
-        raise ValueError(f"{setting}: {error}") from error
+        raise ValueError(f"{setting}: {directory!r}: {error}") from error
     return config
-
-
-def _check_width(config: LoreftConfig, hidden_size: int, saved: SavedTensors) -> None:
-    if not as_wide_as_the_model(config.component):
-        return
-    for tensors in saved.interventions.values():
-        width, _ = KINDS[config.intervention].sizes(tensors)
-        if width not in (0, hidden_size):
-            raise ValueError(
-                f"the adapter in {saved.file!r} was trained on a base model of hidden "
-                f"size {width}, this base has {hidden_size}; {_REMEDY}"
-            )
 
 
 def _check_interventions(
     config: LoreftConfig, hidden_size: int, num_layers: int, saved: SavedTensors
 ) -> None:
-    try:
-        ranks = config.spec().ranks(num_layers)
-    except ValueError as error:
-        raise ValueError(
-            f"the adapter in {saved.file!r} does not fit this base of {num_layers} "
-            f"layers: {error}"
-        ) from error
+    spec = config.spec()
+    ranks = spec.ranks(num_layers)
     found = sorted({layer for layer, _ in saved.interventions})
     if found != sorted(ranks):
         raise ValueError(
-            f"the adapter in {saved.file!r} holds layers {found}, but on this base of "
-            f"{num_layers} layers it needs {sorted(ranks)}; {_REMEDY}"
+            f"the adapter holds layers {found}, but on this base of {num_layers} "
+            f"layers it needs {sorted(ranks)}; {_REMEDY}"
         )
-    kind = KINDS[config.intervention]
-    untied = Positions.parse(config.positions).two_sided and not config.tied_weights
-    expected = {}
     for layer, rank in ranks.items():
-        for side in (0, 1) if untied else (0,):
-            width, _ = kind.sizes(saved.interventions.get((layer, side), {}))
-            for name, shape in kind.expected_shapes(width or hidden_size, rank).items():
-                expected[f"layers.{layer}.intv_{side}.{name}"] = shape
-    tensors = {
-        f"layers.{layer}.intv_{side}.{name}": tensor
-        for (layer, side), state in saved.interventions.items()
-        for name, tensor in state.items()
-    }
-    check_tensors(tensors, expected, saved.file)
+        for side in (0, 1):
+            state = saved.interventions.get((layer, side), {})
+            width, _ = spec.kind.sizes(state)
+            if width not in (0, hidden_size) and as_wide_as_the_model(spec.component):
+                raise ValueError(
+                    f"the adapter was trained on a base model of hidden size {width}, "
+                    f"this base has {hidden_size}; {_REMEDY}"
+                )
+            shapes = spec.kind.expected_shapes(width or hidden_size, rank)
+            name = f"layers.{layer}.intv_{side}"
+            check_tensors(
+                {f"{name}.{key}": tensor for key, tensor in state.items()},
+                {f"{name}.{key}": shapes[key] for key in shapes if side < spec.sides},
+                SAFETENSORS_WEIGHTS_NAME,
+            )
 
 
 def _check_lora(config: LoreftConfig, num_layers: int, saved: SavedTensors) -> None:
     """Check a LoRA's matrices A (r, in) and B (out, r); the base tells in and out."""
-    tensors = {}
-    modules: dict[int, set[str]] = {}
-    for key, tensor in saved.lora.items():
-        parsed = parse_saved_key(key)
-        assert parsed is not None, "read_tensors parsed it"
-        tensors[f"layers.{parsed.layer}.intv_lora.{parsed.tensor}"] = tensor
-        modules.setdefault(parsed.layer, set()).add(parsed.tensor[: -len("_A")])
+    modules: dict[str, set[str]] = {}
+    for key in saved.lora:
+        layer, _, name = key.rpartition(".")
+        modules.setdefault(layer, set()).add(name[: -len("_A")])
+    found = sorted(int(layer.split(".")[-2]) for layer in modules)
     needed = list(range(num_layers)) if config.lora else []
-    if sorted(modules) != needed:
+    if found != needed:
         raise ValueError(
-            f"the adapter in {saved.file!r} holds LoRA in layers {sorted(modules)}, "
-            f"but with lora: {config.lora} on this base of {num_layers} layers it "
-            f"needs {needed}; {_REMEDY}"
+            f"the adapter holds LoRA in layers {found}, but with lora: {config.lora} "
+            f"on this base of {num_layers} layers it needs {needed}; {_REMEDY}"
         )
     if config.lora is None:
         return
@@ -211,7 +161,7 @@ def _check_lora(config: LoreftConfig, num_layers: int, saved: SavedTensors) -> N
             if not any(f"_{name}".endswith(f"_{module}") for name in names):
                 names.add(module)
         for name in names:
-            a, b = (f"layers.{layer}.intv_lora.{name}_{matrix}" for matrix in "AB")
-            expected[a] = (r, tensors[a].shape[-1] if a in tensors else 0)
-            expected[b] = (tensors[b].shape[0] if b in tensors else 0, r)
-    check_tensors(tensors, expected, saved.file)
+            a, b = (f"{layer}.{name}_{matrix}" for matrix in "AB")
+            expected[a] = (r, saved.lora[a].shape[-1] if a in saved.lora else 0)
+            expected[b] = (saved.lora[b].shape[0] if b in saved.lora else 0, r)
+    check_tensors(saved.lora, expected, SAFETENSORS_WEIGHTS_NAME)
