@@ -81,7 +81,7 @@ IN_THE_BLOCK = [
     ({"intervention": "LoReFT"}, "'LoReFT' is unknown. Did you mean 'loreft'?"),
     ({"intervention": "loref"}, "intervention: 'loref' is unknown. Did you mean 'lore"),
     ({"component": "mlp_outpt"}, "'mlp_outpt' is unknown. Did you mean 'mlp_output'"),
-    ({"dropout": 2}, "dropout: 2 is not from 0 to below 1"),
+    ({"dropout": 2}, "dropout: 2 is not a number from 0 to below 1"),
     ({"act_fn": "rellu"}, "act_fn: 'rellu' is unknown. Did you mean 'relu'"),
 ]
 BESIDE_IT = [

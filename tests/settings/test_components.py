@@ -13,7 +13,7 @@ from axolotl_reft.settings.components import (
     COMPONENTS,
     component_layer,
     find_site,
-    is_component,
+    from_pyreft_name,
 )
 from axolotl_reft.tuner.layer import LoreftDecoderLayer
 
@@ -170,7 +170,7 @@ def test_unloading_and_deleting_take_the_hooks_away(ids):
      "model.layers[x].output", "../mlp.output", None, 3],
 )  # fmt: skip
 def test_what_is_no_component(text):
-    assert not is_component(text)
+    assert from_pyreft_name(text) is None
 
 
 def test_the_layer_that_a_path_names():

@@ -8,15 +8,10 @@ from __future__ import annotations
 from axolotl_reft.core.kinds import KINDS
 from axolotl_reft.errors import did_you_mean
 
+_SUFFIX = "intervention"
 _INTERVENTIONS = {
-    written: kind.name
+    kind.pyreft_class.lower().removesuffix(_SUFFIX): kind.name
     for kind in KINDS.values()
-    for written in (
-        kind.pyreft_class.lower(),
-        kind.pyreft_class.lower().removesuffix("intervention"),
-    )
-    # Alone, "direft" is the paper's name, not short for pyreft's class.
-    if written != "direft"
 }
 
 _FROM_BATCH = (
@@ -48,7 +43,7 @@ _IN_THE_BLOCK = KEYS | {
 
 
 def hint(key: object, known: tuple[str, ...]) -> str:
-    """`` low_rank_dimension: here it is rank.``, or the nearest known name."""
+    """Return `` low_rank_dimension: here it is rank.``, or the nearest known name."""
     advice = _IN_THE_BLOCK.get(str(key))
     return f" {key}: {advice}." if advice else did_you_mean(key, known)
 
@@ -56,9 +51,8 @@ def hint(key: object, known: tuple[str, ...]) -> str:
 def intervention_hint(value: object, known: tuple[str, ...]) -> str:
     """Return such a hint for an intervention's name, or for a class of pyreft's."""
     written = str(getattr(value, "__name__", value)).lower()
-    ours = _INTERVENTIONS.get(written)
-    return (
-        f" It is pyreft's name: here it is {ours}."
-        if ours and ours != written
-        else did_you_mean(value, known)
-    )
+    ours = _INTERVENTIONS.get(written.removesuffix(_SUFFIX))
+    # Alone, "direft" is the paper's name, not short for pyreft's class.
+    if ours and written not in (ours, "direft"):
+        return f" It is pyreft's name: here it is {ours}."
+    return did_you_mean(value, known)

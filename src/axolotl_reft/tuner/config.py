@@ -8,13 +8,13 @@ from typing import Any
 from peft import PeftConfig
 
 from axolotl_reft.errors import shown
-from axolotl_reft.settings.config_file import read_config_file
-from axolotl_reft.settings.foreign_names import hint
-from axolotl_reft.settings.format_version import (
+from axolotl_reft.settings.config_file import (
     FORMAT_VERSION,
     check_format,
     package_version,
+    read_config_file,
 )
+from axolotl_reft.settings.foreign_names import hint
 from axolotl_reft.settings.layers import LARGEST
 from axolotl_reft.settings.lora import checked_lora
 from axolotl_reft.settings.spec import INTERVENTIONS, AdapterSpec
