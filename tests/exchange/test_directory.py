@@ -534,6 +534,26 @@ def test_positions_must_suit_the_interventions(tmp_path, base):
         from_pyreft(tmp_path / "out", build_model(), positions="l1")
 
 
+def test_prefix_and_suffix_of_different_ranks_are_refused(tmp_path):
+    for name, rank in (("out", 2), ("other", 3)):
+        save(tmp_path / f"a-{name}", tied_weights=False, rank=rank)
+        export_adapter(str(tmp_path / f"a-{name}"), str(tmp_path / name))
+    for file in (tmp_path / "out").glob("*#1.bin"):
+        file.write_bytes((tmp_path / "other" / file.name).read_bytes())
+    with pytest.raises(ValueError, match="suffix need the same layers and ranks"):
+        from_pyreft(tmp_path / "out", build_model())
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_layer_without_one_of_its_sides_is_refused(tmp_path, side):
+    save(tmp_path / "a", tied_weights=False)
+    export_adapter(str(tmp_path / "a"), str(tmp_path / "out"))
+    (tmp_path / "out" / "config.json").unlink()
+    next((tmp_path / "out").glob(f"*#{side}.bin")).unlink()
+    with pytest.raises(ValueError, match="suffix need the same layers and ranks"):
+        from_pyreft(tmp_path / "out", build_model())
+
+
 def test_the_commands_are_axolotls():
     (entry,) = (
         entry

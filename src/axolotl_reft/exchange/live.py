@@ -134,14 +134,13 @@ def from_pyreft(
             f"positions: {positions} has one side, but there are two interventions a "
             "layer; pass --positions f<n>+l<m>"
         )
-    if 0 not in sides or len(states) < len(layers) * len(sides):
+    sizes = {(at, KINDS[kind].sizes(state)[1]) for (at, _), state in states.items()}
+    places = len(layers) * len(sides)
+    if 0 not in sides or len(states) < places or len(sizes) > len(layers):
         raise ValueError(
-            "DIR: not every layer has the same interventions for prefix and suffix"
+            "DIR: interventions for prefix and suffix need the same layers and ranks"
         )
-    ranks: dict[str | int, int] = {
-        str(layer): KINDS[kind].sizes(state)[1]
-        for (layer, _), state in sorted(states.items())
-    }
+    ranks: dict[str | int, int] = {str(layer): rank for layer, rank in sorted(sizes)}
     config = LoreftConfig(
         task_type=TaskType.CAUSAL_LM,
         layers=sorted(layers),
