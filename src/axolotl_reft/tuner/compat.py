@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from transformers import Cache
@@ -17,9 +16,8 @@ def check_versions() -> None:
     """Refuse releases that the package was not run with.
 
     Raises:
-        ValueError: transformers or PEFT is too old or too new.
+        ValueError: not an ImportError, which axolotl swallows from plugins.
     """
-    # Not an ImportError: axolotl swallows those of plugins.
     for package, wanted in SUPPORTED.items():
         found = version(package)
         if not SpecifierSet(wanted).contains(found, prereleases=True):
@@ -29,14 +27,11 @@ def check_versions() -> None:
             )
 
 
-def cache_of(holder: Any) -> Cache | None:
+def cache_of(holder: object) -> Cache | None:
     """Return the key-value cache among a model's arguments or outputs, by its class.
 
     transformers 5.24 calls it ``cache``, earlier releases ``past_key_values``; asking
     an output for the other name logs a warning.
-
-    Args:
-        holder: arguments by name, a ``ModelOutput`` or a tuple of outputs.
     """
     if isinstance(holder, Mapping):
         holder = holder.values()
@@ -45,7 +40,7 @@ def cache_of(holder: Any) -> Cache | None:
     return next((held for held in holder if isinstance(held, Cache)), None)
 
 
-def pages_of(inputs: Mapping[str, Any]) -> Any:
+def pages_of(inputs: Mapping[str, object]) -> object | None:
     """Return the pages of continuous batching among a model's arguments, or None.
 
     Every release calls them ``cache``; their class is not a ``Cache``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftConfig
 
@@ -20,6 +20,12 @@ from axolotl_reft.settings.lora import checked_lora
 from axolotl_reft.settings.spec import INTERVENTIONS, AdapterSpec
 from axolotl_reft.tuner.peft_type import LOREFT
 
+T = TypeVar("T")
+
+
+def _setting(default: T, description: str) -> T:
+    return field(default=default, metadata={"help": description})
+
 
 @dataclass
 class LoreftConfig(PeftConfig):
@@ -31,110 +37,83 @@ class LoreftConfig(PeftConfig):
             the adapter is built.
     """
 
-    layers: str | int | list[int | str] = field(
-        default="all",
-        metadata={
-            "help": "Decoder layers to edit: 'all', a list such as [3, 9, 18, 24], a "
-            "range such as '8-15' (both ends included); negative numbers count from "
-            "the top, -1 being the last layer."
-        },
+    layers: str | int | list[int | str] = _setting(
+        "all",
+        "Decoder layers to edit: 'all', a list such as [3, 9, 18, 24], a range such "
+        "as '8-15' (both ends included); negative numbers count from the top, -1 "
+        "being the last layer.",
     )
-    positions: str = field(
-        default="f7+l7",
-        metadata={
-            "help": "Prompt tokens to edit: 'f<n>' the first n, 'l<n>' the last n, "
-            "'f<n>+l<m>' both, 'all' every token, decode steps included. On short "
-            "prompts each side takes at most half of the prompt."
-        },
+    positions: str = _setting(
+        "f7+l7",
+        "Prompt tokens to edit: 'f<n>' the first n, 'l<n>' the last n, 'f<n>+l<m>' "
+        "both, 'all' every token, decode steps included. On short prompts each side "
+        "takes at most half of the prompt.",
     )
-    rank: int | dict[str | int, int] = field(
-        default=8,
-        metadata={
-            "help": "Rank of the edit, from 1 to the hidden size; or a mapping of "
-            "layers to ranks such as {'0-15': 4, '16-31': 8}, in which 'all' stands "
-            "for the others."
-        },
+    rank: int | dict[str | int, int] = _setting(
+        8,
+        "Rank of the edit, from 1 to the hidden size; or a mapping of layers to "
+        "ranks such as {'0-15': 4, '16-31': 8}, in which 'all' stands for the "
+        "others.",
     )
-    turns: str = field(
-        default="every",
-        metadata={
-            "help": "In a conversation, 'every' edits the prompt of each turn, 'first' "
-            "that of the first turn alone. A prompt of a single turn is edited alike."
-        },
+    turns: str = _setting(
+        "every",
+        "In a conversation, 'every' edits the prompt of each turn, 'first' that of "
+        "the first turn alone. A prompt of a single turn is edited alike.",
     )
-    tied_weights: bool = field(
-        default=True,
-        metadata={
-            "help": "One intervention for prefix and suffix; false gives each its own, "
-            "with twice the parameters."
-        },
+    tied_weights: bool = _setting(
+        True,
+        "One intervention for prefix and suffix; false gives each its own, with "
+        "twice the parameters.",
     )
-    intervention: str = field(
-        default="loreft",
-        metadata={"help": "The edit to learn, one of: " + ", ".join(INTERVENTIONS)},
+    intervention: str = _setting(
+        "loreft", "The edit to learn, one of: " + ", ".join(INTERVENTIONS)
     )
-    component: str = field(
-        default="block_output",
-        metadata={
-            "help": "What is edited: 'block_output', the residual stream after the "
-            "layer; another of pyreft's components, such as 'mlp_output' or "
-            "'attention_input'; or the side of a module by its path, such as "
-            "'mlp.down_proj.output'."
-        },
+    component: str = _setting(
+        "block_output",
+        "What is edited: 'block_output', the residual stream after the layer; "
+        "another of pyreft's components, such as 'mlp_output' or 'attention_input'; "
+        "or the side of a module by its path, such as 'mlp.down_proj.output'.",
     )
-    dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Dropout on the whole edited hidden state, as in pyreft; from 0 to "
-            "below 1."
-        },
+    dropout: float = _setting(
+        0.0,
+        "Dropout on the whole edited hidden state, as in pyreft; from 0 to below 1.",
     )
-    act_fn: str | None = field(
-        default=None,
-        metadata={
-            "help": "Activation f in h + Rᵀ(f(Wh + b) − Rh), a key of transformers' "
-            "ACT2FN; null is linear."
-        },
+    act_fn: str | None = _setting(
+        None,
+        "Activation f in h + Rᵀ(f(Wh + b) − Rh), a key of transformers' ACT2FN; null "
+        "is linear.",
     )
-    turn_markers: dict[str, list] | None = field(
-        default=None,
-        metadata={
-            "help": "The chat template's marks, by which the turns of a conversation "
-            "are told in training and at inference: what "
-            "axolotl_reft.turn_markers(tokenizer) returns. axolotl's plugin sets them."
-        },
+    turn_markers: dict[str, list] | None = _setting(
+        None,
+        "The chat template's marks, by which the turns of a conversation are told in "
+        "training and at inference: what axolotl_reft.turn_markers(tokenizer) "
+        "returns. axolotl's plugin sets them.",
     )
-    lora: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": "LoRA beside LoReFT, on every token, in all layers: a mapping of "
-            "r (default 8), alpha (default r), dropout (default 0) and target_modules "
-            "(names of a layer's linear modules; default all-linear); null for none."
-        },
+    lora: dict[str, Any] | None = _setting(
+        None,
+        "LoRA beside LoReFT, on every token, in all layers: a mapping of r (default "
+        "8), alpha (default r), dropout (default 0) and target_modules (names of a "
+        "layer's linear modules; default all-linear); null for none.",
     )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Other modules to train whole and to save with the adapter, such "
-            "as ['embed_tokens', 'lm_head'] with new tokens, or a classifier's head; "
-            "none within the decoder layers."
-        },
+    modules_to_save: list[str] | None = _setting(
+        None,
+        "Other modules to train whole and to save with the adapter, such as "
+        "['embed_tokens', 'lm_head'] with new tokens, or a classifier's head; none "
+        "within the decoder layers.",
     )
-    vocab_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rows of the embeddings saved with the adapter, noted when it is "
-            "made; a base with fewer gets as many."
-        },
+    vocab_size: int | None = _setting(
+        None,
+        "Rows of the embeddings saved with the adapter, noted when it is made; a "
+        "base with fewer gets as many.",
     )
 
-    format_version: int = field(
-        default=FORMAT_VERSION,
-        metadata={"help": "Of the saved adapter; written when it is saved."},
+    format_version: int = _setting(
+        FORMAT_VERSION,
+        "Of the saved adapter; written when it is saved.",
     )
-    axolotl_reft_version: str | None = field(
-        default=None,
-        metadata={"help": "Of the package that saved it; written when it is saved."},
+    axolotl_reft_version: str | None = _setting(
+        None,
+        "Of the package that saved it; written when it is saved.",
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LoreftConfig:
@@ -142,10 +121,14 @@ class LoreftConfig(PeftConfig):
         # them, with a warning.
         version = kwargs.get("format_version", FORMAT_VERSION)
         check_format(version, kwargs.get("axolotl_reft_version"))
-        known = tuple(field.name for field in fields(cls) if field.init)
+        known = cls._names()
         for key in kwargs.keys() - set(known):
             raise TypeError(f"LoreftConfig has no setting {key!r}.{hint(key, known)}")
         return super().__new__(cls)
+
+    @classmethod
+    def _names(cls) -> tuple[str, ...]:
+        return tuple(setting.name for setting in fields(cls) if setting.init)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as saved, with today's format and version."""
@@ -154,8 +137,7 @@ class LoreftConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        known = {field.name for field in fields(cls) if field.init}
-        return read_config_file(path_json_file, known)
+        return read_config_file(path_json_file, cls._names())
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,7 +145,14 @@ class LoreftConfig(PeftConfig):
         # Set from `layers` when the adapter meets a model; not part of the file.
         self.target_modules: set[str] | None = None
         self.rank = self.spec().rank
-        _check_modules_to_save(self.modules_to_save)
+        if (names := self.modules_to_save) is not None:
+            # Of a text PEFT would take the letters for names.
+            is_list = isinstance(names, (list, tuple, set))
+            if not is_list or not all(n and isinstance(n, str) for n in names):
+                raise ValueError(
+                    f"modules_to_save: {shown(names)} is not a list of names of "
+                    "modules; write for example [embed_tokens, lm_head]"
+                )
         rows = self.vocab_size
         if rows is not None and (type(rows) is not int or not 1 <= rows <= LARGEST):
             raise ValueError(
@@ -182,16 +171,3 @@ class LoreftConfig(PeftConfig):
             ValueError: a value is out of its range.
         """
         return AdapterSpec.parse(self.__dict__)
-
-
-def _check_modules_to_save(modules: object) -> None:
-    """A list: of a text PEFT would take the letters for names."""
-    if modules is None:
-        return
-    names = modules if isinstance(modules, (list, tuple, set)) else [None]
-    for name in names:
-        if not isinstance(name, str) or not name:
-            raise ValueError(
-                f"modules_to_save: {shown(modules)} is not a list of names of modules; "
-                "write for example [embed_tokens, lm_head]"
-            )

@@ -6,13 +6,12 @@ Shapes: B batch, T tokens, N edited positions.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from axolotl_reft.core.affine import StackCache
 from axolotl_reft.core.scatter import EditIndices
@@ -20,12 +19,20 @@ from axolotl_reft.prompts.generation import Generation
 from axolotl_reft.prompts.spans import PromptSpans, edit_indices
 from axolotl_reft.prompts.turns import Turns
 from axolotl_reft.settings.spec import AdapterSpec
-from axolotl_reft.tuner.adapter_rows import AdapterRows
-from axolotl_reft.tuner.prompt_sources import PromptSource
+
+if TYPE_CHECKING:
+    from axolotl_reft.tuner.layer import LoreftDecoderLayer
 
 # The argument of a model's forward with what a collator found: the shape (B, T) of its
 # batch, and for each adapter the indices of each intervention.
 POSITIONS = "loreft_positions"
+# PEFT's name, among the adapters of a batch's rows, for none.
+BASE = "__base__"
+
+# Returns the prompts of such turns, None where there is none.
+FindSpans = Callable[[Turns], PromptSpans | None]
+# Edits hidden states (B, T, D) at these indices; None for all tokens.
+Edit = Callable[[Tensor, EditIndices | None], Tensor]
 
 
 @dataclass(eq=False)
@@ -33,45 +40,44 @@ class ForwardContext:
     """One forward of the model: its prompts and edited positions, found once.
 
     Attributes:
-        source: where prompts are read from.
+        shape: B and T.
         adapters: settings of the model's adapters, by name.
-        adapter_rows: the adapters of the batch's rows; None where the active ones edit
-            all rows.
-        given: indices that a collator found, by adapter.
+        find_spans: None in a decode step, which has no prompt.
+        past: columns in the cache before the forward; 0 for none.
+        one_sample_rows: no row holds several packed samples.
+        has_answers: labels or a trainer tell the answers.
         is_compiled: the model is, and with it the layers.
-        plan: the edits that were made ready for several layers together.
+        row_adapters: the adapter of each row, :data:`BASE` for none; None where the
+            active adapters edit all rows.
+        given: indices that a collator found, by adapter.
+        ready: edits that were made ready for several layers together, by layer, side
+            and adapter; each is taken once.
         edited_outputs: by the id of a layer's output, what it was edited to, where
             hidden states are asked for: transformers records them unedited.
     """
 
-    source: PromptSource
+    shape: tuple[int, int]
     adapters: Mapping[str, AdapterSpec]
-    adapter_rows: AdapterRows | None = None
-    given: Mapping[str, Sequence[Tensor]] | None = None
+    find_spans: FindSpans | None
+    past: int = 0
+    one_sample_rows: bool = True
+    has_answers: bool = False
     is_compiled: bool = False
-    plan: Any = None
+    row_adapters: list[str] | None = None
+    given: Mapping[str, Sequence[Tensor]] | None = None
+    ready: dict[tuple[nn.Module, str, str], Edit] = field(default_factory=dict)
     edited_outputs: dict[int, Tensor] | None = None
     _spans: dict[Turns, PromptSpans | None] = field(default_factory=dict)
     _indices: dict[str, EditIndices | None] = field(default_factory=dict)
     _tokens: dict[str, EditIndices] = field(default_factory=dict)
-    _is_decode_step: bool | None = None
 
-    @property
-    def is_decode_step(self) -> bool:
-        """Whether the cache is filled and no adapter has a prompt in this forward."""
-        if self._is_decode_step is None:
-            self._is_decode_step = self.source.is_decode_step or (
-                self.source.past > 0
-                and all(
-                    self.spans(turns) is None for turns in prompt_turns(self.adapters)
-                )
-            )
-        return self._is_decode_step
+    def __post_init__(self) -> None:
+        self.is_decode_step = self.find_spans is None
 
     def spans(self, turns: Turns) -> PromptSpans | None:
         """Return the prompts of such turns; None when there is none."""
         if turns not in self._spans:
-            self._spans[turns] = self.source.spans(turns)
+            self._spans[turns] = self.find_spans(turns) if self.find_spans else None
         return self._spans[turns]
 
     def indices(self, adapter: str) -> EditIndices | None:
@@ -81,18 +87,6 @@ class ForwardContext:
             self._indices[adapter] = self._find_indices(adapter)
         return self._indices[adapter]
 
-    @property
-    def has_found_prompts(self) -> bool:
-        """Whether a layer has asked for prompts."""
-        return bool(self._spans or self._indices)
-
-    def has_no_prompt(self) -> bool:
-        """Whether none of the prompts that were asked for has a token."""
-        spans = [found for found in self._spans.values() if found is not None]
-        if spans:
-            return not any(found.inside_BT.any() for found in spans)
-        return not any(sum(i.sizes) for i in self._indices.values() if i is not None)
-
     def _find_indices(self, adapter: str) -> EditIndices | None:
         if self.given is not None and adapter in self.given:
             return EditIndices(tuple(self.given[adapter]))
@@ -100,27 +94,29 @@ class ForwardContext:
         spans = self.spans(spec.turns)
         if spans is None:
             return None
-        rows, rows_B1 = self.source.shape[0], None
-        if self.adapter_rows is not None:
-            rows_B1 = self.adapter_rows.mask(adapter, spans.inside_BT.device)
-            rows = self.adapter_rows.count(adapter)
-        most = self._most_prompts(spec.turns, rows, spans.inside_BT.device)
-        return edit_indices(spans, spec.positions, spec.tied, most, rows_B1)
+        device, rows, rows_B1 = spans.inside_BT.device, self.shape[0], None
+        if self.row_adapters is not None:
+            rows = self.row_adapters.count(adapter)
+            has_it_B1 = [[name == adapter] for name in self.row_adapters]
+            rows_B1 = torch.tensor(has_it_B1, device=device)
+        # Slots are reserved where prompts cannot be counted. Counting is free on a CPU
+        # and makes the host wait for an accelerator, once a forward, unless a row has
+        # one prompt; a graph cannot wait.
+        compiling, slots = torch.compiler.is_compiling(), None
+        if compiling or device.type != "cpu":
+            if self.one_sample_rows and not spec.turns.every:
+                slots = rows
+            elif compiling:
+                slots = self.shape[0] * self.shape[1]
+        return edit_indices(spans, spec.positions, spec.tied, slots, rows_B1)
 
-    def _most_prompts(
-        self, turns: Turns, rows: int, device: torch.device
-    ) -> int | None:
-        """Return how many prompts to reserve slots for; None where they can be counted.
-
-        Counting is free on a CPU, and makes the host wait for an accelerator, once a
-        forward, unless a row has one prompt; a graph cannot wait.
-        """
-        compiling = torch.compiler.is_compiling()
-        if device.type == "cpu" and not compiling:
-            return None
-        if self.source.one_sample_rows and not turns.every:
-            return rows
-        return self.source.shape[0] * self.source.shape[1] if compiling else None
+    def has_no_prompt(self) -> bool | None:
+        """Whether none of the prompts that layers asked for has a token; None where no
+        layer asked."""
+        if spans := [found for found in self._spans.values() if found is not None]:
+            return not any(found.inside_BT.any() for found in spans)
+        indices = [found for found in self._indices.values() if found is not None]
+        return not any(sum(found.sizes) for found in indices) if indices else None
 
     def row_tokens(self, adapter: str, h_BTD: Tensor) -> EditIndices:
         """Return the indices into B·T of all tokens in the adapter's rows.
@@ -128,24 +124,42 @@ class ForwardContext:
         Raises:
             RuntimeError: these are not the hidden states of all tokens.
         """
-        assert self.adapter_rows is not None
-        rows, width = self.source.shape
-        states = h_BTD.shape[:-1].numel()
+        assert self.row_adapters is not None
+        states, (rows, width) = h_BTD.shape[:-1].numel(), self.shape
         if states != rows * width:
             raise RuntimeError(
-                f"adapter_names: a module that an adapter edits got {states} vectors "
-                f"of a batch of {rows * width} tokens, as experts do, so that their "
-                "rows are not known; run one adapter after the other"
+                f"adapter_names: an edited module got {states} vectors of a batch of "
+                f"{rows * width} tokens, as experts do, so that their rows are not "
+                "known; run one adapter after the other"
             )
         if adapter not in self._tokens:
-            tokens_N = self.adapter_rows.tokens(adapter, width, h_BTD.device)
-            self._tokens[adapter] = EditIndices((tokens_N,))
+            starts = [
+                n * width for n, a in enumerate(self.row_adapters) if a == adapter
+            ]
+            starts_N1 = torch.tensor(starts, device=h_BTD.device).unsqueeze(1)
+            tokens_NT = starts_N1 + torch.arange(width, device=h_BTD.device)
+            self._tokens[adapter] = EditIndices((tokens_NT.flatten(),))
         return self._tokens[adapter]
 
-    def record(self, before: Tensor, after: Tensor) -> None:
-        """Note a layer's output before and after its edit."""
-        if self.edited_outputs is not None and after is not before:
-            self.edited_outputs[id(before)] = after
+
+def repeat_names(names: Sequence[str], rows: int, expands: bool = True) -> list[str]:
+    """Return the adapter of each row of a forward.
+
+    Args:
+        names: as the caller gave them, one for each of his rows.
+        expands: there may be several rows for one of the caller's, as ``generate``
+            makes for beams: the copies of a row are neighbours.
+
+    Raises:
+        ValueError: there are more names than rows, or too few (PEFT's message).
+    """
+    copies, rest = divmod(rows, len(names)) if names else (0, rows)
+    if rest or (copies != 1 and not expands):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but "
+            f"got {len(names)} and {rows} respectively."
+        )
+    return [name for name in names for _ in range(copies)]
 
 
 def prompt_turns(adapters: Mapping[str, AdapterSpec]) -> set[Turns]:
@@ -201,13 +215,12 @@ class ModelState:
 
     def __init__(self) -> None:
         self.adapters: dict[str, AdapterSpec] = {}
-        self.layers: list[Any] = []
-        self.stacks: dict[Any, StackCache] = {}
+        self.layers: list[LoreftDecoderLayer] = []
+        self.stacks: dict[Hashable, StackCache] = {}
         self._threads = _ThreadLocal()
 
     @property
     def thread(self) -> ThreadState:
-        """The state of this thread."""
         return self._threads.state
 
     @property
@@ -224,33 +237,3 @@ class ModelState:
                 "cannot know the prompt; call the model instead of its layers"
             )
         return context
-
-    @contextmanager
-    def adapters_by_row(self, names: Sequence[str]) -> Iterator[None]:
-        """Within it, each row of a batch is edited by the adapter named for it."""
-        state = self.thread
-        state.adapter_names = names
-        try:
-            yield
-        finally:
-            state.adapter_names = None
-
-    def replayable(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the same function, which sees today's forward whenever it runs again.
-
-        Gradient checkpointing runs a layer's forward again in backward, when another
-        forward may be under way or none.
-        """
-        context = self.thread.context
-
-        def with_context(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():  # the graph holds the positions
-                return function(*args, **kwargs)
-            state = self.thread
-            outer, state.context = state.context, context
-            try:
-                return function(*args, **kwargs)
-            finally:
-                state.context = outer
-
-        return with_context

@@ -16,7 +16,8 @@ them, the marks tell its prompts, in training and at inference. Elsewhere,
 - in any other forward without a cache, the whole sample;
 - with a filled cache, nothing.
 
-Shapes: B batch, T tokens of this forward, W columns seen so far (the cache's and T).
+Shapes: B batch, T tokens of this forward, P columns handed to ``generate``, W columns
+seen so far (the cache's and T).
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from axolotl_reft.prompts.generation import (
     Conversations,
@@ -37,40 +38,23 @@ from axolotl_reft.prompts.generation import (
     Tokens,
     cut_back,
 )
-from axolotl_reft.tuner.adapter_rows import AdapterRows, wrong_length
 from axolotl_reft.tuner.compat import cache_of, pages_of
 from axolotl_reft.tuner.context import (
     POSITIONS,
+    FindSpans,
     ForwardContext,
     ModelState,
     prompt_turns,
+    repeat_names,
 )
-from axolotl_reft.tuner.executor import EditPlan
+from axolotl_reft.tuner.executor import ready_edits
 from axolotl_reft.tuner.prompt_sources import (
-    CachedChunk,
-    ContinuousBatch,
-    DecodeStep,
-    GenerationStep,
-    PromptSource,
-    SampleBatch,
-    cannot_batch_continuously,
+    batch_spans,
+    cached_spans,
+    refuse_continuous_batching,
 )
 
-
-class _Override:
-    """A method of one model in the place of its class's, with the same signature:
-    ``generate`` reads the parameters of ``prepare_inputs_for_generation``."""
-
-    def __init__(self, model: nn.Module, name: str, method: Callable[..., Any]) -> None:
-        self._model, self._name, self._method = model, name, method
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._method(*args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        method = getattr(type(self._model), self._name)
-        return inspect.signature(method.__get__(self._model))
+Inputs = Mapping[str, Any]
 
 
 class ModelHooks:
@@ -95,32 +79,33 @@ class ModelHooks:
             backbone.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
             backbone.register_forward_hook(self._after_backbone, with_kwargs=True),
         ]
+        overrides: dict[str, Callable[..., Any]] = {
+            "generate": self._generate,
+            "prepare_inputs_for_generation": self._prepare_inputs,
+            "init_continuous_batching": self._init_continuous_batching,
+        }
+        self._overridden = [name for name in overrides if hasattr(type(model), name)]
+        if not self._labels_mark_answers:
+            self._overridden = []
         # Patch: generate tells its steps nowhere else, and continuous batching is
-        # refused before its own thread would hide the error.
-        if self._labels_mark_answers:
-            for name, method in self._overrides().items():
-                model.__dict__[name] = _Override(model, name, method)
+        # refused before its own thread would hide the error. Each keeps the signature:
+        # generate reads the parameters of prepare_inputs_for_generation.
+        for name in self._overridden:
+            override = update_wrapper(partial(overrides[name]), getattr(model, name))
+            model.__dict__[name] = override
 
     def detach(self) -> None:
         """Leave the model as it was."""
         for handle in self._handles:
             handle.remove()
-        for name in self._overrides():
+        for name in self._overridden:
             self._model.__dict__.pop(name, None)
-
-    def _overrides(self) -> dict[str, Callable[..., Any]]:
-        methods = {
-            "generate": self._generate,
-            "prepare_inputs_for_generation": self._prepare_inputs,
-            "init_continuous_batching": self._init_continuous_batching,
-        }
-        return {n: ours for n, ours in methods.items() if hasattr(type(self._model), n)}
 
     # --- a forward -----------------------------------------------------------------
 
     def _before_model(
-        self, module: nn.Module, args: Any, kwargs: Any
-    ) -> tuple[Any, Any] | None:
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Take what the backbone is not given: the labels, and a collator's indices."""
         labels = kwargs.get("labels")
         if labels is None and len(args) > 1:
@@ -132,7 +117,9 @@ class ModelHooks:
             return None
         return args, {key: kwargs[key] for key in kwargs if key != POSITIONS}
 
-    def _before_backbone(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _before_backbone(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if getattr(module, "_is_replica", False):
             raise ValueError(
                 "LoReFT does not run under torch.nn.DataParallel, which transformers' "
@@ -143,94 +130,111 @@ class ModelHooks:
         inputs, thread = self._inputs(args, kwargs), self.state.thread
         labels, thread.labels = thread.labels, None
         given, thread.given = thread.given, None
-        source = self._source(inputs, labels, module.training)
-        context = ForwardContext(source, self.state.adapters)
+        context = self._context(inputs, labels, module.training)
         wants_states = inputs.get("output_hidden_states")
         if wants_states is None:
             wants_states = getattr(module.config, "output_hidden_states", False)
         context.edited_outputs = {} if wants_states else None
-        context.is_compiled = torch.compiler.is_compiling()
         if thread.adapter_names is not None:
-            context.adapter_rows = AdapterRows.of_batch(
-                thread.adapter_names,
-                source.shape[0],
-                expands=thread.generation is not None,
-            )
+            expands = thread.generation is not None
+            rows = repeat_names(thread.adapter_names, context.shape[0], expands)
+            context.row_adapters = rows
         # Rows that a trainer cut out of the collator's batch are found anew.
-        elif given is not None and tuple(given["shape"]) == source.shape:
+        elif given is not None and tuple(given["shape"]) == context.shape:
             context.given = given["indices"]
         thread.context = context
-        if not source.past:
+        if not context.past:
             # At the start, where a device is still at work on the step before, as a
             # rule; with its first layer to compute it would soon wait for this.
-            context.plan = EditPlan.build(self.state, context)
+            context.ready = ready_edits(self.state)
 
     def _after_backbone(
-        self, module: nn.Module, args: Any, kwargs: Any, output: Any
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
     ) -> None:
         thread = self.state.thread
         context, thread.context = thread.context, None
-        if context is not None and not self._has_checked_first_batch:
+        assert context is not None, "_before_backbone comes first"
+        compiling = torch.compiler.is_compiling()
+        if context.has_answers and not (self._has_checked_first_batch or compiling):
             self._check_first_batch(context)
-        edited = context.edited_outputs if context else None
-        states = getattr(output, "hidden_states", None) if edited else None
-        if edited and states is not None:
+        if context.edited_outputs and getattr(output, "hidden_states", None):
+            edited, states = context.edited_outputs, output.hidden_states
             output.hidden_states = tuple(edited.get(id(h), h) for h in states)
-        if thread.generation is None:  # else noted as a whole, when it has ended
-            self._note_forward(self._inputs(args, kwargs), output, context)
+        # What generate puts into a cache is noted as a whole, when it has ended.
+        if thread.generation is not None or compiling:
+            return
+        ids_BT = self._inputs(args, kwargs).get("input_ids")
+        cache = cache_of(output)
+        if cache is not None and ids_BT is not None:
+            # Asking a cache takes longer than the rest of this.
+            past = context.past or _cached(cache) - ids_BT.shape[1]
+            self._conversations.note_forward(cache, past, ids_BT)
 
-    def _inputs(self, args: Any, kwargs: Any) -> Mapping[str, Any]:
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         if not args:
             return kwargs
         return dict(zip(self._parameters, args, strict=False)) | kwargs
 
-    def _source(
-        self, inputs: Mapping[str, Any], labels: Tensor | None, training: bool
-    ) -> PromptSource:
+    def _context(
+        self, inputs: Inputs, labels: Tensor | None, training: bool
+    ) -> ForwardContext:
         """Tell where this forward's prompts are read from."""
-        thread, tokens = self.state.thread, _tokens(inputs)
-        shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
-        if not self._labels_mark_answers or (
-            labels is not None and tuple(labels.shape) != shape
-        ):
-            labels = None
-        find_answers = self.state.find_answers
-        if labels is None and thread.generation is not None:
-            if thread.generation.is_decode_step:
-                return DecodeStep(shape, past=1)
-            return GenerationStep(thread.generation, shape, device)
-        past = _cached(cache_of(inputs))
-        if past and labels is None and find_answers is None:
-            return self._cached_source(inputs, past, shape)
-        if pages_of(inputs) is not None:
-            return ContinuousBatch(shape, past=0)
-        answers = None
-        if labels is not None:
-            answers = partial(torch.ne, labels, -100)
-        elif find_answers is not None:
-            answers = partial(find_answers, tokens)
-        learns = training and torch.is_grad_enabled() and self._labels_mark_answers
-        return SampleBatch(shape, device, inputs, answers, expects_labels=learns)
+        state, tokens, past = self.state, _tokens(inputs), 0
+        shape, generation = (tokens.shape[0], tokens.shape[1]), state.thread.generation
+        find_spans: FindSpans | None = None
+        find_answers: Callable[[], Tensor] | None = None
+        one_sample_rows = True
+        if self._labels_mark_answers and labels is not None and labels.shape == shape:
+            find_answers = partial(torch.ne, labels, -100)
+        elif generation is None and state.find_answers is not None:
+            find_answers = partial(state.find_answers, tokens)
+        if find_answers is None and generation is not None:
+            # Not generation's own past in a decode step: a graph would be for that one.
+            past = 1 if generation.is_decode_step else generation.past
+            if not generation.is_decode_step:
+                rows, width = shape
+                find_spans = partial(
+                    generation.step, rows=rows, tokens=width, device=tokens.device
+                )
+        elif find_answers is None and (past := _cached(cache_of(inputs))):
+            find_spans = self._find_cached_spans(inputs, past, shape[0])
+        elif pages_of(inputs) is not None:
+            find_spans = refuse_continuous_batching
+        else:
+            one_sample_rows = inputs.get("position_ids") is None
+            learns = training and torch.is_grad_enabled() and self._labels_mark_answers
+            find_spans = partial(batch_spans, inputs, tokens, find_answers, learns)
+        return ForwardContext(
+            shape,
+            state.adapters,
+            find_spans,
+            past,
+            one_sample_rows,
+            has_answers=find_answers is not None,
+            is_compiled=torch.compiler.is_compiling(),
+        )
 
-    def _cached_source(
-        self, inputs: Mapping[str, Any], past: int, shape: tuple[int, int]
-    ) -> PromptSource:
-        """Return the source of a forward on a filled cache, outside ``generate``."""
+    def _find_cached_spans(
+        self, inputs: Inputs, past: int, rows: int
+    ) -> FindSpans | None:
+        """Return what finds prompts on a filled cache, outside ``generate``."""
         ids_BT, turns = inputs.get("input_ids"), prompt_turns(self.state.adapters)
-        if ids_BT is not None and any(turn.generation_prompts for turn in turns):
-            known = self._conversations.before(cache_of(inputs), past, shape[0])
-            if known is not None:
-                return CachedChunk(known, ids_BT, inputs.get("attention_mask"), past)
-        return DecodeStep(shape, past)
+        if ids_BT is None or not any(turn.generation_prompts for turn in turns):
+            return None
+        known = self._conversations.before(cache_of(inputs), past, rows)
+        if known is None:
+            return None
+        return partial(cached_spans, known, ids_BT, inputs.get("attention_mask"))
 
     def _check_first_batch(self, context: ForwardContext) -> None:
         """Warn once of answers that leave no prompt; later batches must not wait."""
-        if torch.compiler.is_compiling() or not context.has_found_prompts:
-            return
-        if getattr(context.source, "find_answers", None) is None:
-            return
-        self._has_checked_first_batch = True
-        if context.has_no_prompt():
+        has_no_prompt = context.has_no_prompt()
+        self._has_checked_first_batch = has_no_prompt is not None
+        if has_no_prompt:
             warnings.warn(
                 "LoReFT: every token of the first batch is trained, so it has no "
                 "prompt and nothing is edited. Set the labels of prompt tokens to "
@@ -238,17 +242,6 @@ class ModelHooks:
                 UserWarning,
                 stacklevel=2,
             )
-
-    def _note_forward(
-        self, inputs: Mapping[str, Any], output: Any, context: ForwardContext | None
-    ) -> None:
-        """Remember the tokens that were put into a cache."""
-        ids_BT, cache = inputs.get("input_ids"), cache_of(output)
-        if cache is None or ids_BT is None or torch.compiler.is_compiling():
-            return
-        # Asking a cache takes longer than the rest of this.
-        past = (context and context.source.past) or _cached(cache) - ids_BT.shape[1]
-        self._conversations.note_forward(cache, past, ids_BT)
 
     # --- generate ------------------------------------------------------------------
 
@@ -265,15 +258,15 @@ class ModelHooks:
         )
         return output
 
-    def _begin(self, args: Any, kwargs: Any) -> Generation:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation:
         """Read what ``generate`` is asked to go on with; cut an ill-fitting cache."""
         names = ("inputs_embeds", "inputs", "input_ids")
         given = [*args[:1], *(kwargs.get(name) for name in names)]
         first = next((value for value in given if value is not None), None)
         width = 1 if first is None else first.shape[1]
-        rows = self.state.thread.adapter_names
-        if rows is not None and first is not None and len(rows) != len(first):
-            raise wrong_length(rows, len(first))
+        row_names = self.state.thread.adapter_names
+        if row_names is not None and first is not None:
+            repeat_names(row_names, len(first), expands=False)
         ids_BP = first if first is not None and first.ndim == 2 else None
         mask_BW, cache = _two_dimensional(kwargs), cache_of(kwargs)
         past = _cached(cache)
@@ -296,7 +289,9 @@ class ModelHooks:
         generation.start(keep)
         return generation
 
-    def _note_answer(self, generation: Generation, cache: Any, output: Any) -> None:
+    def _note_answer(
+        self, generation: Generation, cache: Cache | None, output: Any
+    ) -> None:
         """Remember what was answered, should the cache be gone on with."""
         sequences = getattr(output, "sequences", output)
         ids_BP, answer_BP = generation.ids_BP, generation.answer_BP
@@ -307,9 +302,9 @@ class ModelHooks:
         answer_BW[:, : generation.width] = False if answer_BP is None else answer_BP
         self._conversations.note(cache, Tokens(ids_BW, answer_BW))
 
-    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         prepare = type(self._model).prepare_inputs_for_generation
-        inputs = prepare(self._model, *args, **kwargs)
+        inputs: dict[str, Any] = prepare(self._model, *args, **kwargs)
         generation = self.state.thread.generation
         if generation is not None:
             tokens, has_cache = _tokens(inputs).shape[1], cache_of(inputs) is not None
@@ -317,24 +312,23 @@ class ModelHooks:
         return inputs
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse early: the thread of ``generate_batch`` would hide an error."""
         if any(layer.asks_for_prompts for layer in self.state.layers):
-            raise cannot_batch_continuously()
+            refuse_continuous_batching()
         return type(self._model).init_continuous_batching(self._model, *args, **kwargs)
 
 
-def _tokens(inputs: Mapping[str, Any]) -> Tensor:
+def _tokens(inputs: Inputs) -> Tensor:
     """Return a forward's tokens (B, T), or their embeddings (B, T, D)."""
     ids_BT: Tensor | None = inputs.get("input_ids")
     return inputs["inputs_embeds"] if ids_BT is None else ids_BT
 
 
-def _two_dimensional(kwargs: Mapping[str, Any]) -> Tensor | None:
+def _two_dimensional(kwargs: Inputs) -> Tensor | None:
     """Return the attention mask if it is 2-D."""
     mask = kwargs.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _cached(cache: Any) -> int:
+def _cached(cache: Cache | None) -> int:
     """Return the columns in a cache."""
     return 0 if cache is None else int(cache.get_seq_length())

@@ -7,25 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
+from transformers import PretrainedConfig
 
-from axolotl_reft.core.interventions import INTERVENTION_CLASSES
+from axolotl_reft.core.interventions import INTERVENTION_CLASSES, Intervention
 from axolotl_reft.prompts.spans import PromptSpans
-from axolotl_reft.settings.components import Site, find_site
+from axolotl_reft.settings.components import find_site
 from axolotl_reft.settings.spec import AdapterSpec
 from axolotl_reft.tuner.config import LoreftConfig
-from axolotl_reft.tuner.context import ForwardContext, ModelState
+from axolotl_reft.tuner.context import BASE, ModelState
 from axolotl_reft.tuner.executor import edit_hidden_states
 from axolotl_reft.tuner.lora import LayerLora, linear_modules
 from axolotl_reft.tuner.replay import call_replayably
 
-_INPUT, _OUTPUT = Site("", "input"), Site("", "output")
+# A site is the path of a module in the layer and its side: the layer's own are these.
+_INPUT, _OUTPUT = ".input", ".output"
 
 
 class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
@@ -46,10 +48,11 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     other_param_names = ("specs", "sites")
 
     def __init__(
-        self, base_layer: nn.Module, state: ModelState, text_config: Any
+        self, base_layer: nn.Module, state: ModelState, text_config: PretrainedConfig
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.training = base_layer.training
         self.intv_0 = nn.ModuleDict()
         self.intv_1 = nn.ModuleDict()
         self.intv_lora = nn.ModuleDict()
@@ -57,11 +60,9 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         state.layers.append(self)
         self.text_config = text_config
         self.specs: dict[str, AdapterSpec] = {}
-        self.sites: dict[str, Site] = {}
-        self._edits_every_token = False
-        self._handles: dict[Site, RemovableHandle] = {}
-        self._lora_handles: dict[str, RemovableHandle] = {}
-        self._disable_adapters = False
+        self.sites: dict[str, str] = {}
+        self._handles: dict[str, RemovableHandle] = {}
+        self._refresh()
         self.merged_adapters: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -83,73 +84,63 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             rank: of its interventions; None for a layer that the adapter does not edit,
                 which has at most LoRA.
         """
+        spec, lora = config.spec(), config.lora
         if rank is not None:
-            self._add_interventions(adapter_name, config.spec(), rank)
-        if config.lora is not None:
-            self._add_lora(adapter_name, config.lora)
-        self._hook()
+            site, width = find_site(spec.component, self.base_layer, self.text_config)
+            for container in (self.intv_0, self.intv_1)[: spec.sides]:
+                container[adapter_name] = INTERVENTION_CLASSES[spec.kind.name](
+                    embed_dim=width,
+                    low_rank_dimension=rank,
+                    dropout=spec.dropout,
+                    act_fn=spec.act_fn,
+                )
+            self.specs[adapter_name] = self.state.adapters[adapter_name] = spec
+            self.sites[adapter_name] = f"{site.path}.{site.side}"
+        if lora is not None:
+            sizes = linear_modules(self.base_layer, lora["target_modules"])
+            self.intv_lora[adapter_name] = LayerLora(
+                sizes, lora["r"], lora["alpha"], lora["dropout"]
+            )
+        for container in (self.intv_0, self.intv_1, self.intv_lora):
+            if adapter_name in container:
+                module = container[adapter_name].train(self.training)
+                # PEFT's low_cpu_mem_usage makes it on the meta device, filled later.
+                if not any(p.is_meta for p in module.parameters()):
+                    module.to(_device_of(self.base_layer))
+        self._refresh()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _add_interventions(
-        self, adapter_name: str, spec: AdapterSpec, rank: int
-    ) -> None:
-        site, width = find_site(spec.component, self.base_layer, self.text_config)
-        for container in (self.intv_0, self.intv_1)[: spec.sides]:
-            intervention = INTERVENTION_CLASSES[spec.kind.name](
-                embed_dim=width,
-                low_rank_dimension=rank,
-                dropout=spec.dropout,
-                act_fn=spec.act_fn,
-            )
-            self._put(container, adapter_name, intervention)
-        self.specs[adapter_name] = self.state.adapters[adapter_name] = spec
-        self.sites[adapter_name] = site
-
-    def _add_lora(self, adapter_name: str, settings: dict[str, Any]) -> None:
-        sizes = linear_modules(self.base_layer, settings["target_modules"])
-        r, alpha, dropout = settings["r"], settings["alpha"], settings["dropout"]
-        lora = LayerLora(sizes, r=r, alpha=alpha, dropout=dropout)
-        self._put(self.intv_lora, adapter_name, lora)
-        for path in sizes.keys() - self._lora_handles.keys():
-            module = self.base_layer.get_submodule(path)
-            # First: an edit of the module's output is one of the sum.
-            self._lora_handles[path] = module.register_forward_hook(
-                partial(self._add_lora_output, path), prepend=True
-            )
-
-    def _put(self, container: nn.ModuleDict, name: str, module: nn.Module) -> None:
-        # PEFT's low_cpu_mem_usage makes it on the meta device and fills it later.
-        if not any(p.is_meta for p in module.parameters()):
-            module.to(_device_of(self.base_layer))
-        container[name] = module.train(self.training)
-
-    def _hook(self) -> None:
-        """Keep one hook on each edited module within the layer, and on each linear
-        module that a LoRA adds to; remove the others."""
-        self._edits_every_token = any(
-            spec.positions.everywhere for spec in self.specs.values()
-        )
-        loras: list[Any] = list(self.intv_lora.values())
-        for path in list(self._lora_handles):
-            if not any(lora.has(path) for lora in loras):
-                self._lora_handles.pop(path).remove()
-        wanted = {site for site in self.sites.values() if site.path}
+    def _refresh(self) -> None:
+        """Bring what is derived from the adapters up to date, and the hooks within the
+        layer: one on each edited side of a module, one on each with a LoRA."""
+        specs, sites = self.specs.values(), set(self.sites.values())
+        self._edits_every_token = any(spec.positions.everywhere for spec in specs)
+        self._edits_input = _INPUT in sites
+        wanted = {site for site in sites if site not in (_INPUT, _OUTPUT)}
+        loras = cast("list[LayerLora]", list(self.intv_lora.values()))
+        wanted |= {f"{path}.lora" for lora in loras for path in lora.paths}
+        self._acts_within = bool(wanted)
         for site in self._handles.keys() - wanted:
             self._handles.pop(site).remove()
         for site in wanted - self._handles.keys():
-            module = self.base_layer.get_submodule(site.path)
-            if site.side == "input":
+            path, _, side = site.rpartition(".")
+            module = self.base_layer.get_submodule(path)
+            if side == "input":
                 self._handles[site] = module.register_forward_pre_hook(
                     partial(self._edit_input, site), with_kwargs=True
                 )
-            else:
+            elif side == "output":
                 self._handles[site] = module.register_forward_hook(
                     partial(self._edit_output, site)
+                )
+            else:  # first: an edit of the module's output is one of the sum
+                self._handles[site] = module.register_forward_hook(
+                    partial(self._add_lora, path), prepend=True
                 )
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._forget_state(adapter_name)
+        self.forget_adapter(adapter_name)
 
     def forget_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's parts; the names of the active ones stay."""
@@ -157,27 +148,22 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             held = getattr(self, attribute)
             if adapter_name in held:
                 del held[adapter_name]
-        self._forget_state(adapter_name)
-
-    def _forget_state(self, adapter_name: str) -> None:
         self.state.adapters.pop(adapter_name, None)
         self.state.stacks.clear()
-        self._hook()
+        self._refresh()
 
     def detach(self) -> None:
         """Leave the layer as it was."""
-        for handles in (self._handles, self._lora_handles):
-            for handle in handles.values():
-                handle.remove()
-            handles.clear()
+        while self._handles:
+            self._handles.popitem()[1].remove()
 
-    def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: object = None) -> None:
         raise cannot_merge()
 
     @property
     def asks_for_prompts(self) -> bool:
         """Whether an active adapter edits prompt positions here."""
-        specs = (self.specs.get(name) for name in self._adapters(None))
+        specs = (self.specs.get(name) for name in self._adapters())
         return any(spec and not spec.positions.everywhere for spec in specs)
 
     def prompts(self, name: str) -> PromptSpans | None:
@@ -210,118 +196,103 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = self._edit_input(_INPUT, self, args, kwargs)
-        within = self._edited_within()
-        if within:
+        if self._edits_input:
+            args, kwargs = self._edit_input(_INPUT, self, args, kwargs)
+        base_layer: Any = self._modules["base_layer"]  # nn.Module's getattr takes long
+        if self._acts_within and (within := self._adapters_within()):
+            context = self.state.context
             # Ahead of the layer: compiled checkpointing lets what is inside of it note
             # nothing, and would break the graph.
-            context = self.state.context
             for name in within:
                 if name in self.specs and not self.specs[name].positions.everywhere:
                     context.indices(name)
-            output = call_replayably(self.base_layer, self.state, *args, **kwargs)
+            output = call_replayably(base_layer, self.state, *args, **kwargs)
         else:
-            output = self.base_layer(*args, **kwargs)
-        edited = self._edit_output(_OUTPUT, self, args, output)
-        if edited is not output:
-            self.state.context.record(_first(output), _first(edited))
-        return edited
+            output = base_layer(*args, **kwargs)
+        return self._edit_output(_OUTPUT, self, args, output)
 
-    def _edited_within(self) -> list[str]:
+    def _adapters(self) -> list[str]:
+        """Return the adapters of this forward: the active ones, or its rows'."""
+        if self._disable_adapters:
+            return []
+        context = self.state.thread.context
+        if context is None or context.row_adapters is None:
+            # A list since set_adapter; PEFT's property makes two more calls.
+            return cast("list[str]", self._active_adapter)
+        return [name for name in dict.fromkeys(context.row_adapters) if name != BASE]
+
+    def _adapters_within(self) -> list[str]:
         """Return the adapters of this forward that act inside the layer."""
-        # Not by the handles: torch.compile cannot look a site up among them.
         return [
             name
-            for name in self._adapters(self.state.thread.context)
-            if name in self.intv_lora or (name in self.sites and self.sites[name].path)
+            for name in self._adapters()
+            if name in self.intv_lora
+            or self.sites.get(name, _OUTPUT) not in (_INPUT, _OUTPUT)
         ]
 
     def _edit_input(
-        self, site: Site, module: nn.Module, args: Any, kwargs: Any
+        self, site: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any
     ) -> tuple[Any, Any]:
-        if not self._adapters_at(site):
-            return args, kwargs
         if args:
             return (self._edit(args[0], site), *args[1:]), kwargs
         edited_BTD = self._edit(kwargs["hidden_states"], site)
         return args, kwargs | {"hidden_states": edited_BTD}
 
-    def _edit_output(
-        self, site: Site, module: nn.Module, args: Any, output: Any
-    ) -> Any:
-        if not self._adapters_at(site):
-            return output
-        h_BTD = _first(output)
+    def _edit_output(self, site: str, module: nn.Module, args: Any, output: Any) -> Any:
+        h_BTD = output[0] if isinstance(output, tuple) else output
         edited_BTD = self._edit(h_BTD, site)
-        return output if edited_BTD is h_BTD else _with_first(output, edited_BTD)
+        if edited_BTD is h_BTD:
+            return output
+        if site == _OUTPUT:
+            edited_outputs = self.state.context.edited_outputs
+            if edited_outputs is not None:
+                edited_outputs[id(h_BTD)] = edited_BTD
+        return (edited_BTD, *output[1:]) if isinstance(output, tuple) else edited_BTD
 
-    def _edit(self, h_BTD: Tensor, site: Site) -> Tensor:
+    def _edit(self, h_BTD: Tensor, site: str) -> Tensor:
         """Return hidden states edited by each adapter of this site, in turn."""
-        context = self.state.context
-        # Within a layer checkpointing replays edits, of which nothing was made ready;
-        # and a layer that is compiled alone makes its own, in its graph.
-        plan = context.plan
-        if site.path or (is_compiling() and not context.is_compiled):
-            plan = None
-        for name in self._adapters_at(site):
+        for name in self._adapters():
+            if self.sites.get(name) != site:
+                continue
+            context = self.state.context
             if self.specs[name].positions.everywhere:
                 indices = None
-                if context.adapter_rows is not None:
+                if context.row_adapters is not None:
                     indices = context.row_tokens(name, h_BTD)
             elif (indices := context.indices(name)) is None:
                 continue
-            edit = plan and plan.take(self, site.side, name)
-            if edit:
+            edit = None
+            # A layer that is compiled alone makes its own edit, in its graph.
+            if context.is_compiled or not is_compiling():
+                edit = context.ready.pop((self, site, name), None)
+            if edit is not None:
                 h_BTD = edit(h_BTD, indices)
             else:
                 h_BTD = edit_hidden_states(h_BTD, indices, self.interventions(name))
         return h_BTD
 
-    def outer_edits(
-        self, context: ForwardContext
-    ) -> Iterator[tuple[str, str, list[Any]]]:
-        """Yield side, adapter and interventions of each edit of the layer's own input
-        or output in a forward."""
-        for name in self._adapters(context):
-            site = self.sites.get(name)
-            if site is not None and not site.path:
-                yield site.side, name, self.interventions(name)
+    def outer_edits(self) -> Iterator[tuple[str, str, list[Intervention]]]:
+        """Yield site, adapter and interventions of each edit of the layer's own input
+        or output in this forward; checkpointing would replay those within."""
+        for name in self._adapters():
+            if (site := self.sites.get(name)) in (_INPUT, _OUTPUT):
+                yield site, name, self.interventions(name)
 
-    def interventions(self, name: str) -> list[Any]:
+    def interventions(self, name: str) -> list[Intervention]:
         """Return an adapter's interventions: one, or one each for prefix and suffix."""
         # Past nn.Module's getattr: it is asked of all layers in every step.
-        sides = (self._modules["intv_0"], self._modules["intv_1"])
-        return [side._modules[name] for side in sides if side and name in side._modules]
+        sides: Any = self._modules["intv_0"], self._modules["intv_1"]
+        return [side._modules[name] for side in sides if name in side._modules]
 
-    def _adapters_at(self, site: Site) -> list[str]:
-        """Return the adapters that edit a site in this forward, in their order."""
-        adapters = self._adapters(self.state.thread.context)
-        return [name for name in adapters if self.sites.get(name) == site]
-
-    def _adapters(self, context: ForwardContext | None) -> list[str]:
-        """Return the adapters of a forward: the active ones, or its rows'."""
-        if self.disable_adapters:
-            return []
-        rows = None if context is None else context.adapter_rows
-        return self.active_adapters if rows is None else rows.adapters
-
-    def _add_lora_output(
-        self, path: str, module: nn.Module, args: Any, output: Tensor
+    def _add_lora(
+        self, path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
     ) -> Tensor:
         context, total = self.state.thread.context, output
-        for name in self._adapters(context):
-            lora: Any = self.intv_lora[name] if name in self.intv_lora else None
-            if lora is not None and lora.has(path):
+        for name in self._adapters():
+            lora = self.intv_lora[name] if name in self.intv_lora else None
+            if isinstance(lora, LayerLora) and path in lora.paths:
                 total = lora.add_to(total, path, args[0], context, name)
         return total.to(output.dtype)
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _with_first(output: Any, h_BTD: Tensor) -> Any:
-    return (h_BTD, *output[1:]) if isinstance(output, tuple) else h_BTD
 
 
 def cannot_merge() -> ValueError:

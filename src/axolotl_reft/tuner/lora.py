@@ -47,23 +47,21 @@ class LayerLora(AdapterLeaf):
                 f"lora: r: {r} is larger than every side of the modules it is for; "
                 f"choose at most {widest}, 8 is usual"
             )
-        self.r = r
-        self.scaling = alpha / r
-        self.dropout_p = dropout
+        self.made_for = f"lora r {r}"
+        self.paths = tuple(sizes)
+        self.r, self.scaling, self.dropout_p = r, alpha / r, dropout
         for path, (size_in, size_out) in sizes.items():
             a = nn.Parameter(torch.empty(r, size_in, dtype=torch.float32))
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             b = nn.Parameter(torch.zeros(size_out, r, dtype=torch.float32))
-            for name, parameter in zip(_names(path), (a, b), strict=True):
-                self.register_parameter(name, parameter)
-
-    def has(self, path: str) -> bool:
-        """Whether it adds to the module at this path of the layer."""
-        return _names(path)[0] in self._parameters
+            # Directly on the leaf for PEFT, so without dots.
+            self.register_parameter(f"{path.replace('.', '_')}_A", a)
+            self.register_parameter(f"{path.replace('.', '_')}_B", b)
 
     def forward(self, path: str, x: Tensor) -> Tensor:
         """Return (α/r)·B·A·dropout(x) of the module at ``path`` for its input."""
-        a, b = (self.get_parameter(name) for name in _names(path))
+        stem = path.replace(".", "_")
+        a, b = self.get_parameter(f"{stem}_A"), self.get_parameter(f"{stem}_B")
         x = F.dropout(x.to(a.dtype), self.dropout_p, self.training)
         return F.linear(F.linear(x, a), b) * self.scaling
 
@@ -77,7 +75,7 @@ class LayerLora(AdapterLeaf):
     ) -> Tensor:
         """Return a module's output with this LoRA's, in the adapter's rows alone where
         rows have adapters of their own."""
-        if context is None or context.adapter_rows is None:
+        if context is None or context.row_adapters is None:
             return output + self(path, x)
         tokens_N = context.row_tokens(adapter, output).all_N
         x_ND = x.reshape(-1, x.shape[-1]).index_select(0, tokens_N)
@@ -89,27 +87,22 @@ class LayerLora(AdapterLeaf):
         return f"r={self.r}, scaling={self.scaling}, dropout={self.dropout_p}"
 
 
-def _names(path: str) -> tuple[str, str]:
-    """Name a module's A and B: directly on the leaf for PEFT, so without dots."""
-    stem = path.replace(".", "_")
-    return f"{stem}_A", f"{stem}_B"
-
-
 def linear_modules(layer: nn.Module, targets: str | Sequence[str]) -> dict[str, Sizes]:
-    """The paths of the layer's linear modules that ``targets`` names, with their sizes.
+    """Return the sizes of a layer's linear modules that ``targets`` names, by path.
 
     Args:
-        layer: a decoder layer.
         targets: ``all-linear``, or names: of modules, or the ends of their paths.
 
     Raises:
         ValueError: a name is not that of a linear module.
     """
-    linear = {
-        path: sizes
-        for path, module in layer.named_modules()
-        if (sizes := _sizes(module)) is not None
-    }
+    linear: dict[str, Sizes] = {}
+    for path, module in layer.named_modules():
+        # Of nn.Linear and of quantised modules; of GPT-2's Conv1D.
+        for names in (("in_features", "out_features"), ("nx", "nf")):
+            size_in, size_out = (getattr(module, name, None) for name in names)
+            if isinstance(size_in, int) and isinstance(size_out, int):
+                linear[path] = size_in, size_out
     if targets == ALL_LINEAR:
         return linear
     found = {}
@@ -124,13 +117,3 @@ def linear_modules(layer: nn.Module, targets: str | Sequence[str]) -> dict[str, 
             )
         found.update({path: linear[path] for path in paths})
     return found
-
-
-def _sizes(module: nn.Module) -> Sizes | None:
-    """Return the sizes of a linear module, quantised or not; None for any other."""
-    if hasattr(module, "nx") and hasattr(module, "nf"):  # GPT-2's Conv1D
-        return int(module.nx), int(module.nf)  # type: ignore[arg-type]
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
-        return sizes[0], sizes[1]
-    return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from axolotl_reft.core.tensors import check_complete
 from axolotl_reft.settings.components import check_list_of_layers
-from axolotl_reft.tuner.adapter_rows import BASE
 from axolotl_reft.tuner.config import LoreftConfig
+from axolotl_reft.tuner.context import BASE, repeat_names
 from axolotl_reft.tuner.hooks import ModelHooks
 from axolotl_reft.tuner.input_gradients import (
     keep_from_packing,
@@ -31,7 +31,6 @@ from axolotl_reft.tuner.trained_modules import (
 )
 
 _HOOKS = "loreft_hooks"
-_ASKED_OF_OUTPUT = ("output_attentions", "output_hidden_states", "return_dict")
 # What PEFT and this package put into the paths of parameters.
 _PARTS = {BASE, "base_model", "model", "base_layer", "modules_to_save"}
 _PARTS |= {"original_module", *LoreftDecoderLayer.adapter_layer_names}
@@ -63,49 +62,63 @@ class LoreftModel(BaseTuner):
                 )
         # As PEFT's forward hands them down; transformers takes such a None for another
         # answer than the config's, and carries it through every layer.
-        for name in _ASKED_OF_OUTPUT:
+        for name in ("output_attentions", "output_hidden_states", "return_dict"):
             if name in kwargs and kwargs[name] is None:
                 del kwargs[name]
-        # By __call__ where PEFT uses .forward, so that the hooks's hook sees labels.
+        # By __call__ where PEFT uses .forward, so that the hooks see labels.
         return self.model(*args, **kwargs)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        _check_adapter_name(adapter_name, model)
+        hooks = hooks_of(self.model)
+        # PEFT finds an adapter's tensors by ``.name.`` in their paths.
+        parts = {
+            part for path, _ in model.named_parameters() for part in path.split(".")
+        }
+        taken = _PARTS | parts - set(hooks.state.adapters if hooks else ())
+        is_attribute = hasattr(nn.ModuleDict(), adapter_name)
+        if (
+            not adapter_name
+            or "." in adapter_name
+            or adapter_name in taken
+            or is_attribute
+        ):
+            raise ValueError(
+                f"adapter_name: {adapter_name!r} cannot be an adapter's name: PEFT or "
+                "torch would take it for something else; choose another, such as "
+                "'default'"
+            )
         # PEFT adds to an adapter of the same name; here it is replaced.
-        for module in model.modules():
-            if isinstance(module, LoreftDecoderLayer):
-                module.forget_adapter(adapter_name)
+        for layer in hooks.state.layers if hooks else ():
+            layer.forget_adapter(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    def _enable_peft_forward_hooks(
-        self, *args: Any, **kwargs: Any
-    ) -> AbstractContextManager[None]:
-        """PEFT's door for ``adapter_names``: an adapter for each row of a batch."""
-        names = kwargs.get("adapter_names")
-        hooks = hooks_of(self.model)
-        if names is None or hooks is None:
-            return nullcontext()
-        self._check_adapter_names(names)
-        return self._adapters_by_row(hooks, names)
-
     @contextmanager
-    def _adapters_by_row(
-        self, hooks: ModelHooks, names: Sequence[str]
-    ) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(hooks.state.adapters_by_row(names))
-            for module in self.modules():
-                if isinstance(module, AuxiliaryTrainingWrapper):
-                    stack.callback(
-                        module.register_forward_pre_hook(
-                            partial(_add_adapter_names, hooks), with_kwargs=True
-                        ).remove
-                    )
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Edit each row of a batch by its adapter: PEFT's way to ``adapter_names``."""
+        names, hooks = kwargs.get("adapter_names"), hooks_of(self.model)
+        if names is None or hooks is None:
             yield
+            return
+        self._check_adapter_names(names)
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_add_adapter_names, hooks), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        thread = hooks.state.thread
+        thread.adapter_names = names
+        try:
+            yield
+        finally:
+            thread.adapter_names = None
+            for handle in handles:
+                handle.remove()
 
-    def _check_adapter_names(self, names: Sequence[str]) -> None:
+    def _check_adapter_names(self, names: Any) -> None:
         if not isinstance(names, (list, tuple)):
             raise TypeError(
                 f"Got adapter names of type {type(names)}, expected a list of str."
@@ -121,10 +134,11 @@ class LoreftModel(BaseTuner):
                 f"{', '.join(sorted(map(str, unknown)))}; there are "
                 f"{', '.join(self.peft_config)}, and {BASE} for none"
             )
+        used = named.union(self.active_adapters)
         for path, module in self.model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
-                without = named.union(self.active_adapters) - module._adapters
-                if without and without != named.union(self.active_adapters):
+                without = used - module._adapters
+                if without and without != used:
                     raise ValueError(
                         f"adapter_names: {sorted(without)[0]!r} has no {path} of its "
                         "own (modules_to_save) and others have; PEFT cannot mix them "
@@ -172,9 +186,8 @@ class LoreftModel(BaseTuner):
     ) -> LoreftConfig:
         path, layers = find_decoder_layers(self.model)
         check_list_of_layers(peft_config.component, path)
-        numbers: Iterable[int] = peft_config.spec().ranks(len(layers))
-        if peft_config.lora is not None:
-            numbers = range(len(layers))
+        edited = peft_config.spec().ranks(len(layers))
+        numbers = edited if peft_config.lora is None else range(len(layers))
         peft_config.target_modules = {f"{path}.{number}" for number in numbers}
         check_modules_to_save(peft_config, self.model, path)
         return peft_config
@@ -204,27 +217,18 @@ class LoreftModel(BaseTuner):
         target: nn.Module,
         target_name: str,
         parent: nn.ModuleList,
-        current_key: str,
-        parameter_name: str | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        ranks = peft_config.spec().ranks(len(parent))
-        rank = ranks.get(int(target_name))
-        if isinstance(target, LoreftDecoderLayer):
-            target.update_layer(adapter_name, peft_config, rank)
-            return
-        hooks = hooks_of(self.model)
-        assert hooks is not None, "_prepare_model comes first"
-        wrapper = LoreftDecoderLayer(target, hooks.state, _text_config(self.model))
-        wrapper.training = target.training
-        wrapper.update_layer(adapter_name, peft_config, rank)
-        setattr(parent, target_name, wrapper)
+        if not isinstance(target, LoreftDecoderLayer):
+            state = self.model.__dict__[_HOOKS].state
+            target = LoreftDecoderLayer(target, state, _text_config(self.model))
+            setattr(parent, target_name, target)
+        rank = peft_config.spec().ranks(len(parent)).get(int(target_name))
+        target.update_layer(adapter_name, peft_config, rank)
 
     def _replace_module(
-        self,
-        parent: nn.Module,
-        child_name: str,
-        new_module: nn.Module,
-        child: nn.Module,
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, *_: Any
     ) -> None:
         # PEFT's copies a `weight`, which a decoder layer has not.
         setattr(parent, child_name, new_module)
@@ -234,16 +238,14 @@ class LoreftModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             raise cannot_merge()
-        for module in self.model.modules():
-            if isinstance(module, LoreftDecoderLayer):
-                module.detach()
-        model = super()._unload_and_optionally_merge(merge=False, **kwargs)
-        hooks = hooks_of(model)
+        hooks = hooks_of(self.model)
         if hooks is not None:
+            for layer in hooks.state.layers:
+                layer.detach()
             hooks.detach()
-            del model.__dict__[_HOOKS]
-            treat_as_usual(model)
-        return model
+            del self.model.__dict__[_HOOKS]
+            treat_as_usual(self.model)
+        return super()._unload_and_optionally_merge(merge=False, **kwargs)
 
 
 def _add_adapter_names(
@@ -253,37 +255,7 @@ def _add_adapter_names(
     if names is None:  # of another thread's batch
         return args, kwargs
     # ``generate`` has several rows for each, whoever asked for its beams.
-    each = args[0].shape[0] // len(names)
-    rows = [name for name in names for _ in range(each)]
-    return args, kwargs | {"adapter_names": rows}
-
-
-def _check_adapter_name(name: str, model: nn.Module) -> None:
-    """Refuse names that PEFT would take for something else.
-
-    It finds an adapter's tensors by ``.name.`` in their paths.
-    """
-    parts = {part for path, _ in model.named_parameters() for part in path.split(".")}
-    taken = _PARTS | parts - _adapters_of(model)
-    if not name or "." in name or name in taken or hasattr(nn.ModuleDict(), name):
-        raise ValueError(
-            f"adapter_name: {name!r} cannot be an adapter's name: PEFT or torch would "
-            "take it for something else; choose another, such as 'default'"
-        )
-
-
-def _adapters_of(model: nn.Module) -> set[str]:
-    return {
-        name
-        for module in model.modules()
-        if isinstance(module, LoreftDecoderLayer)
-        for name in module.specs
-    } | {
-        name
-        for module in model.modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for name in module._adapters
-    }
+    return args, kwargs | {"adapter_names": repeat_names(names, args[0].shape[0])}
 
 
 def hooks_of(model: nn.Module) -> ModelHooks | None:
@@ -297,7 +269,7 @@ def _text_config(model: Any) -> Any:
 
 
 def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path and the list of a transformers model's decoder layers.
+    """Return the path and the list of a transformers model's decoder layers.
 
     It is the outermost ``nn.ModuleList`` with as many entries as the model's own config
     counts hidden layers, so that no table of architectures is needed.

@@ -1,7 +1,7 @@
 """LOREFT as a member of PEFT's closed enumeration of methods.
 
-PEFT has no door for methods from outside its tree: saving looks a method up in
-``PeftType`` itself, so a plain string that merely loads would fail at the first save.
+Saving looks a method up in ``PeftType`` itself, so a plain string that merely loads
+would fail at the first save.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ def _extend_peft_type(name: str) -> PeftType:
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
-    member._name_ = name
-    member._value_ = name
+    member._name_ = member._value_ = name
     member._sort_order_ = len(PeftType)
     member.__objclass__ = PeftType
     # Patch: PEFT looks methods up in its own enumeration.

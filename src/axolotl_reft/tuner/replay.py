@@ -5,6 +5,7 @@ Checkpointing runs the layer again in backward, when another forward may be unde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,39 +14,50 @@ from torch.compiler import is_compiling
 
 from axolotl_reft.tuner.context import ModelState
 
+_ATTRIBUTE = "_gradient_checkpointing_func"
+
 
 def call_replayably(
     layer: nn.Module, state: ModelState, *args: Any, **kwargs: Any
 ) -> Any:
     """Call a layer that checkpointing will replay with the context of this forward."""
-    checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
+    checkpoint = layer.__dict__.get(_ATTRIBUTE)
     if checkpoint is None or not layer.training:
         return layer(*args, **kwargs)
+    context = state.thread.context
 
-    def checkpoint_with_context(function: Any, *inputs: Any, **options: Any) -> Any:
-        if _is_reentrant(checkpoint) and not is_compiling():
+    def checkpoint_with_context(
+        function: Callable[..., Any], *inputs: Any, **options: Any
+    ) -> Any:
+        def function_with_context(*args: Any, **kwargs: Any) -> Any:
+            if is_compiling():  # the graph holds the positions
+                return function(*args, **kwargs)
+            thread = state.thread
+            outer, thread.context = thread.context, context
+            try:
+                return function(*args, **kwargs)
+            finally:
+                thread.context = outer
+
+        # The function is a partial of torch's.
+        options_of_it = getattr(checkpoint, "keywords", {})
+        is_reentrant = options_of_it.get("use_reentrant", True) is not False
+        if is_reentrant and torch.is_grad_enabled() and not is_compiling():
             inputs = _with_gradient(inputs)
-        return checkpoint(state.replayable(function), *inputs, **options)
+        return checkpoint(function_with_context, *inputs, **options)
 
     # Patch: transformers' layer calls this with its own forward, and nothing else
     # stands between the two.
-    layer.__dict__["_gradient_checkpointing_func"] = checkpoint_with_context
+    layer.__dict__[_ATTRIBUTE] = checkpoint_with_context
     try:
         return layer(*args, **kwargs)
     finally:
-        layer.__dict__["_gradient_checkpointing_func"] = checkpoint
-
-
-def _is_reentrant(checkpoint: Any) -> bool:
-    """Whether a layer's checkpointing function, a ``partial`` of torch's, is."""
-    return getattr(checkpoint, "keywords", {}).get("use_reentrant", True) is not False
+        layer.__dict__[_ATTRIBUTE] = checkpoint
 
 
 def _with_gradient(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Make an input require a gradient, as below the first edit none does: reentrant
     checkpointing gives parameters inside a layer a gradient only then."""
-    if not torch.is_grad_enabled() or any(
-        isinstance(value, Tensor) and value.requires_grad for value in inputs
-    ):
+    if any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
         return inputs
     return (inputs[0].detach().requires_grad_(), *inputs[1:])

@@ -12,6 +12,7 @@ from typing import Any
 
 from peft import peft_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from axolotl_reft.errors import did_you_mean
 from axolotl_reft.tuner.config import LoreftConfig
@@ -21,7 +22,6 @@ from axolotl_reft.tuner.peft_type import LOREFT
 HEADS = ("classifier", "score")
 # Where PEFT's wrapper keeps the trained copy and the base's own module.
 WRAPPED_PARTS = ("modules_to_save", "original_module")
-_WRAPPED = "_loreft_once"
 
 
 def check_modules_to_save(config: LoreftConfig, model: nn.Module, layers: str) -> None:
@@ -35,13 +35,12 @@ def check_modules_to_save(config: LoreftConfig, model: nn.Module, layers: str) -
     """
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
     for name in config.modules_to_save or ():
-        # As PEFT matches.
-        matched = [path for path in paths if path.endswith(name)]
+        matched = [path for path in paths if path.endswith(name)]  # as PEFT matches
         if not matched and name not in HEADS:
-            leaves = {path.rsplit(".", 1)[-1] for path in paths if path}
+            leaves = sorted({path.rpartition(".")[2] for path in paths if path})
             raise ValueError(
                 f"modules_to_save: {name!r} is not a module of "
-                f"{type(model).__name__}.{did_you_mean(name, tuple(sorted(leaves)))}"
+                f"{type(model).__name__}.{did_you_mean(name, tuple(leaves))}"
             )
         within = [path for path in matched if f"{path}.".startswith(f"{layers}.")]
         if within:
@@ -53,21 +52,22 @@ def check_modules_to_save(config: LoreftConfig, model: nn.Module, layers: str) -
             )
 
 
-def tie_trained_embeddings(config: Any, model: Any, tied: list[str]) -> None:
+def tie_trained_embeddings(
+    config: LoreftConfig, model: PreTrainedModel, tied: list[str]
+) -> None:
     """Let a head that shares the embeddings share the trained copy too.
 
     Args:
         config: the adapter's; changed in place.
         tied: modules that share the embeddings.
     """
-    named = set(config.modules_to_save or ())
-    names = _embedding_names(model)
+    named, names = set(config.modules_to_save or ()), _embedding_names(model)
     if tied and named & set(names):
         config.modules_to_tie = set(tied)
         config.modules_to_save = sorted(named - set(names) | {names[0]})
 
 
-def fit_vocabulary(config: LoreftConfig, model: Any) -> None:
+def fit_vocabulary(config: LoreftConfig, model: PreTrainedModel) -> None:
     """Note how many tokens the trained embeddings have; give a plain base as many.
 
     What the new rows hold does not matter: the saved embeddings take their place.
@@ -81,6 +81,14 @@ def fit_vocabulary(config: LoreftConfig, model: Any) -> None:
         model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
 
 
+def _embedding_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of the model's input embeddings and head, for example
+    ``embed_tokens`` and ``lm_head``."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {id(module): path for path, module in model.named_modules()}
+    return [names[id(m)].rpartition(".")[2] for m in modules if id(m) in names]
+
+
 def save_modules_once() -> None:
     """Have PEFT save a trained module once; again is harmless.
 
@@ -89,7 +97,7 @@ def save_modules_once() -> None:
     the base's own.
     """
     collect = peft_model.get_peft_model_state_dict
-    if hasattr(collect, _WRAPPED):
+    if hasattr(collect, "_loreft_once"):
         return
 
     @wraps(collect)
@@ -99,28 +107,15 @@ def save_modules_once() -> None:
         found = collect(model, state_dict, adapter_name, **kwargs)
         if model.peft_config[adapter_name].peft_type != LOREFT:
             return found
-        return {
-            key: tensor
-            for key, tensor in found.items()
-            if not any(f".{part}." in key for part in WRAPPED_PARTS)
-        }
+        twice = tuple(f".{part}." for part in WRAPPED_PARTS)
+        return {k: t for k, t in found.items() if not any(part in k for part in twice)}
 
     # Patch: PEFT has no hook for what it collects.
-    setattr(collect_once, _WRAPPED, True)
+    collect_once.__dict__["_loreft_once"] = True
     peft_model.get_peft_model_state_dict = collect_once
 
 
-def _embedding_names(model: Any) -> list[str]:
-    """Return the names of the model's input embeddings and head, for example
-    ``embed_tokens`` and ``lm_head``."""
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    names = {id(module): path for path, module in model.named_modules()}
-    return [names[id(m)].rsplit(".", 1)[-1] for m in modules if id(m) in names]
-
-
-def same_modules(
-    one: list[str] | None, other: list[str] | None, tied: list[str]
-) -> bool:
+def same_modules(a: list[str] | None, b: list[str] | None, tied: list[str]) -> bool:
     """Whether two settings train the same modules.
 
     Args:
@@ -131,4 +126,4 @@ def same_modules(
         kept = set(names or ()) - set(HEADS)
         return kept - set(tied[1:]) | set(tied[:1] if kept & set(tied) else ())
 
-    return distinct(one) == distinct(other)
+    return distinct(a) == distinct(b)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
+from axolotl_reft.core.interventions import Intervention
 from axolotl_reft.tuner.layer import LoreftDecoderLayer
 
 
@@ -16,7 +17,7 @@ class FoundIntervention(NamedTuple):
     layer: int
     side: int
     wrapper: LoreftDecoderLayer
-    intervention: Any
+    intervention: Intervention
 
 
 def interventions_of(model: nn.Module, adapter: str) -> Iterator[FoundIntervention]:
