@@ -23,10 +23,10 @@ from axolotl_reft.settings.spec import AdapterSpec
 if TYPE_CHECKING:
     from axolotl_reft.tuner.layer import LoreftDecoderLayer
 
-# The argument of a model's forward with what a collator found: the shape (B, T) of its
-# batch, and for each adapter the indices of each intervention.
+# A model's argument with what a collator found: the shape (B, T) of its batch, and the
+# indices of each adapter's interventions.
 POSITIONS = "loreft_positions"
-# PEFT's name, among the adapters of a batch's rows, for none.
+# PEFT's name for no adapter, among those of a batch's rows.
 BASE = "__base__"
 
 # Returns the prompts of such turns, None where there is none.
@@ -41,19 +41,17 @@ class ForwardContext:
 
     Attributes:
         shape: B and T.
-        adapters: settings of the model's adapters, by name.
         find_spans: None in a decode step, which has no prompt.
-        past: columns in the cache before the forward; 0 for none.
+        past: columns in the cache before the forward.
         one_sample_rows: no row holds several packed samples.
         has_answers: labels or a trainer tell the answers.
         is_compiled: the model is, and with it the layers.
-        row_adapters: the adapter of each row, :data:`BASE` for none; None where the
-            active adapters edit all rows.
+        row_adapters: of each row; None where the active adapters edit all rows.
         given: indices that a collator found, by adapter.
-        ready: edits that were made ready for several layers together, by layer, side
-            and adapter; each is taken once.
-        edited_outputs: by the id of a layer's output, what it was edited to, where
-            hidden states are asked for: transformers records them unedited.
+        ready: edits of several layers from one stack, by layer, site and adapter; each
+            is taken once.
+        edited_outputs: edited states by the id of the unedited, which transformers
+            records; None where hidden states are not asked for.
     """
 
     shape: tuple[int, int]
@@ -81,8 +79,7 @@ class ForwardContext:
         return self._spans[turns]
 
     def indices(self, adapter: str) -> EditIndices | None:
-        """Return what the adapter edits at its positions, the same for all layers; None
-        when this forward has no prompt in it."""
+        """Return the adapter's positions; None when this forward has no prompt."""
         if adapter not in self._indices:
             self._indices[adapter] = self._find_indices(adapter)
         return self._indices[adapter]
@@ -99,31 +96,26 @@ class ForwardContext:
             rows = self.row_adapters.count(adapter)
             has_it_B1 = [[name == adapter] for name in self.row_adapters]
             rows_B1 = torch.tensor(has_it_B1, device=device)
-        # Slots are reserved where prompts cannot be counted. Counting is free on a CPU
-        # and makes the host wait for an accelerator, once a forward, unless a row has
-        # one prompt; a graph cannot wait.
-        compiling, slots = torch.compiler.is_compiling(), None
+        # To count prompts the host waits for an accelerator, and a graph cannot: slots
+        # are reserved for as many as there may be.
+        compiling, most = torch.compiler.is_compiling(), None
         if compiling or device.type != "cpu":
             if self.one_sample_rows and not spec.turns.every:
-                slots = rows
+                most = rows
             elif compiling:
-                slots = self.shape[0] * self.shape[1]
-        return edit_indices(spans, spec.positions, spec.tied, slots, rows_B1)
+                most = self.shape[0] * self.shape[1]
+        return edit_indices(spans, spec.positions, spec.tied, most, rows_B1)
 
     def has_no_prompt(self) -> bool | None:
-        """Whether none of the prompts that layers asked for has a token; None where no
-        layer asked."""
+        """Whether all prompts that layers asked for are empty; None if none asked."""
         if spans := [found for found in self._spans.values() if found is not None]:
             return not any(found.inside_BT.any() for found in spans)
         indices = [found for found in self._indices.values() if found is not None]
         return not any(sum(found.sizes) for found in indices) if indices else None
 
     def row_tokens(self, adapter: str, h_BTD: Tensor) -> EditIndices:
-        """Return the indices into B·T of all tokens in the adapter's rows.
-
-        Raises:
-            RuntimeError: these are not the hidden states of all tokens.
-        """
+        """Return the indices into B·T of all tokens in the adapter's rows; RuntimeError
+        where these are not the hidden states of all tokens."""
         assert self.row_adapters is not None
         states, (rows, width) = h_BTD.shape[:-1].numel(), self.shape
         if states != rows * width:
@@ -146,12 +138,11 @@ def repeat_names(names: Sequence[str], rows: int, expands: bool = True) -> list[
     """Return the adapter of each row of a forward.
 
     Args:
-        names: as the caller gave them, one for each of his rows.
-        expands: there may be several rows for one of the caller's, as ``generate``
-            makes for beams: the copies of a row are neighbours.
+        names: of the caller's rows.
+        expands: a row may have copies beside it, which ``generate`` makes for beams.
 
     Raises:
-        ValueError: there are more names than rows, or too few (PEFT's message).
+        ValueError: there are too many names, or too few (PEFT's message).
     """
     copies, rest = divmod(rows, len(names)) if names else (0, rows)
     if rest or (copies != 1 and not expands):
@@ -169,13 +160,12 @@ def prompt_turns(adapters: Mapping[str, AdapterSpec]) -> set[Turns]:
 
 @dataclass(eq=False)
 class ThreadState:
-    """The state of a thread.
+    """The state of a thread: what its model's backbone is not given.
 
     Attributes:
-        labels, given: arguments of the model, for its backbone.
+        labels, given: arguments of the model.
         generation: inside ``generate``.
         adapter_names: those of a batch's rows.
-        context: of the forward.
     """
 
     labels: Tensor | None = None
@@ -186,11 +176,8 @@ class ThreadState:
 
 
 class _ThreadLocal(threading.local):
-    """One state a thread: a server may answer in many.
-
-    In an object of its own: what compiled code sets on a ``threading.local`` is lost
-    where its graph breaks (torch 2.13).
-    """
+    """One state a thread, in an object of its own: what compiled code sets on a
+    ``threading.local`` is lost where its graph breaks (torch 2.13)."""
 
     def __init__(self) -> None:  # in each thread
         self.state = ThreadState()
@@ -206,9 +193,9 @@ class ModelState:
         adapters: settings of the adapters, by name.
         layers: the edited layers, in the order of the model.
         stacks: stacked parameters that are kept in eval mode, by group of layers.
-        find_answers: for a trainer that gives the model no labels: the ids (B, T) of a
-            forward to a mask of its answer tokens, (B, T) or (1, T); raises for ids it
-            does not know. Asked only where something of the forward is edited.
+        find_answers: set by a trainer that gives the model no labels: maps the ids
+            (B, T) of a forward to the mask (B, T) or (1, T) of its answers, and raises
+            for unknown ids. Asked only where something of the forward is edited.
     """
 
     find_answers: Callable[[Tensor], Tensor] | None = None
@@ -225,11 +212,7 @@ class ModelState:
 
     @property
     def context(self) -> ForwardContext:
-        """The forward under way in this thread.
-
-        Raises:
-            RuntimeError: there is none.
-        """
+        """The forward under way in this thread; RuntimeError where there is none."""
         context = self._threads.state.context
         if context is None:
             raise RuntimeError(

@@ -18,14 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from axolotl_reft.core.affine import (
-    AffineStack,
-    StackCache,
-    affine_rows,
-    affine_stack,
-    other_side,
-    projections,
-)
+from axolotl_reft.core import affine
+from axolotl_reft.core.affine import AffineStack
 from axolotl_reft.core.interventions import Intervention, without_autocast
 from axolotl_reft.core.scatter import EditIndices, edit, rows_at
 from axolotl_reft.core.stacked_edits import StackedEdits, Workspace
@@ -64,7 +58,7 @@ def _edits_of_group(
     """Return each layer's edit; nothing where interventions keep their own P."""
     interventions = [member for layer in by_layer for member in layer]
     if interventions[0].is_affine:
-        stack = state.stacks.setdefault(key, StackCache()).get(interventions)
+        stack = state.stacks.setdefault(key, affine.StackCache()).get(interventions)
         if is_compiling():
             parts = _split(stack, len(by_layer))
             return [partial(_edit_in_graph, part) for part in parts]
@@ -72,7 +66,7 @@ def _edits_of_group(
         return [partial(group.edit, number) for number in range(len(by_layer))]
     if not torch.is_grad_enabled():
         return []
-    p_RD = iter(projections(interventions).unbind(0))
+    p_RD = iter(affine.projections(interventions).unbind(0))
     return [
         partial(
             _edit_by_each, [partial(member.edit, p_RD=next(p_RD)) for member in layer]
@@ -115,8 +109,8 @@ class LayerGroup:
     def _begin(
         self, layer: int, h_BTD: Tensor, indices: EditIndices | None
     ) -> tuple[StackedEdits, int]:
-        """Return the edits of all layers, or of this one where the rows are many or of
-        another kind than the first layer's, and the layer's number among them."""
+        """Return the edits of all layers and the layer's number among them; of this one
+        alone where rows are many, or unlike the first layer's."""
         layers = len(self._interventions)
         # torch's operations, which share out products of all rows.
         workspace, together = Workspace, layers == 1
@@ -150,8 +144,8 @@ def _edit_in_graph(
     def edit_rows(h_ND: Tensor) -> Tensor:
         sizes = [len(h_ND)] if indices is None else indices.sizes
         with without_autocast(h_ND.device):
-            masked_NK = other_side(sizes, stack.b_KR.shape[1], h_ND.device)
-            return affine_rows(h_ND.float(), stack, masked_NK)
+            masked_NK = affine.other_side(sizes, stack.b_KR.shape[1], h_ND.device)
+            return affine.affine_rows(h_ND.float(), stack, masked_NK)
 
     if indices is not None:
         return edit(h_BTD, indices, [edit_rows])
@@ -162,14 +156,10 @@ def _edit_in_graph(
 def edit_hidden_states(
     h_BTD: Tensor, indices: EditIndices | None, interventions: list[Intervention]
 ) -> Tensor:
-    """Edit by a layer's own interventions, where nothing was made ready.
-
-    Args:
-        indices: the rows; None for all, by the one intervention.
-    """
+    """Edit by a layer's own interventions, where nothing was made ready."""
     builds = torch.is_grad_enabled() or is_compiling()  # else each keeps its own stack
     if builds and _group_key(interventions) and interventions[0].is_affine:
-        stack = affine_stack(interventions)
+        stack = affine.affine_stack(interventions)
         if is_compiling():
             return _edit_in_graph(stack, h_BTD, indices)
         return LayerGroup(stack, [interventions]).edit(0, h_BTD, indices)
@@ -195,7 +185,6 @@ def _group_key(interventions: list[Intervention]) -> tuple[Hashable, ...] | None
     if is_compiling() and any(member.on_edit is not None for member in interventions):
         return None
     first = interventions[0]
-    # The shape of a parameter: a compiler takes numbers on modules for variables.
-    matrix = next(first.parameters())
-    shape = first.kind.name, tuple(matrix.shape), len(interventions)
-    return *shape, matrix.device, first.is_affine
+    sizes = first.made_for  # a text: a compiler takes numbers on modules for variables
+    kind, device = first.kind.name, first.bias.device
+    return kind, sizes, len(interventions), device, first.is_affine

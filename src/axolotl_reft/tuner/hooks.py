@@ -1,8 +1,7 @@
 """Hooks on the base model that find out, once a forward, which tokens are edited.
 
-They hang on the model by public hooks, so that they also work where PEFT's tuner object
-is passed over: inner steps of ``generate``, and models from
-``AutoModel.from_pretrained(adapter)``.
+They are the model's, since inner steps of ``generate``, and models from
+``AutoModel.from_pretrained(adapter)``, pass over PEFT's tuner object.
 
 Where an adapter knows the marks of a chat template (``turn_markers``) and a sample has
 them, the marks tell its prompts, in training and at inference. Elsewhere,
@@ -32,12 +31,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from axolotl_reft.prompts.generation import (
-    Conversations,
-    Generation,
-    Tokens,
-    cut_back,
-)
+from axolotl_reft.prompts.generation import Conversations, Generation, Tokens, cut_back
+from axolotl_reft.tuner import prompt_sources
 from axolotl_reft.tuner.compat import cache_of, pages_of
 from axolotl_reft.tuner.context import (
     POSITIONS,
@@ -48,12 +43,10 @@ from axolotl_reft.tuner.context import (
     repeat_names,
 )
 from axolotl_reft.tuner.executor import ready_edits
-from axolotl_reft.tuner.prompt_sources import (
-    batch_spans,
-    cached_spans,
-    refuse_continuous_batching,
-)
+from axolotl_reft.tuner.input_gradients import enable_input_grads
 
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 Inputs = Mapping[str, Any]
 
 
@@ -62,50 +55,50 @@ class ModelHooks:
 
     Args:
         model: the base model.
-        backbone: the part of it with the layers; ``model.base_model``.
+        prefix: what the names of the adapters' parameters hold.
     """
 
-    def __init__(self, model: PreTrainedModel, backbone: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel, prefix: str) -> None:
         self.state = ModelState()
         self._conversations = Conversations()
         self._has_checked_first_batch = False
-        can_generate = getattr(model, "can_generate", None)
         # A classifier's labels are not tokens of an answer.
-        self._labels_mark_answers = bool(can_generate and can_generate())
-        self._model = model
+        self._labels_mark_answers = model.can_generate()
+        self._model, backbone = model, model.base_model
         self._parameters = list(inspect.signature(backbone.forward).parameters)
         self._handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             backbone.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
             backbone.register_forward_hook(self._after_backbone, with_kwargs=True),
         ]
-        overrides: dict[str, Callable[..., Any]] = {
-            "generate": self._generate,
-            "prepare_inputs_for_generation": self._prepare_inputs,
-            "init_continuous_batching": self._init_continuous_batching,
+        model.disable_input_require_grads()
+        self._overrides: dict[str, Callable[..., Any]] = {
+            "enable_input_require_grads": partial(enable_input_grads, model, prefix)
         }
-        self._overridden = [name for name in overrides if hasattr(type(model), name)]
-        if not self._labels_mark_answers:
-            self._overridden = []
+        if self._labels_mark_answers:
+            self._overrides |= {
+                "generate": partial(self._generate),
+                "prepare_inputs_for_generation": partial(self._prepare_inputs),
+                "init_continuous_batching": partial(self._init_continuous_batching),
+            }
         # Patch: generate tells its steps nowhere else, and continuous batching is
-        # refused before its own thread would hide the error. Each keeps the signature:
+        # refused before its own thread would hide the error. With their signatures:
         # generate reads the parameters of prepare_inputs_for_generation.
-        for name in self._overridden:
-            override = update_wrapper(partial(overrides[name]), getattr(model, name))
-            model.__dict__[name] = override
+        for name, override in self._overrides.items():
+            model.__dict__[name] = update_wrapper(override, getattr(model, name))
 
     def detach(self) -> None:
         """Leave the model as it was."""
         for handle in self._handles:
             handle.remove()
-        for name in self._overridden:
+        for name in self._overrides:
             self._model.__dict__.pop(name, None)
 
     # --- a forward -----------------------------------------------------------------
 
     def _before_model(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self, module: nn.Module, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs] | None:
         """Take what the backbone is not given: the labels, and a collator's indices."""
         labels = kwargs.get("labels")
         if labels is None and len(args) > 1:
@@ -117,24 +110,21 @@ class ModelHooks:
             return None
         return args, {key: kwargs[key] for key in kwargs if key != POSITIONS}
 
-    def _before_backbone(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _before_backbone(self, module: Any, args: Args, kwargs: Kwargs) -> None:
         if getattr(module, "_is_replica", False):
             raise ValueError(
                 "LoReFT does not run under torch.nn.DataParallel, which transformers' "
-                "Trainer takes for several GPUs in one process; start a process for "
-                "each GPU (accelerate launch, torchrun), or let Python see one of them "
-                "(CUDA_VISIBLE_DEVICES=0)"
+                "Trainer uses for several GPUs; start a process for each (accelerate "
+                "launch, torchrun), or show Python one of them (CUDA_VISIBLE_DEVICES=0)"
             )
         inputs, thread = self._inputs(args, kwargs), self.state.thread
         labels, thread.labels = thread.labels, None
         given, thread.given = thread.given, None
         context = self._context(inputs, labels, module.training)
-        wants_states = inputs.get("output_hidden_states")
-        if wants_states is None:
-            wants_states = getattr(module.config, "output_hidden_states", False)
-        context.edited_outputs = {} if wants_states else None
+        asked = inputs.get("output_hidden_states")
+        default = getattr(module.config, "output_hidden_states", False)
+        if default if asked is None else asked:
+            context.edited_outputs = {}
         if thread.adapter_names is not None:
             expands = thread.generation is not None
             rows = repeat_names(thread.adapter_names, context.shape[0], expands)
@@ -144,16 +134,11 @@ class ModelHooks:
             context.given = given["indices"]
         thread.context = context
         if not context.past:
-            # At the start, where a device is still at work on the step before, as a
-            # rule; with its first layer to compute it would soon wait for this.
+            # Now, while the device is still at work on the step before.
             context.ready = ready_edits(self.state)
 
     def _after_backbone(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
+        self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any
     ) -> None:
         thread = self.state.thread
         context, thread.context = thread.context, None
@@ -161,8 +146,8 @@ class ModelHooks:
         compiling = torch.compiler.is_compiling()
         if context.has_answers and not (self._has_checked_first_batch or compiling):
             self._check_first_batch(context)
-        if context.edited_outputs and getattr(output, "hidden_states", None):
-            edited, states = context.edited_outputs, output.hidden_states
+        edited, states = context.edited_outputs, getattr(output, "hidden_states", None)
+        if edited and states is not None:
             output.hidden_states = tuple(edited.get(id(h), h) for h in states)
         # What generate puts into a cache is noted as a whole, when it has ended.
         if thread.generation is not None or compiling:
@@ -174,7 +159,7 @@ class ModelHooks:
             past = context.past or _cached(cache) - ids_BT.shape[1]
             self._conversations.note_forward(cache, past, ids_BT)
 
-    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    def _inputs(self, args: Args, kwargs: Kwargs) -> Inputs:
         if not args:
             return kwargs
         return dict(zip(self._parameters, args, strict=False)) | kwargs
@@ -201,13 +186,15 @@ class ModelHooks:
                     generation.step, rows=rows, tokens=width, device=tokens.device
                 )
         elif find_answers is None and (past := _cached(cache_of(inputs))):
-            find_spans = self._find_cached_spans(inputs, past, shape[0])
+            find_spans = self._in_cache(inputs, past, shape[0])
         elif pages_of(inputs) is not None:
-            find_spans = refuse_continuous_batching
+            find_spans = prompt_sources.refuse_continuous_batching
         else:
             one_sample_rows = inputs.get("position_ids") is None
             learns = training and torch.is_grad_enabled() and self._labels_mark_answers
-            find_spans = partial(batch_spans, inputs, tokens, find_answers, learns)
+            find_spans = partial(
+                prompt_sources.batch_spans, inputs, tokens, find_answers, learns
+            )
         return ForwardContext(
             shape,
             state.adapters,
@@ -218,9 +205,7 @@ class ModelHooks:
             is_compiled=torch.compiler.is_compiling(),
         )
 
-    def _find_cached_spans(
-        self, inputs: Inputs, past: int, rows: int
-    ) -> FindSpans | None:
+    def _in_cache(self, inputs: Inputs, past: int, rows: int) -> FindSpans | None:
         """Return what finds prompts on a filled cache, outside ``generate``."""
         ids_BT, turns = inputs.get("input_ids"), prompt_turns(self.state.adapters)
         if ids_BT is None or not any(turn.generation_prompts for turn in turns):
@@ -228,7 +213,8 @@ class ModelHooks:
         known = self._conversations.before(cache_of(inputs), past, rows)
         if known is None:
             return None
-        return partial(cached_spans, known, ids_BT, inputs.get("attention_mask"))
+        mask = inputs.get("attention_mask")
+        return partial(prompt_sources.cached_spans, known, ids_BT, mask)
 
     def _check_first_batch(self, context: ForwardContext) -> None:
         """Warn once of answers that leave no prompt; later batches must not wait."""
@@ -252,23 +238,20 @@ class ModelHooks:
             output = type(self._model).generate(self._model, *args, **kwargs)
         finally:
             thread.generation = outer
-        cache = cache_of(output)
-        self._note_answer(
-            generation, cache_of(kwargs) if cache is None else cache, output
-        )
+        self._note_answer(generation, cache_of(output) or cache_of(kwargs), output)
         return output
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation:
+    def _begin(self, args: Args, kwargs: Kwargs) -> Generation:
         """Read what ``generate`` is asked to go on with; cut an ill-fitting cache."""
         names = ("inputs_embeds", "inputs", "input_ids")
         given = [*args[:1], *(kwargs.get(name) for name in names)]
         first = next((value for value in given if value is not None), None)
         width = 1 if first is None else first.shape[1]
-        row_names = self.state.thread.adapter_names
-        if row_names is not None and first is not None:
-            repeat_names(row_names, len(first), expands=False)
+        names_of_rows = self.state.thread.adapter_names
+        if names_of_rows is not None and first is not None:
+            repeat_names(names_of_rows, len(first), expands=False)  # for its check
         ids_BP = first if first is not None and first.ndim == 2 else None
-        mask_BW, cache = _two_dimensional(kwargs), cache_of(kwargs)
+        mask_BW, cache = _mask_2d(kwargs), cache_of(kwargs)
         past = _cached(cache)
         if not past:
             return Generation(width, ids_BP, mask_BW=mask_BW)
@@ -279,9 +262,8 @@ class ModelHooks:
         answer_BP = None
         if ids_BP is not None:
             answer_BP = self._conversations.answers(cache, ids_BP)
-        generation = Generation(
-            width + omitted, ids_BP, answer_BP, True, omitted, mask_BW
-        )
+        width += omitted
+        generation = Generation(width, ids_BP, answer_BP, True, omitted, mask_BW)
         turns = prompt_turns(self.state.adapters)
         keep = min((generation.cut(turn, past) for turn in turns), default=past)
         if keep < past:
@@ -302,18 +284,18 @@ class ModelHooks:
         answer_BW[:, : generation.width] = False if answer_BP is None else answer_BP
         self._conversations.note(cache, Tokens(ids_BW, answer_BW))
 
-    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Kwargs:
         prepare = type(self._model).prepare_inputs_for_generation
-        inputs: dict[str, Any] = prepare(self._model, *args, **kwargs)
+        inputs: Kwargs = prepare(self._model, *args, **kwargs)
         generation = self.state.thread.generation
         if generation is not None:
             tokens, has_cache = _tokens(inputs).shape[1], cache_of(inputs) is not None
-            generation.prepare(_two_dimensional(kwargs), tokens, has_cache)
+            generation.prepare(_mask_2d(kwargs), tokens, has_cache)
         return inputs
 
     def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         if any(layer.asks_for_prompts for layer in self.state.layers):
-            refuse_continuous_batching()
+            prompt_sources.refuse_continuous_batching()
         return type(self._model).init_continuous_batching(self._model, *args, **kwargs)
 
 
@@ -323,12 +305,10 @@ def _tokens(inputs: Inputs) -> Tensor:
     return inputs["inputs_embeds"] if ids_BT is None else ids_BT
 
 
-def _two_dimensional(kwargs: Inputs) -> Tensor | None:
-    """Return the attention mask if it is 2-D."""
+def _mask_2d(kwargs: Inputs) -> Tensor | None:
     mask = kwargs.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _cached(cache: Cache | None) -> int:
-    """Return the columns in a cache."""
     return 0 if cache is None else int(cache.get_seq_length())

@@ -1,50 +1,33 @@
 """Where backward goes: not into the frozen layers below the first edited one, and
-through all of those above.
-
-Transformers, PEFT and axolotl make the embeddings' output require a gradient wherever
-an adapter meets gradient checkpointing (axolotl: wherever there is an adapter). With
-it, backward runs through every layer. Reentrant checkpointing needs it for trained
-weights inside of layers; LoReFT's are outside, or see to it themselves (``replay.py``).
-
-bitsandbytes (0.50) packs 4-bit weights at the first evaluation on a CPU that has
-instructions for bfloat16, for a kernel without a backward, and takes that kernel in
-training ever after: gradients that pass such a layer are lost.
-"""
+through all of those above."""
 
 from __future__ import annotations
 
-from functools import partial
-
 from transformers import PreTrainedModel
 
-_METHOD = "enable_input_require_grads"
 _PACKS = "support_avx512bf16_for_cpu"
 
 
-def spare_frozen_layers(model: PreTrainedModel, prefix: str) -> None:
-    """Leave the embeddings' output alone while nothing but the adapter is trained.
+def enable_input_grads(model: PreTrainedModel, prefix: str) -> None:
+    """Make the embeddings' output require a gradient where the base is trained, too.
+
+    Transformers, PEFT and axolotl do so wherever an adapter meets gradient
+    checkpointing (axolotl: wherever there is an adapter), and backward then runs
+    through every layer. Reentrant checkpointing needs it for trained weights inside of
+    layers; LoReFT's are outside, or see to it themselves (``replay.py``).
 
     Args:
         prefix: what the names of the adapter's parameters hold.
     """
-    if hasattr(model, _METHOD):
-        model.disable_input_require_grads()
-        # Patch: whoever checkpoints calls this, trained below the first edit or not.
-        model.__dict__[_METHOD] = partial(_enable_if_needed, model, prefix)
-
-
-def treat_as_usual(model: PreTrainedModel) -> None:
-    """Undo :func:`spare_frozen_layers`."""
-    model.__dict__.pop(_METHOD, None)
-
-
-def _enable_if_needed(model: PreTrainedModel, prefix: str) -> None:
     if any(p.requires_grad and prefix not in n for n, p in model.named_parameters()):
-        getattr(type(model), _METHOD)(model)
+        type(model).enable_input_require_grads(model)
 
 
 def keep_from_packing(model: PreTrainedModel) -> None:
-    """Let bitsandbytes compute a base that is trained through without that kernel.
+    """Keep bitsandbytes from packing the weights of a base that is trained through.
+
+    On a CPU with instructions for bfloat16 it (0.50) packs 4-bit weights at the first
+    evaluation, for a kernel without a backward, which it takes in training ever after.
 
     Raises:
         ValueError: it has packed weights already.

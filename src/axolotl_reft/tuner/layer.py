@@ -26,7 +26,7 @@ from axolotl_reft.tuner.executor import edit_hidden_states
 from axolotl_reft.tuner.lora import LayerLora, linear_modules
 from axolotl_reft.tuner.replay import call_replayably
 
-# A site is the path of a module in the layer and its side: the layer's own are these.
+# A site is a module's path in the layer and its side; these are the layer's own.
 _INPUT, _OUTPUT = ".input", ".output"
 
 
@@ -34,13 +34,10 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     """A decoder layer whose output, or a module inside it, is edited.
 
     Around the layer and not inside it, so that gradient checkpointing, which replays
-    the layer, never replays an edit of its output. Every other attribute, such as a
-    layer's ``attention_type``, is the layer's; "DecoderLayer" in the name is what
-    axolotl's offloading of layers looks for.
-
-    Components within the layer are edited by hooks on its modules, and LoRA's additions
-    to its linear modules are made by hooks on them. Those are replayed, so a
-    checkpointed layer is replayed with the context of its own forward (``replay.py``).
+    the layer, never replays an edit of its output. Hooks on modules within the layer
+    edit these and add LoRA; they are replayed, with the context of their own forward
+    (``replay.py``). Other attributes, such as ``attention_type``, are the layer's, and
+    axolotl's offloading of layers looks for "DecoderLayer" in the name.
     """
 
     # pyreft's #0 and #1; the second is the suffix's, where that is untied.
@@ -78,12 +75,8 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, config: LoreftConfig, rank: int | None
     ) -> None:
-        """Give the layer fresh parameters under an adapter's name.
-
-        Args:
-            rank: of its interventions; None for a layer that the adapter does not edit,
-                which has at most LoRA.
-        """
+        """Give the layer fresh parameters under an adapter's name; no rank, and no
+        interventions, where the adapter adds LoRA alone."""
         spec, lora = config.spec(), config.lora
         if rank is not None:
             site, width = find_site(spec.component, self.base_layer, self.text_config)
@@ -111,8 +104,8 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _refresh(self) -> None:
-        """Bring what is derived from the adapters up to date, and the hooks within the
-        layer: one on each edited side of a module, one on each with a LoRA."""
+        """Follow the adapters: one hook within the layer on each edited side of a
+        module, and one on each module with a LoRA."""
         specs, sites = self.specs.values(), set(self.sites.values())
         self._edits_every_token = any(spec.positions.everywhere for spec in specs)
         self._edits_input = _INPUT in sites
@@ -157,9 +150,6 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         while self._handles:
             self._handles.popitem()[1].remove()
 
-    def merge(self, safe_merge: bool = False, adapter_names: object = None) -> None:
-        raise cannot_merge()
-
     @property
     def asks_for_prompts(self) -> bool:
         """Whether an active adapter edits prompt positions here."""
@@ -167,8 +157,8 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         return any(spec and not spec.positions.everywhere for spec in specs)
 
     def prompts(self, name: str) -> PromptSpans | None:
-        """Return the adapter's prompts in the forward under way; None where there is
-        none, or every token is edited."""
+        """Return the prompts of the forward under way; None where there is none, or
+        the adapter edits every token."""
         spec = self.specs[name]
         if spec.positions.everywhere:
             return None
@@ -177,8 +167,8 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     # --- a forward -----------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base layer directly in a decode step, unless something hangs on this
-        module: nn.Module's call would take as long as everything else here."""
+        """Call the base layer directly in a decode step: nn.Module's call, for what
+        hangs on this module, would take as long as everything else here."""
         context = self.state.thread.context
         if (
             context is not None
@@ -198,11 +188,10 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._edits_input:
             args, kwargs = self._edit_input(_INPUT, self, args, kwargs)
-        base_layer: Any = self._modules["base_layer"]  # nn.Module's getattr takes long
+        base_layer: Any = self._modules["base_layer"]  # faster than nn.Module's getattr
         if self._acts_within and (within := self._adapters_within()):
             context = self.state.context
-            # Ahead of the layer: compiled checkpointing lets what is inside of it note
-            # nothing, and would break the graph.
+            # Ahead of the layer, inside of which compiled checkpointing cannot note it.
             for name in within:
                 if name in self.specs and not self.specs[name].positions.everywhere:
                     context.indices(name)
@@ -222,7 +211,6 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         return [name for name in dict.fromkeys(context.row_adapters) if name != BASE]
 
     def _adapters_within(self) -> list[str]:
-        """Return the adapters of this forward that act inside the layer."""
         return [
             name
             for name in self._adapters()
@@ -272,15 +260,14 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         return h_BTD
 
     def outer_edits(self) -> Iterator[tuple[str, str, list[Intervention]]]:
-        """Yield site, adapter and interventions of each edit of the layer's own input
-        or output in this forward; checkpointing would replay those within."""
+        """Yield site, adapter and interventions of this forward's edits around the
+        layer; checkpointing would replay those within."""
         for name in self._adapters():
             if (site := self.sites.get(name)) in (_INPUT, _OUTPUT):
                 yield site, name, self.interventions(name)
 
     def interventions(self, name: str) -> list[Intervention]:
         """Return an adapter's interventions: one, or one each for prefix and suffix."""
-        # Past nn.Module's getattr: it is asked of all layers in every step.
         sides: Any = self._modules["intv_0"], self._modules["intv_1"]
         return [side._modules[name] for side in sides if name in side._modules]
 
@@ -295,20 +282,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         return total.to(output.dtype)
 
 
-def cannot_merge() -> ValueError:
-    """Why there is nothing that merging could mean."""
-    return ValueError(
-        "a LoReFT adapter cannot be merged into the base model: it edits hidden states "
-        "at some positions of a prompt, which no change of the weights can do. Ship "
-        "the adapter (a few megabytes) beside the base and load it with "
-        "PeftModel.from_pretrained, after import axolotl_reft; unload() gives back the "
-        "base model"
-    )
-
-
 def _device_of(module: nn.Module) -> torch.device:
-    """Return the device that a module is on; the CPU for the meta device."""
-    for parameter in module.parameters():
-        if parameter.device.type != "meta":
-            return parameter.device
-    return torch.device("cpu")
+    devices = (parameter.device for parameter in module.parameters())
+    real = (device for device in devices if device.type != "meta")
+    return next(real, torch.device("cpu"))

@@ -1,9 +1,8 @@
 """LoRA beside LoReFT, in one adapter: low-rank additions to linear modules of a layer.
 
-PEFT's LoRA layers cannot be had here: PEFT saves an adapter's tensors by the prefix of
-one method, and a model takes adapters of one method. What is computed, how it starts
-and what autocast does to it are PEFT's (``tests/tuner/test_lora.py`` compares the two);
-any linear module will do, quantised ones too, since it is called and not replaced.
+Not by PEFT's layers: PEFT saves an adapter's tensors by the prefix of one method, and a
+model takes adapters of one method. Computes the same, from the same start and under
+autocast (``tests/tuner/test_lora.py``), for any linear module, quantised ones too.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from axolotl_reft.errors import did_you_mean, shown
 from axolotl_reft.settings.lora import ALL_LINEAR
 from axolotl_reft.tuner.context import ForwardContext
 
-# Sizes of a module's input and output.
-Sizes = tuple[int, int]
+Sizes = tuple[int, int]  # of a module's input and output
 
 
 class LayerLora(AdapterLeaf):
@@ -32,8 +30,6 @@ class LayerLora(AdapterLeaf):
 
     Args:
         sizes: of each module, by its path in the layer.
-        r: rank.
-        alpha: α.
         dropout: probability of zeroing an entry of x.
     """
 
@@ -73,8 +69,7 @@ class LayerLora(AdapterLeaf):
         context: ForwardContext | None,
         adapter: str,
     ) -> Tensor:
-        """Return a module's output with this LoRA's, in the adapter's rows alone where
-        rows have adapters of their own."""
+        """Return a module's output with this LoRA's, in the adapter's rows alone."""
         if context is None or context.row_adapters is None:
             return output + self(path, x)
         tokens_N = context.row_tokens(adapter, output).all_N
@@ -88,13 +83,13 @@ class LayerLora(AdapterLeaf):
 
 
 def linear_modules(layer: nn.Module, targets: str | Sequence[str]) -> dict[str, Sizes]:
-    """Return the sizes of a layer's linear modules that ``targets`` names, by path.
+    """Return the sizes of a layer's linear modules, by path.
 
     Args:
-        targets: ``all-linear``, or names: of modules, or the ends of their paths.
+        targets: ``all-linear``, or names of modules, or the ends of their paths.
 
     Raises:
-        ValueError: a name is not that of a linear module.
+        ValueError: a target is not a linear module.
     """
     linear: dict[str, Sizes] = {}
     for path, module in layer.named_modules():

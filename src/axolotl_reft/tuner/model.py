@@ -12,18 +12,15 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import _insert_adapter_name_into_state_dict
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from axolotl_reft.core.tensors import check_complete
 from axolotl_reft.settings.components import check_list_of_layers
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.context import BASE, repeat_names
 from axolotl_reft.tuner.hooks import ModelHooks
-from axolotl_reft.tuner.input_gradients import (
-    keep_from_packing,
-    spare_frozen_layers,
-    treat_as_usual,
-)
-from axolotl_reft.tuner.layer import LoreftDecoderLayer, cannot_merge
+from axolotl_reft.tuner.input_gradients import keep_from_packing
+from axolotl_reft.tuner.layer import LoreftDecoderLayer
 from axolotl_reft.tuner.trained_modules import (
     check_modules_to_save,
     fit_vocabulary,
@@ -65,7 +62,7 @@ class LoreftModel(BaseTuner):
         for name in ("output_attentions", "output_hidden_states", "return_dict"):
             if name in kwargs and kwargs[name] is None:
                 del kwargs[name]
-        # By __call__ where PEFT uses .forward, so that the hooks see labels.
+        # Not .forward, as PEFT has it: the hooks must see the labels.
         return self.model(*args, **kwargs)
 
     def inject_adapter(
@@ -73,17 +70,10 @@ class LoreftModel(BaseTuner):
     ) -> None:
         hooks = hooks_of(self.model)
         # PEFT finds an adapter's tensors by ``.name.`` in their paths.
-        parts = {
-            part for path, _ in model.named_parameters() for part in path.split(".")
-        }
+        parts = {part for p, _ in model.named_parameters() for part in p.split(".")}
         taken = _PARTS | parts - set(hooks.state.adapters if hooks else ())
-        is_attribute = hasattr(nn.ModuleDict(), adapter_name)
-        if (
-            not adapter_name
-            or "." in adapter_name
-            or adapter_name in taken
-            or is_attribute
-        ):
+        taken |= {"", *dir(nn.ModuleDict())}
+        if adapter_name in taken or "." in adapter_name:
             raise ValueError(
                 f"adapter_name: {adapter_name!r} cannot be an adapter's name: PEFT or "
                 "torch would take it for something else; choose another, such as "
@@ -118,19 +108,15 @@ class LoreftModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
-    def _check_adapter_names(self, names: Any) -> None:
+    def _check_adapter_names(self, names: object) -> None:
         if not isinstance(names, (list, tuple)):
-            raise TypeError(
-                f"Got adapter names of type {type(names)}, expected a list of str."
-            )
+            raise TypeError(f"adapter_names: {type(names)}, expected a list of str")
         if self.training:
-            raise ValueError(
-                "Cannot pass `adapter_names` when the model is in training mode."
-            )
+            raise ValueError("adapter_names: not when the model is in training mode")
         named = {name for name in names if name != BASE}
         if unknown := named - self.peft_config.keys():
             raise ValueError(
-                "Trying to infer with non-existing adapter(s): "
+                "adapter_names: non-existing adapter(s): "
                 f"{', '.join(sorted(map(str, unknown)))}; there are "
                 f"{', '.join(self.peft_config)}, and {BASE} for none"
             )
@@ -140,13 +126,13 @@ class LoreftModel(BaseTuner):
                 without = used - module._adapters
                 if without and without != used:
                     raise ValueError(
-                        f"adapter_names: {sorted(without)[0]!r} has no {path} of its "
-                        "own (modules_to_save) and others have; PEFT cannot mix them "
-                        "in one batch, so run them one after the other"
+                        f"adapter_names: {min(without)!r} has no {path} of its own "
+                        "(modules_to_save) and others have, and PEFT cannot mix them "
+                        "in one batch; run them one after the other"
                     )
 
-    # PEFT 0.21 finds an adapter's tensors by module, so that those it has no place for
-    # would be passed over and not be refused; 0.20 goes by the prefix, as here.
+    # PEFT 0.21 finds an adapter's tensors by module, and passes over those it has no
+    # place for, which must be refused; 0.20 goes by the prefix, as here.
 
     @classmethod
     def _get_adapter_state_dict(
@@ -170,11 +156,6 @@ class LoreftModel(BaseTuner):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused.
-
-        Raises:
-            ValueError: always.
-        """
         raise ValueError(
             "add_weighted_adapter: LoReFT adapters cannot be added up: a weighted sum "
             "of rotations is not a rotation. base_model.set_adapter([first, second]) "
@@ -197,14 +178,13 @@ class LoreftModel(BaseTuner):
         tied = self._get_module_names_tied_with_embedding()
         tie_trained_embeddings(peft_config, self.model, tied)
 
-    def _prepare_model(self, peft_config: LoreftConfig, model: Any) -> None:
+    def _prepare_model(self, peft_config: LoreftConfig, model: PreTrainedModel) -> None:
         fit_vocabulary(peft_config, model)
         if not peft_config.inference_mode:
             keep_from_packing(model)
         if hooks_of(model) is None:
             # A plain attribute, of the model and not of this tuner: see hooks.py.
-            model.__dict__[_HOOKS] = ModelHooks(model, model.base_model)
-            spare_frozen_layers(model, self.prefix)
+            model.__dict__[_HOOKS] = ModelHooks(model, self.prefix)
 
     @staticmethod
     def _check_target_module_exists(peft_config: LoreftConfig, key: str) -> bool:
@@ -222,7 +202,8 @@ class LoreftModel(BaseTuner):
     ) -> None:
         if not isinstance(target, LoreftDecoderLayer):
             state = self.model.__dict__[_HOOKS].state
-            target = LoreftDecoderLayer(target, state, _text_config(self.model))
+            text_config = self.model.config.get_text_config()
+            target = LoreftDecoderLayer(target, state, text_config)
             setattr(parent, target_name, target)
         rank = peft_config.spec().ranks(len(parent)).get(int(target_name))
         target.update_layer(adapter_name, peft_config, rank)
@@ -233,39 +214,36 @@ class LoreftModel(BaseTuner):
         # PEFT's copies a `weight`, which a decoder layer has not.
         setattr(parent, child_name, new_module)
 
-    def _unload_and_optionally_merge(
-        self, merge: bool = True, **kwargs: Any
-    ) -> nn.Module:
-        if merge:
-            raise cannot_merge()
-        hooks = hooks_of(self.model)
-        if hooks is not None:
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "a LoReFT adapter cannot be merged into the base model: it edits hidden "
+            "states at some positions of a prompt, which no change of the weights can "
+            "do. Ship the adapter (a few megabytes) beside the base and load it with "
+            "PeftModel.from_pretrained, after import axolotl_reft; unload() gives back "
+            "the base model"
+        )
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        if hooks := hooks_of(model):
             for layer in hooks.state.layers:
                 layer.detach()
             hooks.detach()
-            del self.model.__dict__[_HOOKS]
-            treat_as_usual(self.model)
-        return super()._unload_and_optionally_merge(merge=False, **kwargs)
+            del model.__dict__[_HOOKS]
+        return model
 
 
 def _add_adapter_names(
-    hooks: ModelHooks, module: nn.Module, args: Any, kwargs: Any
-) -> tuple[Any, Any]:
-    names = hooks.state.thread.adapter_names
-    if names is None:  # of another thread's batch
-        return args, kwargs
-    # ``generate`` has several rows for each, whoever asked for its beams.
-    return args, kwargs | {"adapter_names": repeat_names(names, args[0].shape[0])}
+    hooks: ModelHooks, module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    names = hooks.state.thread.adapter_names  # None for another thread's batch
+    if names is not None:
+        kwargs = kwargs | {"adapter_names": repeat_names(names, len(args[0]))}
+    return args, kwargs
 
 
 def hooks_of(model: nn.Module) -> ModelHooks | None:
     return model.__dict__.get(_HOOKS)
-
-
-def _text_config(model: Any) -> Any:
-    """The language model's config, also of one that is part of a larger model."""
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -277,27 +255,27 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         ValueError: not a transformers model, an encoder-decoder, or no such list.
     """
-    config = getattr(model, "config", None)
+    config, name = getattr(model, "config", None), type(model).__name__
     if config is None or not hasattr(model, "base_model"):
         raise ValueError(
-            f"LoReFT needs a transformers model, and got a {type(model).__name__}; "
-            "load it with transformers' AutoModelForCausalLM"
+            f"LoReFT needs a transformers model, and got a {name}; load it with "
+            "transformers' AutoModelForCausalLM"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"LoReFT edits models of one stack of layers, and {type(model).__name__} "
-            "is an encoder-decoder; use a causal language model or an encoder"
+            f"LoReFT edits models of one stack of layers, and {name} is an "
+            "encoder-decoder; use a causal language model or an encoder"
         )
-    count = _text_config(model).num_hidden_layers
+    count = config.get_text_config().num_hidden_layers
     lists = [
-        (name.count("."), name, module)
-        for name, module in model.named_modules()
+        (path.count("."), path, module)
+        for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
     if not lists:
         raise ValueError(
-            f"LoReFT found no list of {count} layers in {type(model).__name__}; its "
-            "architecture is not supported"
+            f"LoReFT found no list of {count} layers in {name}; its architecture is "
+            "not supported"
         )
     _, path, layers = min(lists, key=lambda found: found[:2])
     return path, layers

@@ -29,9 +29,8 @@ def batch_spans(
     Args:
         inputs: of the backbone.
         tokens: their ids (B, T), or embeddings (B, T, D).
-        find_answers: returns the mask of the answers' tokens, where labels or a trainer
-            tell them; None where nobody does.
-        expects_labels: warn that a training forward has none.
+        find_answers: returns the mask of the answers' tokens, where they are known.
+        expects_labels: warn where they are not.
     """
     shape, ids_BT = (tokens.shape[0], tokens.shape[1]), inputs.get("input_ids")
     real_BT = real_tokens(inputs.get("attention_mask"), shape, tokens.device)
@@ -42,9 +41,8 @@ def batch_spans(
     if expects_labels:
         warnings.warn(
             "LoReFT: a training forward without labels takes the whole input as the "
-            "prompt. If the input holds answers, pass the labels to the model (a "
-            "trainer that takes them out, as label smoothing does, cannot be used with "
-            "prompt positions)",
+            "prompt. If the input holds answers, pass the labels to the model; label "
+            "smoothing takes them out and cannot be used with prompt positions",
             UserWarning,
             stacklevel=2,
         )
@@ -54,10 +52,9 @@ def batch_spans(
 def cached_spans(
     known: Tokens, ids_BT: Tensor, mask: Tensor | None, turns: Turns
 ) -> PromptSpans | None:
-    """Find prompts by their marks, in a forward on a cache of remembered tokens.
+    """Find prompts by their marks, behind the known tokens of a cache.
 
     Args:
-        known: the tokens behind the cache.
         mask: the 2-D attention mask (B, W).
     """
     if not turns.generation_prompts:
@@ -73,7 +70,6 @@ def refuse_continuous_batching(*_: object) -> NoReturn:
     """Refuse ``generate_batch`` where an adapter asks for prompts."""
     raise ValueError(
         "continuous batching (generate_batch, transformers serve) mixes pieces of "
-        "prompts and of answers in a row and does not say which is which, so that "
-        "LoReFT cannot know what to edit; call generate, with prompts padded on the "
-        "left for several, or use an adapter with positions: all"
+        "prompts and of answers in a row without saying which is which; call generate, "
+        "with several prompts padded on the left, or use an adapter with positions: all"
     )

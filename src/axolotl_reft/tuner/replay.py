@@ -39,11 +39,13 @@ def call_replayably(
             finally:
                 thread.context = outer
 
-        # The function is a partial of torch's.
-        options_of_it = getattr(checkpoint, "keywords", {})
-        is_reentrant = options_of_it.get("use_reentrant", True) is not False
+        # Reentrant checkpointing gives parameters inside a layer a gradient only if an
+        # input requires one, and below the first edit none does.
+        settings = getattr(checkpoint, "keywords", {})  # of a partial of torch's
+        is_reentrant = settings.get("use_reentrant", True) is not False
         if is_reentrant and torch.is_grad_enabled() and not is_compiling():
-            inputs = _with_gradient(inputs)
+            if not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+                inputs = (inputs[0].detach().requires_grad_(), *inputs[1:])
         return checkpoint(function_with_context, *inputs, **options)
 
     # Patch: transformers' layer calls this with its own forward, and nothing else
@@ -53,11 +55,3 @@ def call_replayably(
         return layer(*args, **kwargs)
     finally:
         layer.__dict__[_ATTRIBUTE] = checkpoint
-
-
-def _with_gradient(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Make an input require a gradient, as below the first edit none does: reentrant
-    checkpointing gives parameters inside a layer a gradient only then."""
-    if any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
-        return inputs
-    return (inputs[0].detach().requires_grad_(), *inputs[1:])

@@ -1,8 +1,8 @@
 """Modules trained whole and saved with the adapter: PEFT's ``modules_to_save``.
 
-PEFT copies a module, trains the copy and saves it. Four things it leaves open are
-settled here: which modules a name means, embeddings that the head shares, a base whose
-vocabulary had grown when the adapter was trained, and how often a matrix is saved.
+PEFT copies a module, trains the copy and saves it. It leaves open which modules a name
+means, embeddings that the head shares, a base whose vocabulary had grown when the
+adapter was trained, and how often a matrix is saved.
 """
 
 from __future__ import annotations
@@ -46,21 +46,16 @@ def check_modules_to_save(config: LoreftConfig, model: nn.Module, layers: str) -
         if within:
             raise ValueError(
                 f"modules_to_save: {name!r} matches {within[0]!r}, within the layers "
-                "whose hidden states LoReFT edits and which it leaves as they are; "
-                "name modules outside of them, such as embed_tokens, lm_head or "
-                "model.norm"
+                "that LoReFT edits; name modules outside of them, such as "
+                "embed_tokens, lm_head or model.norm"
             )
 
 
 def tie_trained_embeddings(
     config: LoreftConfig, model: PreTrainedModel, tied: list[str]
 ) -> None:
-    """Let a head that shares the embeddings share the trained copy too.
-
-    Args:
-        config: the adapter's; changed in place.
-        tied: modules that share the embeddings.
-    """
+    """Let a head that is tied to the embeddings share the trained copy too; changes the
+    config in place."""
     named, names = set(config.modules_to_save or ()), _embedding_names(model)
     if tied and named & set(names):
         config.modules_to_tie = set(tied)
@@ -68,10 +63,8 @@ def tie_trained_embeddings(
 
 
 def fit_vocabulary(config: LoreftConfig, model: PreTrainedModel) -> None:
-    """Note how many tokens the trained embeddings have; give a plain base as many.
-
-    What the new rows hold does not matter: the saved embeddings take their place.
-    """
+    """Note how many rows the trained embeddings have; give a plain base as many, which
+    the saved ones replace."""
     if not set(config.modules_to_save or ()) & set(_embedding_names(model)):
         return
     rows = model.get_input_embeddings().num_embeddings
@@ -82,8 +75,7 @@ def fit_vocabulary(config: LoreftConfig, model: PreTrainedModel) -> None:
 
 
 def _embedding_names(model: PreTrainedModel) -> list[str]:
-    """Return the names of the model's input embeddings and head, for example
-    ``embed_tokens`` and ``lm_head``."""
+    """Return names such as ``embed_tokens`` and ``lm_head``."""
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = {id(module): path for path, module in model.named_modules()}
     return [names[id(m)].rpartition(".")[2] for m in modules if id(m) in names]
@@ -92,9 +84,8 @@ def _embedding_names(model: PreTrainedModel) -> list[str]:
 def save_modules_once() -> None:
     """Have PEFT save a trained module once; again is harmless.
 
-    Where the vocabulary has grown, it saves everything below the embeddings: the
-    trained copy as the module itself, which is what it reads, the copy once more, and
-    the base's own.
+    Where the vocabulary has grown, it saves the trained copy as the module itself,
+    which is what it reads, the copy once more, and the base's own.
     """
     collect = peft_model.get_peft_model_state_dict
     if hasattr(collect, "_loreft_once"):
@@ -116,11 +107,7 @@ def save_modules_once() -> None:
 
 
 def same_modules(a: list[str] | None, b: list[str] | None, tied: list[str]) -> bool:
-    """Whether two settings train the same modules.
-
-    Args:
-        tied: names that mean one module, as the embeddings and the head may.
-    """
+    """Whether two settings train the same modules, with these names for one module."""
 
     def distinct(names: list[str] | None) -> set[str]:
         kept = set(names or ()) - set(HEADS)
