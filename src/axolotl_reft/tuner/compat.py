@@ -13,11 +13,8 @@ SUPPORTED = {"transformers": ">=5.16.1,<5.25", "peft": ">=0.20,<0.22"}
 
 
 def check_versions() -> None:
-    """Refuse releases that the package was not run with.
-
-    Raises:
-        ValueError: not an ImportError, which axolotl swallows from plugins.
-    """
+    """Refuse releases that the package was not run with, by a ValueError: axolotl
+    swallows the ImportError of a plugin."""
     for package, wanted in SUPPORTED.items():
         found = version(package)
         if not SpecifierSet(wanted).contains(found, prereleases=True):
@@ -28,11 +25,8 @@ def check_versions() -> None:
 
 
 def cache_of(holder: object) -> Cache | None:
-    """Return the key-value cache among a model's arguments or outputs, by its class.
-
-    transformers 5.24 calls it ``cache``, earlier releases ``past_key_values``; asking
-    an output for the other name logs a warning.
-    """
+    """Return the key-value cache among a model's arguments or outputs, by its class:
+    transformers 5.24 calls it ``cache``, earlier releases ``past_key_values``."""
     if isinstance(holder, Mapping):
         holder = holder.values()
     elif not isinstance(holder, tuple):
@@ -41,9 +35,6 @@ def cache_of(holder: object) -> Cache | None:
 
 
 def pages_of(inputs: Mapping[str, object]) -> object | None:
-    """Return the pages of continuous batching among a model's arguments, or None.
-
-    Every release calls them ``cache``; their class is not a ``Cache``.
-    """
+    """Return the pages of continuous batching, which every release calls ``cache``."""
     held = inputs.get("cache")
     return None if isinstance(held, Cache) else held

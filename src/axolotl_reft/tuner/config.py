@@ -32,51 +32,46 @@ class LoreftConfig(PeftConfig):
     """Configuration of a LoReFT adapter (arXiv 2404.03592).
 
     Raises:
-        ValueError: a value is out of its range; the message says what was got and what
-            to write instead. Layers and rank are checked against the base model when
-            the adapter is built.
+        ValueError: a value is out of its range. Layers and rank are checked against the
+            base model when the adapter is built.
     """
 
     layers: str | int | list[int | str] = _setting(
         "all",
-        "Decoder layers to edit: 'all', a list such as [3, 9, 18, 24], a range such "
-        "as '8-15' (both ends included); negative numbers count from the top, -1 "
-        "being the last layer.",
+        "Decoder layers to edit: 'all', a list such as [3, 9, 18, 24], or a range such "
+        "as '8-15', both ends included. Negative numbers count from the top.",
     )
     positions: str = _setting(
         "f7+l7",
         "Prompt tokens to edit: 'f<n>' the first n, 'l<n>' the last n, 'f<n>+l<m>' "
-        "both, 'all' every token, decode steps included. On short prompts each side "
-        "takes at most half of the prompt.",
+        "both, each at most half of the prompt; 'all' every token, decode steps too.",
     )
     rank: int | dict[str | int, int] = _setting(
         8,
-        "Rank of the edit, from 1 to the hidden size; or a mapping of layers to "
-        "ranks such as {'0-15': 4, '16-31': 8}, in which 'all' stands for the "
-        "others.",
+        "Rank of the edit, from 1 to the hidden size; or a mapping of layers to ranks "
+        "such as {'0-15': 4, 'all': 8}, in which 'all' stands for the others.",
     )
     turns: str = _setting(
         "every",
-        "In a conversation, 'every' edits the prompt of each turn, 'first' that of "
-        "the first turn alone. A prompt of a single turn is edited alike.",
+        "In a conversation, 'every' edits the prompt of each turn, 'first' that of the "
+        "first alone.",
     )
     tied_weights: bool = _setting(
         True,
-        "One intervention for prefix and suffix; false gives each its own, with "
-        "twice the parameters.",
+        "One intervention for prefix and suffix; false: one each, with twice the "
+        "parameters.",
     )
     intervention: str = _setting(
         "loreft", "The edit to learn, one of: " + ", ".join(INTERVENTIONS)
     )
     component: str = _setting(
         "block_output",
-        "What is edited: 'block_output', the residual stream after the layer; "
-        "another of pyreft's components, such as 'mlp_output' or 'attention_input'; "
-        "or the side of a module by its path, such as 'mlp.down_proj.output'.",
+        "What is edited: 'block_output', the residual stream after the layer; another "
+        "of pyreft's components, such as 'mlp_output' or 'attention_input'; or the "
+        "side of a module by its path, such as 'mlp.down_proj.output'.",
     )
     dropout: float = _setting(
-        0.0,
-        "Dropout on the whole edited hidden state, as in pyreft; from 0 to below 1.",
+        0.0, "Dropout on the whole edited hidden state, as in pyreft; below 1."
     )
     act_fn: str | None = _setting(
         None,
@@ -85,40 +80,31 @@ class LoreftConfig(PeftConfig):
     )
     turn_markers: dict[str, list] | None = _setting(
         None,
-        "The chat template's marks, by which the turns of a conversation are told in "
-        "training and at inference: what axolotl_reft.turn_markers(tokenizer) "
-        "returns. axolotl's plugin sets them.",
+        "Marks of the chat template that tell the turns of a conversation: what "
+        "axolotl_reft.turn_markers(tokenizer) returns. axolotl's plugin sets them.",
     )
     lora: dict[str, Any] | None = _setting(
         None,
         "LoRA beside LoReFT, on every token, in all layers: a mapping of r (default "
-        "8), alpha (default r), dropout (default 0) and target_modules (names of a "
-        "layer's linear modules; default all-linear); null for none.",
+        "8), alpha (r), dropout (0) and target_modules (names of a layer's linear "
+        "modules; all-linear); null for none.",
     )
     modules_to_save: list[str] | None = _setting(
         None,
-        "Other modules to train whole and to save with the adapter, such as "
-        "['embed_tokens', 'lm_head'] with new tokens, or a classifier's head; none "
-        "within the decoder layers.",
+        "Modules outside of the layers to train whole and to save with the adapter, "
+        "such as ['embed_tokens', 'lm_head'] with new tokens, or a classifier's head.",
     )
     vocab_size: int | None = _setting(
         None,
-        "Rows of the embeddings saved with the adapter, noted when it is made; a "
-        "base with fewer gets as many.",
+        "Rows of the embeddings saved with the adapter, noted when it is made; a base "
+        "with fewer gets as many.",
     )
 
-    format_version: int = _setting(
-        FORMAT_VERSION,
-        "Of the saved adapter; written when it is saved.",
-    )
-    axolotl_reft_version: str | None = _setting(
-        None,
-        "Of the package that saved it; written when it is saved.",
-    )
+    format_version: int = _setting(FORMAT_VERSION, "Written when it is saved.")
+    axolotl_reft_version: str | None = _setting(None, "Written when it is saved.")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LoreftConfig:
-        # Ahead of the fields: what PEFT does with those it does not know is to drop
-        # them, with a warning.
+        # Ahead of the fields: PEFT drops those it does not know, with a warning.
         version = kwargs.get("format_version", FORMAT_VERSION)
         check_format(version, kwargs.get("axolotl_reft_version"))
         known = cls._names()

@@ -5,7 +5,9 @@ Shapes: B batch, T tokens, N edited positions.
 
 from __future__ import annotations
 
+import math
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -40,10 +42,9 @@ class ForwardContext:
     """One forward of the model: its prompts and edited positions, found once.
 
     Attributes:
-        shape: B and T.
         find_spans: None in a decode step, which has no prompt.
         past: columns in the cache before the forward.
-        one_sample_rows: no row holds several packed samples.
+        packed: a row may hold several samples.
         has_answers: labels or a trainer tell the answers.
         is_compiled: the model is, and with it the layers.
         row_adapters: of each row; None where the active adapters edit all rows.
@@ -58,9 +59,9 @@ class ForwardContext:
     adapters: Mapping[str, AdapterSpec]
     find_spans: FindSpans | None
     past: int = 0
-    one_sample_rows: bool = True
+    packed: bool = False
     has_answers: bool = False
-    is_compiled: bool = False
+    is_compiled: bool = field(default_factory=torch.compiler.is_compiling)
     row_adapters: list[str] | None = None
     given: Mapping[str, Sequence[Tensor]] | None = None
     ready: dict[tuple[nn.Module, str, str], Edit] = field(default_factory=dict)
@@ -94,29 +95,38 @@ class ForwardContext:
         device, rows, rows_B1 = spans.inside_BT.device, self.shape[0], None
         if self.row_adapters is not None:
             rows = self.row_adapters.count(adapter)
-            has_it_B1 = [[name == adapter] for name in self.row_adapters]
-            rows_B1 = torch.tensor(has_it_B1, device=device)
+            has_it = [[name == adapter] for name in self.row_adapters]
+            rows_B1 = torch.tensor(has_it, device=device)
         # To count prompts the host waits for an accelerator, and a graph cannot: slots
         # are reserved for as many as there may be.
         compiling, most = torch.compiler.is_compiling(), None
         if compiling or device.type != "cpu":
-            if self.one_sample_rows and not spec.turns.every:
+            if not (self.packed or spec.turns.every):
                 most = rows
             elif compiling:
-                most = self.shape[0] * self.shape[1]
+                most = math.prod(self.shape)
         return edit_indices(spans, spec.positions, spec.tied, most, rows_B1)
 
-    def has_no_prompt(self) -> bool | None:
-        """Whether all prompts that layers asked for are empty; None if none asked."""
-        if spans := [found for found in self._spans.values() if found is not None]:
-            return not any(found.inside_BT.any() for found in spans)
-        indices = [found for found in self._indices.values() if found is not None]
-        return not any(sum(found.sizes) for found in indices) if indices else None
+    def warn_without_prompt(self) -> bool:
+        """Warn where all prompts are empty; return whether a layer asked for any."""
+        has_prompt = [bool(s.inside_BT.any()) for s in self._spans.values() if s]
+        if not has_prompt:
+            has_prompt = [any(i.sizes) for i in self._indices.values() if i]
+        if has_prompt and not any(has_prompt):
+            warnings.warn(
+                "LoReFT: every token of the first batch is trained, so it has no "
+                "prompt and nothing is edited. Set the labels of prompt tokens to "
+                "-100 (train_on_inputs: false), or use positions: all",
+                UserWarning,
+                stacklevel=2,
+            )
+        return bool(has_prompt)
 
-    def row_tokens(self, adapter: str, h_BTD: Tensor) -> EditIndices:
-        """Return the indices into B·T of all tokens in the adapter's rows; RuntimeError
-        where these are not the hidden states of all tokens."""
-        assert self.row_adapters is not None
+    def row_tokens(self, adapter: str, h_BTD: Tensor) -> EditIndices | None:
+        """Return the indices into B·T of all tokens in the adapter's rows; None where
+        it edits all rows. RuntimeError where hidden states are not of all tokens."""
+        if self.row_adapters is None:
+            return None
         states, (rows, width) = h_BTD.shape[:-1].numel(), self.shape
         if states != rows * width:
             raise RuntimeError(
@@ -135,15 +145,8 @@ class ForwardContext:
 
 
 def repeat_names(names: Sequence[str], rows: int, expands: bool = True) -> list[str]:
-    """Return the adapter of each row of a forward.
-
-    Args:
-        names: of the caller's rows.
-        expands: a row may have copies beside it, which ``generate`` makes for beams.
-
-    Raises:
-        ValueError: there are too many names, or too few (PEFT's message).
-    """
+    """Return the adapter of each row, of which ``generate`` makes copies side by side
+    for beams; ValueError for another number of names (PEFT's message)."""
     copies, rest = divmod(rows, len(names)) if names else (0, rows)
     if rest or (copies != 1 and not expands):
         raise ValueError(
@@ -160,18 +163,12 @@ def prompt_turns(adapters: Mapping[str, AdapterSpec]) -> set[Turns]:
 
 @dataclass(eq=False)
 class ThreadState:
-    """The state of a thread: what its model's backbone is not given.
+    """The state of a thread."""
 
-    Attributes:
-        labels, given: arguments of the model.
-        generation: inside ``generate``.
-        adapter_names: those of a batch's rows.
-    """
-
-    labels: Tensor | None = None
-    given: Mapping[str, Any] | None = None
+    labels: Tensor | None = None  # of the model, for its backbone
+    given: Mapping[str, Any] | None = None  # by a collator, under POSITIONS
     generation: Generation | None = None
-    adapter_names: Sequence[str] | None = None
+    adapter_names: Sequence[str] | None = None  # of a batch's rows
     context: ForwardContext | None = None
 
 

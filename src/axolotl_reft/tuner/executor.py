@@ -1,9 +1,8 @@
 """Edits of one forward, made ready for layers of equal shape together.
 
 The parameters of such layers are stacked when a forward begins: one computation of all
-rotations, and one of all parameters' gradients. Whatever cannot be used without calling
-its module (a hook brings the parameters, as under FSDP2 and ZeRO-3), and edits with
-dropout or a non-linear source, are made by the intervention itself.
+rotations, and one of all parameters' gradients. An intervention edits by itself with
+dropout, a non-linear source, or parameters that a hook brings (FSDP2, ZeRO-3).
 
 Shapes: B batch, T tokens, N edited rows, D hidden size, R rank, K interventions.
 """
@@ -32,17 +31,17 @@ _MOST_TOGETHER = 2**27
 
 
 def ready_edits(state: ModelState) -> dict[tuple[nn.Module, str, str], Edit]:
-    """Return the edits of a forward that layers of equal shape make from one stack, by
-    layer, side and adapter."""
+    """Return the edits that layers of equal shape make together, by layer, site and
+    adapter."""
     groups = defaultdict(list)
     for layer in state.layers:
         # A layer that is compiled alone is a graph of its own, which makes its edits.
         if layer._compiled_call_impl is not None and not is_compiling():
             continue
-        for side, name, interventions in layer.outer_edits():
+        for site, name, interventions in layer.outer_edits():
             key = _group_key(interventions)
             if key is not None:
-                groups[(name, *key)].append(((layer, side, name), interventions))
+                groups[(name, *key)].append(((layer, site, name), interventions))
     ready: dict[tuple[nn.Module, str, str], Edit] = {}
     for key, members in groups.items():
         by_layer = [interventions for _, interventions in members]
@@ -67,21 +66,13 @@ def _edits_of_group(
     if not torch.is_grad_enabled():
         return []
     p_RD = iter(affine.projections(interventions).unbind(0))
-    return [
-        partial(
-            _edit_by_each, [partial(member.edit, p_RD=next(p_RD)) for member in layer]
-        )
-        for layer in by_layer
-    ]
+    by_side = [[partial(m.edit, p_RD=next(p_RD)) for m in layer] for layer in by_layer]
+    return [partial(_edit_by_each, edits) for edits in by_side]
 
 
 class LayerGroup:
-    """Layers that one adapter edits by interventions of one kind, width and rank.
-
-    Args:
-        stack: of all their interventions, layer by layer.
-        interventions: of each layer.
-    """
+    """Layers that one adapter edits, by the stack of their interventions of one kind,
+    width and rank."""
 
     def __init__(
         self, stack: AffineStack, interventions: list[list[Intervention]]
@@ -180,10 +171,10 @@ def _edit_by_each(
 def _group_key(interventions: list[Intervention]) -> tuple[Hashable, ...] | None:
     """Return what stacked interventions have in common; None where their parameters
     must not be used without calling them."""
-    if not all(member.has_local_params for member in interventions):
-        return None
-    if is_compiling() and any(member.on_edit is not None for member in interventions):
-        return None
+    for member in interventions:
+        observed_in_graph = member.on_edit is not None and is_compiling()
+        if observed_in_graph or not member.has_local_params:
+            return None
     first = interventions[0]
     sizes = first.made_for  # a text: a compiler takes numbers on modules for variables
     kind, device = first.kind.name, first.bias.device

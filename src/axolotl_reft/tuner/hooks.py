@@ -22,7 +22,6 @@ seen so far (the cache's and T).
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial, update_wrapper
 from typing import Any
@@ -51,12 +50,8 @@ Inputs = Mapping[str, Any]
 
 
 class ModelHooks:
-    """Makes the :class:`ForwardContext` of every forward of a model.
-
-    Args:
-        model: the base model.
-        prefix: what the names of the adapters' parameters hold.
-    """
+    """Makes the :class:`ForwardContext` of every forward of a base model, with adapters
+    whose parameters' names hold a prefix."""
 
     def __init__(self, model: PreTrainedModel, prefix: str) -> None:
         self.state = ModelState()
@@ -118,8 +113,8 @@ class ModelHooks:
                 "launch, torchrun), or show Python one of them (CUDA_VISIBLE_DEVICES=0)"
             )
         inputs, thread = self._inputs(args, kwargs), self.state.thread
-        labels, thread.labels = thread.labels, None
-        given, thread.given = thread.given, None
+        labels, given = thread.labels, thread.given
+        thread.labels = thread.given = None
         context = self._context(inputs, labels, module.training)
         asked = inputs.get("output_hidden_states")
         default = getattr(module.config, "output_hidden_states", False)
@@ -145,7 +140,8 @@ class ModelHooks:
         assert context is not None, "_before_backbone comes first"
         compiling = torch.compiler.is_compiling()
         if context.has_answers and not (self._has_checked_first_batch or compiling):
-            self._check_first_batch(context)
+            # Once: later batches must not wait for the answer.
+            self._has_checked_first_batch = context.warn_without_prompt()
         edited, states = context.edited_outputs, getattr(output, "hidden_states", None)
         if edited and states is not None:
             output.hidden_states = tuple(edited.get(id(h), h) for h in states)
@@ -168,11 +164,11 @@ class ModelHooks:
         self, inputs: Inputs, labels: Tensor | None, training: bool
     ) -> ForwardContext:
         """Tell where this forward's prompts are read from."""
-        state, tokens, past = self.state, _tokens(inputs), 0
-        shape, generation = (tokens.shape[0], tokens.shape[1]), state.thread.generation
+        state, generation = self.state, self.state.thread.generation
+        tokens, past, packed = _tokens(inputs), 0, False
+        shape = rows, width = tokens.shape[0], tokens.shape[1]
         find_spans: FindSpans | None = None
         find_answers: Callable[[], Tensor] | None = None
-        one_sample_rows = True
         if self._labels_mark_answers and labels is not None and labels.shape == shape:
             find_answers = partial(torch.ne, labels, -100)
         elif generation is None and state.find_answers is not None:
@@ -181,28 +177,21 @@ class ModelHooks:
             # Not generation's own past in a decode step: a graph would be for that one.
             past = 1 if generation.is_decode_step else generation.past
             if not generation.is_decode_step:
-                rows, width = shape
                 find_spans = partial(
                     generation.step, rows=rows, tokens=width, device=tokens.device
                 )
         elif find_answers is None and (past := _cached(cache_of(inputs))):
-            find_spans = self._in_cache(inputs, past, shape[0])
+            find_spans = self._in_cache(inputs, past, rows)
         elif pages_of(inputs) is not None:
             find_spans = prompt_sources.refuse_continuous_batching
         else:
-            one_sample_rows = inputs.get("position_ids") is None
+            packed = inputs.get("position_ids") is not None
             learns = training and torch.is_grad_enabled() and self._labels_mark_answers
             find_spans = partial(
                 prompt_sources.batch_spans, inputs, tokens, find_answers, learns
             )
         return ForwardContext(
-            shape,
-            state.adapters,
-            find_spans,
-            past,
-            one_sample_rows,
-            has_answers=find_answers is not None,
-            is_compiled=torch.compiler.is_compiling(),
+            shape, state.adapters, find_spans, past, packed, find_answers is not None
         )
 
     def _in_cache(self, inputs: Inputs, past: int, rows: int) -> FindSpans | None:
@@ -216,19 +205,6 @@ class ModelHooks:
         mask = inputs.get("attention_mask")
         return partial(prompt_sources.cached_spans, known, ids_BT, mask)
 
-    def _check_first_batch(self, context: ForwardContext) -> None:
-        """Warn once of answers that leave no prompt; later batches must not wait."""
-        has_no_prompt = context.has_no_prompt()
-        self._has_checked_first_batch = has_no_prompt is not None
-        if has_no_prompt:
-            warnings.warn(
-                "LoReFT: every token of the first batch is trained, so it has no "
-                "prompt and nothing is edited. Set the labels of prompt tokens to "
-                "-100 (train_on_inputs: false), or use positions: all",
-                UserWarning,
-                stacklevel=2,
-            )
-
     # --- generate ------------------------------------------------------------------
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -238,7 +214,14 @@ class ModelHooks:
             output = type(self._model).generate(self._model, *args, **kwargs)
         finally:
             thread.generation = outer
-        self._note_answer(generation, cache_of(output) or cache_of(kwargs), output)
+        sequences, ids_BP = getattr(output, "sequences", output), generation.ids_BP
+        cache = cache_of(output) or cache_of(kwargs)
+        if cache is not None and ids_BP is not None and len(sequences) == len(ids_BP):
+            # Should the cache be gone on with, these are answers of the model's.
+            ids_BW = torch.cat([ids_BP[:, : generation.omitted], sequences], 1)
+            answer_BW, known_BP = torch.ones_like(ids_BW).bool(), generation.answer_BP
+            answer_BW[:, : generation.width] = False if known_BP is None else known_BP
+            self._conversations.note(cache, Tokens(ids_BW, answer_BW))
         return output
 
     def _begin(self, args: Args, kwargs: Kwargs) -> Generation:
@@ -270,19 +253,6 @@ class ModelHooks:
             cut_back(cache, past, keep, bool(omitted))
         generation.start(keep)
         return generation
-
-    def _note_answer(
-        self, generation: Generation, cache: Cache | None, output: Any
-    ) -> None:
-        """Remember what was answered, should the cache be gone on with."""
-        sequences = getattr(output, "sequences", output)
-        ids_BP, answer_BP = generation.ids_BP, generation.answer_BP
-        if cache is None or ids_BP is None or sequences.shape[0] != ids_BP.shape[0]:
-            return
-        ids_BW = torch.cat([ids_BP[:, : generation.omitted], sequences], 1)
-        answer_BW = torch.ones_like(ids_BW, dtype=torch.bool)
-        answer_BW[:, : generation.width] = False if answer_BP is None else answer_BP
-        self._conversations.note(cache, Tokens(ids_BW, answer_BW))
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Kwargs:
         prepare = type(self._model).prepare_inputs_for_generation

@@ -9,15 +9,12 @@ _PACKS = "support_avx512bf16_for_cpu"
 
 
 def enable_input_grads(model: PreTrainedModel, prefix: str) -> None:
-    """Make the embeddings' output require a gradient where the base is trained, too.
+    """Make the embeddings' output require a gradient where other parameters are trained
+    than those with the adapter's prefix.
 
-    Transformers, PEFT and axolotl do so wherever an adapter meets gradient
-    checkpointing (axolotl: wherever there is an adapter), and backward then runs
-    through every layer. Reentrant checkpointing needs it for trained weights inside of
-    layers; LoReFT's are outside, or see to it themselves (``replay.py``).
-
-    Args:
-        prefix: what the names of the adapter's parameters hold.
+    Transformers, PEFT and axolotl ask for it wherever an adapter meets checkpointing,
+    and backward then runs through every layer. Reentrant checkpointing needs it for
+    trained weights inside of layers; LoReFT's see to it themselves (``replay.py``).
     """
     if any(p.requires_grad and prefix not in n for n, p in model.named_parameters()):
         type(model).enable_input_require_grads(model)

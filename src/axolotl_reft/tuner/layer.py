@@ -60,7 +60,6 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         self.sites: dict[str, str] = {}
         self._handles: dict[str, RemovableHandle] = {}
         self._refresh()
-        self.merged_adapters: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -109,27 +108,25 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         specs, sites = self.specs.values(), set(self.sites.values())
         self._edits_every_token = any(spec.positions.everywhere for spec in specs)
         self._edits_input = _INPUT in sites
-        wanted = {site for site in sites if site not in (_INPUT, _OUTPUT)}
+        wanted = sites - {_INPUT, _OUTPUT}
+        self._within = {name for name, site in self.sites.items() if site in wanted}
+        self._within |= self.intv_lora.keys()
         loras = cast("list[LayerLora]", list(self.intv_lora.values()))
         wanted |= {f"{path}.lora" for lora in loras for path in lora.paths}
-        self._acts_within = bool(wanted)
         for site in self._handles.keys() - wanted:
             self._handles.pop(site).remove()
         for site in wanted - self._handles.keys():
             path, _, side = site.rpartition(".")
             module = self.base_layer.get_submodule(path)
             if side == "input":
-                self._handles[site] = module.register_forward_pre_hook(
-                    partial(self._edit_input, site), with_kwargs=True
-                )
+                edit_input = partial(self._edit_input, site)
+                handle = module.register_forward_pre_hook(edit_input, with_kwargs=True)
             elif side == "output":
-                self._handles[site] = module.register_forward_hook(
-                    partial(self._edit_output, site)
-                )
+                handle = module.register_forward_hook(partial(self._edit_output, site))
             else:  # first: an edit of the module's output is one of the sum
-                self._handles[site] = module.register_forward_hook(
-                    partial(self._add_lora, path), prepend=True
-                )
+                add = partial(self._add_lora, path)
+                handle = module.register_forward_hook(add, prepend=True)
+            self._handles[site] = handle
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -157,8 +154,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         return any(spec and not spec.positions.everywhere for spec in specs)
 
     def prompts(self, name: str) -> PromptSpans | None:
-        """Return the prompts of the forward under way; None where there is none, or
-        the adapter edits every token."""
+        """Return this forward's prompts; None for none, or if all tokens are edited."""
         spec = self.specs[name]
         if spec.positions.everywhere:
             return None
@@ -189,12 +185,12 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         if self._edits_input:
             args, kwargs = self._edit_input(_INPUT, self, args, kwargs)
         base_layer: Any = self._modules["base_layer"]  # faster than nn.Module's getattr
-        if self._acts_within and (within := self._adapters_within()):
-            context = self.state.context
+        within = self._within and self._within.intersection(self._adapters())
+        if within:
             # Ahead of the layer, inside of which compiled checkpointing cannot note it.
             for name in within:
                 if name in self.specs and not self.specs[name].positions.everywhere:
-                    context.indices(name)
+                    self.state.context.indices(name)
             output = call_replayably(base_layer, self.state, *args, **kwargs)
         else:
             output = base_layer(*args, **kwargs)
@@ -210,14 +206,6 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             return cast("list[str]", self._active_adapter)
         return [name for name in dict.fromkeys(context.row_adapters) if name != BASE]
 
-    def _adapters_within(self) -> list[str]:
-        return [
-            name
-            for name in self._adapters()
-            if name in self.intv_lora
-            or self.sites.get(name, _OUTPUT) not in (_INPUT, _OUTPUT)
-        ]
-
     def _edit_input(
         self, site: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any
     ) -> tuple[Any, Any]:
@@ -231,10 +219,9 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         edited_BTD = self._edit(h_BTD, site)
         if edited_BTD is h_BTD:
             return output
-        if site == _OUTPUT:
-            edited_outputs = self.state.context.edited_outputs
-            if edited_outputs is not None:
-                edited_outputs[id(h_BTD)] = edited_BTD
+        edited_outputs = self.state.context.edited_outputs
+        if site == _OUTPUT and edited_outputs is not None:
+            edited_outputs[id(h_BTD)] = edited_BTD
         return (edited_BTD, *output[1:]) if isinstance(output, tuple) else edited_BTD
 
     def _edit(self, h_BTD: Tensor, site: str) -> Tensor:
@@ -244,9 +231,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
                 continue
             context = self.state.context
             if self.specs[name].positions.everywhere:
-                indices = None
-                if context.row_adapters is not None:
-                    indices = context.row_tokens(name, h_BTD)
+                indices = context.row_tokens(name, h_BTD)
             elif (indices := context.indices(name)) is None:
                 continue
             edit = None
@@ -278,7 +263,8 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         for name in self._adapters():
             lora = self.intv_lora[name] if name in self.intv_lora else None
             if isinstance(lora, LayerLora) and path in lora.paths:
-                total = lora.add_to(total, path, args[0], context, name)
+                rows = context.row_tokens(name, output) if context else None
+                total = lora.add_to(total, path, args[0], rows)
         return total.to(output.dtype)
 
 

@@ -14,12 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from axolotl_reft.core.scatter import EditIndices, edit
 from axolotl_reft.core.tensors import AdapterLeaf
 from axolotl_reft.errors import did_you_mean, shown
 from axolotl_reft.settings.lora import ALL_LINEAR
-from axolotl_reft.tuner.context import ForwardContext
-
-Sizes = tuple[int, int]  # of a module's input and output
 
 
 class LayerLora(AdapterLeaf):
@@ -29,12 +27,12 @@ class LayerLora(AdapterLeaf):
     PEFT's does, B (out, r) at zero.
 
     Args:
-        sizes: of each module, by its path in the layer.
+        sizes: of each module's input and output, by its path in the layer.
         dropout: probability of zeroing an entry of x.
     """
 
     def __init__(
-        self, sizes: Mapping[str, Sizes], r: int, alpha: float, dropout: float
+        self, sizes: Mapping[str, tuple[int, int]], r: int, alpha: float, dropout: float
     ) -> None:
         super().__init__()
         widest = max((size for both in sizes.values() for size in both), default=r)
@@ -62,39 +60,26 @@ class LayerLora(AdapterLeaf):
         return F.linear(F.linear(x, a), b) * self.scaling
 
     def add_to(
-        self,
-        output: Tensor,
-        path: str,
-        x: Tensor,
-        context: ForwardContext | None,
-        adapter: str,
+        self, output: Tensor, path: str, x: Tensor, rows: EditIndices | None
     ) -> Tensor:
-        """Return a module's output with this LoRA's, in the adapter's rows alone."""
-        if context is None or context.row_adapters is None:
+        """Return a module's output with this LoRA's, in these rows; None for all."""
+        if rows is None:
             return output + self(path, x)
-        tokens_N = context.row_tokens(adapter, output).all_N
-        x_ND = x.reshape(-1, x.shape[-1]).index_select(0, tokens_N)
-        flat = output.reshape(-1, output.shape[-1])
-        rows = flat.index_select(0, tokens_N) + self(path, x_ND)
-        return flat.index_copy(0, tokens_N, rows.to(flat.dtype)).view(output.shape)
+        x_ND = x.reshape(-1, x.shape[-1]).index_select(0, rows.all_N)
+        return edit(output, rows, [lambda y_ND: y_ND + self(path, x_ND)])
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling}, dropout={self.dropout_p}"
 
 
-def linear_modules(layer: nn.Module, targets: str | Sequence[str]) -> dict[str, Sizes]:
-    """Return the sizes of a layer's linear modules, by path.
-
-    Args:
-        targets: ``all-linear``, or names of modules, or the ends of their paths.
-
-    Raises:
-        ValueError: a target is not a linear module.
-    """
-    linear: dict[str, Sizes] = {}
+def linear_modules(
+    layer: nn.Module, targets: str | Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """Return the input and output sizes of a layer's linear modules by path: all, or
+    those with a target's name or end of path; ValueError where there is none."""
+    linear: dict[str, tuple[int, int]] = {}
     for path, module in layer.named_modules():
-        # Of nn.Linear and of quantised modules; of GPT-2's Conv1D.
-        for names in (("in_features", "out_features"), ("nx", "nf")):
+        for names in (("in_features", "out_features"), ("nx", "nf")):  # GPT-2's Conv1D
             size_in, size_out = (getattr(module, name, None) for name in names)
             if isinstance(size_in, int) and isinstance(size_out, int):
                 linear[path] = size_in, size_out

@@ -16,16 +16,12 @@ from transformers import PreTrainedModel
 
 from axolotl_reft.core.tensors import check_complete
 from axolotl_reft.settings.components import check_list_of_layers
+from axolotl_reft.tuner import trained_modules
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.context import BASE, repeat_names
 from axolotl_reft.tuner.hooks import ModelHooks
 from axolotl_reft.tuner.input_gradients import keep_from_packing
 from axolotl_reft.tuner.layer import LoreftDecoderLayer
-from axolotl_reft.tuner.trained_modules import (
-    check_modules_to_save,
-    fit_vocabulary,
-    tie_trained_embeddings,
-)
 
 _HOOKS = "loreft_hooks"
 # What PEFT and this package put into the paths of parameters.
@@ -35,17 +31,15 @@ _PARTS |= {"rotation", "rotation_base", "weight", "bias", "proj_weight"}
 
 
 class LoreftModel(BaseTuner):
-    """LoReFT on a decoder-only transformers model (arXiv 2404.03592).
-
-    Built by ``peft.get_peft_model(model, LoreftConfig(...))``.
+    """LoReFT on a decoder-only transformers model (arXiv 2404.03592), as built by
+    ``peft.get_peft_model(model, LoreftConfig(...))``.
 
     Raises:
         ValueError: the model's layers cannot be found, a layer or the rank is out of
             range, or merging is asked for.
     """
 
-    # In no name below: "ref" and "default" are other adapters' names, and PEFT matches
-    # by substring (so not "prefix" either).
+    # PEFT matches names by substring, so no "ref", "prefix" or "default" in it.
     prefix = "intv_"
     tuner_layer_cls = LoreftDecoderLayer
     target_module_mapping: dict[str, list[str]] = {}
@@ -54,11 +48,10 @@ class LoreftModel(BaseTuner):
         for name in ("intervention_locations", "unit_locations"):
             if name in kwargs:
                 raise ValueError(
-                    f"{name}: positions are found in every batch, and others cannot be "
-                    "passed; leave it out, and choose with LoreftConfig(positions=...)"
+                    f"{name}: positions are found in every batch and cannot be passed; "
+                    "leave it out, and choose with LoreftConfig(positions=...)"
                 )
-        # As PEFT's forward hands them down; transformers takes such a None for another
-        # answer than the config's, and carries it through every layer.
+        # PEFT's forward hands down None, which transformers takes for a no.
         for name in ("output_attentions", "output_hidden_states", "return_dict"):
             if name in kwargs and kwargs[name] is None:
                 del kwargs[name]
@@ -170,16 +163,16 @@ class LoreftModel(BaseTuner):
         edited = peft_config.spec().ranks(len(layers))
         numbers = edited if peft_config.lora is None else range(len(layers))
         peft_config.target_modules = {f"{path}.{number}" for number in numbers}
-        check_modules_to_save(peft_config, self.model, path)
+        trained_modules.check_modules_to_save(peft_config, self.model, path)
         return peft_config
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LoreftConfig) -> None:
         # PEFT's warns that each gets a copy of its own.
         tied = self._get_module_names_tied_with_embedding()
-        tie_trained_embeddings(peft_config, self.model, tied)
+        trained_modules.tie_trained_embeddings(peft_config, self.model, tied)
 
     def _prepare_model(self, peft_config: LoreftConfig, model: PreTrainedModel) -> None:
-        fit_vocabulary(peft_config, model)
+        trained_modules.fit_vocabulary(peft_config, model)
         if not peft_config.inference_mode:
             keep_from_packing(model)
         if hooks_of(model) is None:
@@ -216,11 +209,10 @@ class LoreftModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
-            "a LoReFT adapter cannot be merged into the base model: it edits hidden "
-            "states at some positions of a prompt, which no change of the weights can "
-            "do. Ship the adapter (a few megabytes) beside the base and load it with "
-            "PeftModel.from_pretrained, after import axolotl_reft; unload() gives back "
-            "the base model"
+            "a LoReFT adapter cannot be merged into the base model: no change of the "
+            "weights edits hidden states at some positions. Ship the adapter beside "
+            "the base, and load it with PeftModel.from_pretrained after import "
+            "axolotl_reft; unload() gives back the base model"
         )
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -274,8 +266,7 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     ]
     if not lists:
         raise ValueError(
-            f"LoReFT found no list of {count} layers in {name}; its architecture is "
-            "not supported"
+            f"LoReFT found no list of {count} layers in {name}, and does not support it"
         )
     _, path, layers = min(lists, key=lambda found: found[:2])
     return path, layers

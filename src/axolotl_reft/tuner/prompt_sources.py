@@ -27,8 +27,7 @@ def batch_spans(
     """Find the prompts of whole samples, in a forward without a cache.
 
     Args:
-        inputs: of the backbone.
-        tokens: their ids (B, T), or embeddings (B, T, D).
+        tokens: ids (B, T), or embeddings (B, T, D).
         find_answers: returns the mask of the answers' tokens, where they are known.
         expects_labels: warn where they are not.
     """
@@ -52,11 +51,8 @@ def batch_spans(
 def cached_spans(
     known: Tokens, ids_BT: Tensor, mask: Tensor | None, turns: Turns
 ) -> PromptSpans | None:
-    """Find prompts by their marks, behind the known tokens of a cache.
-
-    Args:
-        mask: the 2-D attention mask (B, W).
-    """
+    """Find prompts by their marks, behind the known tokens of a cache; the attention
+    mask is 2-D (B, W)."""
     if not turns.generation_prompts:
         return None
     seen = known.followed_by(ids_BT)
