@@ -76,9 +76,9 @@ class ModelHooks:
                 "prepare_inputs_for_generation": partial(self._prepare_inputs),
                 "init_continuous_batching": partial(self._init_continuous_batching),
             }
-        # Patch: generate tells its steps nowhere else, and continuous batching is
-        # refused before its own thread would hide the error. With their signatures:
-        # generate reads the parameters of prepare_inputs_for_generation.
+        # Patch: generate tells its steps nowhere else; continuous batching is refused
+        # before its own thread would hide the error; whoever checkpoints asks for input
+        # gradients. Generate reads the signature of prepare_inputs_for_generation.
         for name, override in self._overrides.items():
             model.__dict__[name] = update_wrapper(override, getattr(model, name))
 
