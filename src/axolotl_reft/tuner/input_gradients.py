@@ -37,7 +37,7 @@ def keep_from_packing(model: PreTrainedModel) -> None:
         state = getattr(module.weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             raise ValueError(
-                f"{name}: bitsandbytes packed it when it was evaluated, for a kernel "
-                "that computes no gradients; load the base anew, and make the adapter "
-                "before anything is computed"
+                f"{name} of the base was packed by bitsandbytes when it was evaluated, "
+                "for a kernel without gradients; load the base anew, and make the "
+                "adapter before anything is computed"
             )
