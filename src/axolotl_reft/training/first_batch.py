@@ -96,7 +96,7 @@ class FirstBatch(TrainerCallback):
         inside_BT = real_BT if spans is None else spans.inside_BT.cpu()
         cut_BT = ~real_BT if spans is None else spans.cut(positions).cpu()
         answer_BT = ~inside_BT
-        find_answers = getattr(self._layer.state.context.source, "find_answers", None)
+        find_answers = self._layer.state.context.find_answers
         # With positions: all the answers need not be known.
         with suppress(ValueError):
             if find_answers is not None:

@@ -45,7 +45,8 @@ class ForwardContext:
         find_spans: None in a decode step, which has no prompt.
         past: columns in the cache before the forward.
         packed: a row may hold several samples.
-        has_answers: labels or a trainer tell the answers.
+        find_answers: returns the mask of the answers, (B, T) or (1, T), where labels or
+            a trainer tell them.
         is_compiled: the model is, and with it the layers.
         row_adapters: of each row; None where the active adapters edit all rows.
         given: indices that a collator found, by adapter.
@@ -60,7 +61,7 @@ class ForwardContext:
     find_spans: FindSpans | None
     past: int = 0
     packed: bool = False
-    has_answers: bool = False
+    find_answers: Callable[[], Tensor] | None = None
     is_compiled: bool = field(default_factory=torch.compiler.is_compiling)
     row_adapters: list[str] | None = None
     given: Mapping[str, Sequence[Tensor]] | None = None

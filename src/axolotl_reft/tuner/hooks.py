@@ -139,7 +139,7 @@ class ModelHooks:
         context, thread.context = thread.context, None
         assert context is not None, "_before_backbone comes first"
         compiling = torch.compiler.is_compiling()
-        if context.has_answers and not (self._has_checked_first_batch or compiling):
+        if context.find_answers and not (self._has_checked_first_batch or compiling):
             # Once: later batches must not wait for the answer.
             self._has_checked_first_batch = context.warn_without_prompt()
         edited, states = context.edited_outputs, getattr(output, "hidden_states", None)
@@ -191,7 +191,7 @@ class ModelHooks:
                 prompt_sources.batch_spans, inputs, tokens, find_answers, learns
             )
         return ForwardContext(
-            shape, state.adapters, find_spans, past, packed, find_answers is not None
+            shape, state.adapters, find_spans, past, packed, find_answers
         )
 
     def _in_cache(self, inputs: Inputs, past: int, rows: int) -> FindSpans | None:
