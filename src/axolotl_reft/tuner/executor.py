@@ -176,6 +176,7 @@ def _group_key(interventions: list[Intervention]) -> tuple[Hashable, ...] | None
         if observed_in_graph or not member.has_local_params:
             return None
     first = interventions[0]
-    sizes = first.made_for  # a text: a compiler takes numbers on modules for variables
+    # Not the sizes on the module, which a compiler takes for variables.
+    shapes = tuple(p.shape for p in first._parameters.values() if p is not None)
     kind, device = first.kind.name, first.bias.device
-    return kind, sizes, len(interventions), device, first.is_affine
+    return kind, shapes, len(interventions), device, first.is_affine

@@ -41,7 +41,6 @@ class LayerLora(AdapterLeaf):
                 f"lora: r: {r} is larger than every side of the modules it is for; "
                 f"choose at most {widest}, 8 is usual"
             )
-        self.made_for = f"lora r {r}"
         self.paths = tuple(sizes)
         self.r, self.scaling, self.dropout_p = r, alpha / r, dropout
         for path, (size_in, size_out) in sizes.items():
