@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from axolotl_reft.training.labelled_logits import labelled_logits
+from axolotl_reft.training.collators import labelled_logits
 from benchmarks.base import Setting, llama_config, packed, padded, rectangle
 from benchmarks.harness import RESULTS, Series, read, summary
 from benchmarks.table import row

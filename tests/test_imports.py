@@ -25,7 +25,6 @@ ROOMS = {
         ("core", "prompts", "settings", "tuner"),
         ("torch", "peft", "safetensors", "huggingface_hub"),
     ),
-    "registration": (("saved", "tuner"), ("peft",)),
     "exchange": (
         ("core", "prompts", "settings", "tuner", "saved"),
         ("torch", "transformers", "peft", "pyreft", "pyvene"),

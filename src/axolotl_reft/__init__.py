@@ -7,13 +7,18 @@ axolotl nor pyreft.
 from importlib import import_module
 from typing import Any
 
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
 from axolotl_reft.errors import did_you_mean
 from axolotl_reft.prompts.templates import turn_markers
-from axolotl_reft.registration import register_loreft
-from axolotl_reft.training.collator import EditIndexCollator as PromptCounter
-from axolotl_reft.training.labelled_logits import LabelledLogits
+from axolotl_reft.saved.card import extend_pefts_cards
+from axolotl_reft.training.collators import EditIndexCollator as PromptCounter
+from axolotl_reft.training.collators import LabelledLogits
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.model import LoreftModel
+from axolotl_reft.tuner.peft_type import LOREFT
+from axolotl_reft.tuner.trained_modules import save_modules_once
 
 __all__ = [
     "LabelledLogits",
@@ -32,7 +37,15 @@ _LAZY = {
     "to_pyreft": "axolotl_reft.exchange.live",
 }
 
-register_loreft()
+if LOREFT not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(
+        name=LOREFT.value.lower(),
+        config_cls=LoreftConfig,
+        model_cls=LoreftModel,
+        prefix=LoreftModel.prefix,
+    )
+extend_pefts_cards()
+save_modules_once()
 
 
 def __getattr__(name: str) -> Any:

@@ -176,7 +176,7 @@ def test_a_version_is_checked_before_modules_of_axolotl_are_imported():
     """axolotl logs a plugin's ImportError and trains without it."""
     code = (
         "import sys\n"
-        "from axolotl_reft.plugin import version\n"
+        "from axolotl_reft import plugin as version\n"
         "version.version = lambda name: '0.18.0'\n"
         "try:\n    import axolotl_reft\n    axolotl_reft.LoreftPlugin\n"
         "except ValueError as error:\n"

@@ -12,7 +12,7 @@ from transformers import BatchEncoding, DataCollatorForSeq2Seq
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from axolotl_reft import LabelledLogits, LoreftConfig, PromptCounter
-from axolotl_reft.training.labelled_logits import (
+from axolotl_reft.training.collators import (
     _hands_arguments_to_loss,
     labelled_logits,
     why_all_logits,

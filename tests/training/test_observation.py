@@ -12,12 +12,12 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerState, TrainingArguments
 from workspace import build_tokenizer
 
-from axolotl_reft.inspect.edit_size import edit_sizes
-from axolotl_reft.plugin import observation
+from axolotl_reft.core.interventions import edit_sizes
+from axolotl_reft.plugin import plugin
 from axolotl_reft.training import edit_log
 from axolotl_reft.training.edit_log import EditLog, layer_groups
 from axolotl_reft.training.first_batch import FirstBatch
-from axolotl_reft.tuner.walk import interventions_of
+from axolotl_reft.tuner.layer import interventions_of
 
 PROMPT, ANSWER = 9, 3
 TOKENIZER = build_tokenizer()
@@ -238,10 +238,10 @@ def test_it_starts_on_a_line_of_its_own(monkeypatch, terminal):
     written.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", written)
     monkeypatch.setattr(
-        observation.LOG, "info", lambda form, text: written.write(form % text + "\n")
+        plugin.LOG, "info", lambda form, text: written.write(form % text + "\n")
     )
     with tqdm(total=3, file=written, desc="steps", ncols=40):
-        observation._log("LoReFT edits at f1")
+        plugin._log("LoReFT edits at f1")
     before, _, _ = written.getvalue().partition("LoReFT edits at f1")
     # Either way nothing of the bar is left in the line.
     assert "steps" in before
@@ -326,7 +326,7 @@ def test_the_key_turns_it_off(tmp_path):
     model = build_adapter(build_model())
     trainer, _ = train(model, tmp_path, max_steps=1)
     trainer.processing_class = TOKENIZER
-    on = observation.edit_callbacks(DictDefault(adapter="loreft"), trainer)
+    on = plugin.edit_callbacks(DictDefault(adapter="loreft"), trainer)
     assert [type(callback) for callback in on] == [EditLog, FirstBatch]
     for cfg in ({"adapter": "loreft", "loreft_log_edits": False}, {"adapter": "lora"}):
-        assert observation.edit_callbacks(DictDefault(cfg), trainer) == []
+        assert plugin.edit_callbacks(DictDefault(cfg), trainer) == []

@@ -20,8 +20,8 @@ from axolotl_reft.prompts.positions import Positions
 from axolotl_reft.saved.directory import read_adapter_config
 from axolotl_reft.settings.components import to_pyreft_name
 from axolotl_reft.tuner.config import LoreftConfig
+from axolotl_reft.tuner.layer import interventions_of
 from axolotl_reft.tuner.model import find_decoder_layers
-from axolotl_reft.tuner.walk import interventions_of
 
 if TYPE_CHECKING:
     import pyreft

@@ -20,11 +20,11 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from axolotl_reft.inspect.edit_size import edit_sizes
+from axolotl_reft.core.interventions import edit_sizes
 from axolotl_reft.inspect.facts import AdapterFacts
 from axolotl_reft.inspect.tokens import SIDES, ShownToken, edited_sides, token_text
 from axolotl_reft.saved.directory import check_adapter_fits, read_tensors
-from axolotl_reft.tuner.walk import FoundIntervention, interventions_of
+from axolotl_reft.tuner.layer import FoundIntervention, interventions_of
 
 _ADAPTER = "default"
 

@@ -16,8 +16,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from axolotl_reft.training.collator import EditIndexCollator
-from axolotl_reft.training.labelled_logits import LabelledLogits, why_all_logits
+from axolotl_reft.training.collators import (
+    EditIndexCollator,
+    LabelledLogits,
+    why_all_logits,
+)
 from axolotl_reft.tuner.model import hooks_of
 
 LOG = get_logger(__name__)

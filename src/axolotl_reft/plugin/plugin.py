@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from axolotl.utils.fp32_norms import get_fp32_norm_patterns
 from axolotl.utils.logging import get_logger
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -24,9 +26,10 @@ from axolotl_reft.plugin import quantised, running
 from axolotl_reft.plugin.against_base import check_against_base
 from axolotl_reft.plugin.args import check_as_written
 from axolotl_reft.plugin.labels import complete_batches, show_labels
-from axolotl_reft.plugin.observation import edit_callbacks
 from axolotl_reft.plugin.prompt_forms import markers_of_data, warn_of_other_prompts
 from axolotl_reft.saved.card import keep_in_trainers_card
+from axolotl_reft.training.edit_log import EditLog
+from axolotl_reft.training.first_batch import FirstBatch
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.lora import LayerLora
 
@@ -177,3 +180,26 @@ def trained_adapter(output_dir: str) -> str:
         f"output_dir: there is no trained LoReFT adapter in {str(output_dir)!r} "
         f"(no {SAFETENSORS_WEIGHTS_NAME}); {remedy}"
     )
+
+
+def edit_callbacks(cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
+    """Return the trainer's callbacks, none with ``loreft_log_edits: false``."""
+    adapted = cfg.adapter == "loreft" and hasattr(trainer.model, "peft_config")
+    if not adapted or cfg.loreft_log_edits is False:
+        return []
+    callbacks: list[TrainerCallback] = [EditLog(trainer)]
+    # A processor holds its tokenizer.
+    tokenizer = trainer.processing_class
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if hasattr(tokenizer, "decode"):
+        callbacks.append(FirstBatch(trainer.model, tokenizer, _log))
+    return callbacks
+
+
+def _log(text: str) -> None:
+    """Log on a new line, not behind a progress bar."""
+    with tqdm.external_write_mode():
+        if not sys.stderr.isatty():
+            # In a file the bar cannot be cleared.
+            print(file=sys.stderr, flush=True)
+        LOG.info("%s", text)

@@ -24,7 +24,7 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from axolotl_reft.plugin.labels import FindAnswers, note_answers_during, set_answers
-from axolotl_reft.tuner.walk import interventions_of
+from axolotl_reft.tuner.layer import interventions_of
 
 LOG = get_logger(__name__)
 

@@ -16,8 +16,8 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from axolotl_reft.inspect.edit_size import edit_sizes
-from axolotl_reft.tuner.walk import interventions_of
+from axolotl_reft.core.interventions import edit_sizes
+from axolotl_reft.tuner.layer import interventions_of
 
 # More layers than this are logged in thirds.
 _MOST_LAYERS = 4

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from axolotl_reft.inspect import tokens
 from axolotl_reft.prompts.batch import sample_starts
-from axolotl_reft.tuner.walk import interventions_of
+from axolotl_reft.tuner.layer import interventions_of
 
 _MOST_SAMPLES = 3
 # More parts of a sample, such as the turns of a conversation, are not shown.

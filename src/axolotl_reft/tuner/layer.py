@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -266,6 +266,24 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
                 rows = context.row_tokens(name, output) if context else None
                 total = lora.add_to(total, path, args[0], rows)
         return total.to(output.dtype)
+
+
+class FoundIntervention(NamedTuple):
+    """An intervention and its place: side 1 is the untied suffix's."""
+
+    layer: int
+    side: int
+    wrapper: LoreftDecoderLayer
+    intervention: Intervention
+
+
+def interventions_of(model: nn.Module, adapter: str) -> Iterator[FoundIntervention]:
+    """Yield every intervention of an adapter, in the order of the layers."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoreftDecoderLayer):
+            number = int(path.rpartition(".")[2])
+            for side, intervention in enumerate(module.interventions(adapter)):
+                yield FoundIntervention(number, side, module, intervention)
 
 
 def _device_of(module: nn.Module) -> torch.device:

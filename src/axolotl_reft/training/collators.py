@@ -1,9 +1,11 @@
-"""Compute logits only for the tokens that the loss is computed from.
+"""Data collators: the edited tokens found on the host, and logits where the loss is.
 
-The loss ignores the logits of prompt tokens. In a small model with a large vocabulary
-they are a fifth of a step, and in any model they are in its memory's peak.
+On an accelerator, counting edited tokens would make the host wait. The host knows them
+from ids and labels alone; the model's hooks take their indices out of its arguments.
+The loss ignores the logits of prompt tokens: in a small model with a large vocabulary
+a fifth of a step, and in any model part of its memory's peak.
 
-Shapes: B batch, T tokens, K tokens that are kept.
+Shapes: B batch, T tokens, N edited positions, K tokens whose logits are kept.
 """
 
 from __future__ import annotations
@@ -17,8 +19,51 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
+from axolotl_reft.prompts.batch import labelled_spans
+from axolotl_reft.prompts.spans import edit_indices
+from axolotl_reft.settings.spec import AdapterSpec
+from axolotl_reft.tuner.context import POSITIONS
+from axolotl_reft.tuner.model import hooks_of
+
 # GPUs multiply matrices in tiles, and a compiled model gets fewer different shapes.
 _MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class EditIndexCollator:
+    """A data collator that adds the indices of edited tokens to another one's batches.
+
+    Added are the ``shape`` (B, T) and the ``indices`` (N,) into B·T of each adapter's
+    interventions, to batches with ``input_ids`` and ``labels`` (B, T).
+
+    Args:
+        collate: the other collator.
+        adapters: settings of the adapters that are trained; :meth:`of` a model's.
+    """
+
+    collate: Callable[..., Any]
+    adapters: Mapping[str, AdapterSpec]
+
+    @classmethod
+    def of(cls, model: Any, collate: Callable[..., Any]) -> EditIndexCollator:
+        """Make one for a PEFT model with LoReFT adapters."""
+        hooks = hooks_of(model.get_base_model())
+        assert hooks is not None, "a model with a LoReFT adapter"
+        return cls(collate, dict(hooks.state.adapters))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        batch, indices = self.collate(*args, **kwargs), {}
+        for name, spec in self.adapters.items():
+            if spec.positions.everywhere:
+                continue
+            spans = labelled_spans(batch, spec.turns)
+            if spans is None:
+                return batch
+            indices[name] = edit_indices(spans, spec.positions, spec.tied).sides
+        if indices:
+            shape = tuple(batch["input_ids"].shape[:2])
+            batch[POSITIONS] = {"shape": shape, "indices": indices}
+        return batch
 
 
 @dataclass(frozen=True)
