@@ -13,7 +13,7 @@ import pytest
 import yaml
 from documents import ROOT, dropped, validated
 
-from axolotl_reft.exchange.install import INSTALL_COMMAND
+from axolotl_reft.exchange.objects import INSTALL_COMMAND
 from axolotl_reft.plugin.args import LoreftBlock
 
 README = (ROOT / "README.md").read_text()

@@ -15,9 +15,8 @@ from axolotl_reft.prompts.templates import turn_markers
 from axolotl_reft.saved.card import extend_pefts_cards
 from axolotl_reft.training.collators import EditIndexCollator as PromptCounter
 from axolotl_reft.training.collators import LabelledLogits
-from axolotl_reft.tuner.config import LoreftConfig
+from axolotl_reft.tuner.config import LOREFT, LoreftConfig
 from axolotl_reft.tuner.model import LoreftModel
-from axolotl_reft.tuner.peft_type import LOREFT
 from axolotl_reft.tuner.trained_modules import save_modules_once
 
 __all__ = [

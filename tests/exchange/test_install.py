@@ -8,7 +8,7 @@ import pytest
 from conftest import build_adapter, build_model
 
 from axolotl_reft import from_pyreft, to_pyreft
-from axolotl_reft.exchange import install
+from axolotl_reft.exchange import objects as install
 from axolotl_reft.exchange.directory import export_adapter
 from axolotl_reft.exchange.live import import_adapter
 

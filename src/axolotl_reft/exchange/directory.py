@@ -19,8 +19,7 @@ import torch
 from axolotl_reft.core.interventions import INTERVENTION_CLASSES, Intervention
 from axolotl_reft.core.kinds import KINDS
 from axolotl_reft.core.tensors import check_tensors
-from axolotl_reft.exchange.install import import_pyreft
-from axolotl_reft.exchange.objects import make_pyreft_object
+from axolotl_reft.exchange.objects import import_pyreft, make_pyreft_object
 from axolotl_reft.saved.directory import read_adapter_config, read_tensors
 from axolotl_reft.settings.components import to_pyreft_name
 from axolotl_reft.tuner.config import LoreftConfig

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_reft.core.kinds import KINDS
 from axolotl_reft.exchange.directory import new_directory, refuse_lora, write_directory
-from axolotl_reft.exchange.install import import_pyreft
+from axolotl_reft.exchange.objects import import_pyreft
 from axolotl_reft.exchange.read import read_interventions
 from axolotl_reft.prompts.positions import Positions
 from axolotl_reft.saved.directory import read_adapter_config

@@ -1,4 +1,7 @@
-"""Converts interventions to pyreft's objects, and their state dicts to ours.
+"""Imports pyreft; converts interventions to its objects, and its state dicts to ours.
+
+pyreft cannot be a declared dependency: its pins (transformers 4.45.1 and notebook
+packages) contradict axolotl's, so it is installed with ``--no-deps``.
 
 Shapes: D width of the edited hidden state, R rank.
 """
@@ -6,6 +9,11 @@ Shapes: D width of the edited hidden state, R rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import redirect_stdout
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from io import StringIO
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +27,9 @@ from axolotl_reft.core.rotation import (
     square_base,
 )
 from axolotl_reft.core.tensors import check_tensors
-from axolotl_reft.exchange.install import import_pyreft
 
+PYREFT_VERSION = "0.1.0"
+INSTALL_COMMAND = f"pip install --no-deps pyreft=={PYREFT_VERSION}"
 # Our names of the tensors in pyreft's state dicts. LoReFT's holds R itself; the others'
 # hold torch's parametrization, vectors and a base (D, D).
 _VECTORS = "rotate_layer.parametrizations.weight.original"
@@ -36,6 +45,32 @@ _NAMES = {
 }
 # The same for the parameters of pyreft's objects, rotations apart.
 _PARAMETERS = _NAMES["noreft"] | {"learned_source": "bias"}
+
+
+def import_pyreft() -> ModuleType:
+    """Import pyreft, or raise ValueError that says what to install."""
+    try:
+        if (found := version("pyreft")) != PYREFT_VERSION:
+            raise _unusable(f"version {found} is installed")
+    except PackageNotFoundError:
+        raise _unusable("it is not installed") from None
+    if find_spec("pyvene") is None:
+        raise _unusable("pyvene, which it is built on, is not installed")
+    try:
+        # pyvene prints what it would like to have installed.
+        with redirect_stdout(StringIO()):
+            import pyreft
+    except Exception as error:  # pyvene's imports can fail in their own ways
+        raise _unusable(f"importing it failed: {error}") from error
+    return pyreft
+
+
+def _unusable(reason: str) -> ValueError:
+    return ValueError(
+        f"exchange with pyreft needs pyreft {PYREFT_VERSION}, and {reason}. Install it "
+        "without its dependencies, whose pins contradict axolotl's, and pyvene:\n\n"
+        f"    {INSTALL_COMMAND}\n    pip install 'pyvene>=0.1.8,<0.2'\n"
+    )
 
 
 @torch.no_grad()

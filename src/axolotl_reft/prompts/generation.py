@@ -113,11 +113,7 @@ class Generation:
     mask_BW: Tensor | None = None  # of the step, 2-D; None for all ones
     past: int = 0  # columns in the cache before the step
     is_decode_step: bool = False  # after the prompt
-    _filled: int = 0
-
-    def start(self, past: int) -> None:
-        """Note how many columns are cached before the first step."""
-        self._filled = past
+    filled: int = 0  # columns in the cache before the next step
 
     def prepare(self, mask_BW: Tensor | None, tokens: int, has_cache: bool) -> None:
         """Note the step that is next, of so many tokens T.
@@ -131,8 +127,8 @@ class Generation:
         if mask_BW is not None:
             self.past = mask_BW.shape[1] - tokens
         else:
-            self.past = self._filled if has_cache else 0
-        self._filled = self.past + tokens
+            self.past = self.filled if has_cache else 0
+        self.filled = self.past + tokens
         self.is_decode_step = self.past >= self.width
 
     def prompts(self, turns: Turns, rows: int, device: torch.device) -> PromptSpans:

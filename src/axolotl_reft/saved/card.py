@@ -12,8 +12,7 @@ from peft import PeftModel
 
 from axolotl_reft.prompts.positions import Positions
 from axolotl_reft.settings.components import component_layer
-from axolotl_reft.tuner.config import LoreftConfig
-from axolotl_reft.tuner.peft_type import LOREFT
+from axolotl_reft.tuner.config import LOREFT, LoreftConfig
 from axolotl_reft.tuner.trained_modules import HEADS
 
 _BEGIN, _END = "<!-- LoReFT: begin -->", "<!-- LoReFT: end -->"

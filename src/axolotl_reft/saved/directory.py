@@ -11,8 +11,7 @@ from torch import Tensor
 
 from axolotl_reft.core.tensors import check_tensors, check_values, parse_saved_key
 from axolotl_reft.settings.components import as_wide_as_the_model
-from axolotl_reft.tuner.config import LoreftConfig
-from axolotl_reft.tuner.peft_type import LOREFT
+from axolotl_reft.tuner.config import LOREFT, LoreftConfig
 
 _REMEDY = "set base_model to the one it was trained on"
 

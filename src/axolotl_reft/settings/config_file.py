@@ -57,7 +57,7 @@ def read_config_file(path: str, known: Collection[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: is not JSON ({error}); save it again") from error
     if not isinstance(settings, dict) or "peft_type" not in settings:
         raise ValueError(f"{path}: has no peft_type; save the adapter again")
-    # PEFT's name for the method; see tuner/peft_type.py.
+    # PEFT's name for the method; see tuner/config.py.
     if settings["peft_type"] != "LOREFT":
         return settings  # left to PEFT
     # Ahead of unknown keys, which a newer format may have.

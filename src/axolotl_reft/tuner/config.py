@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
 from axolotl_reft.errors import shown
 from axolotl_reft.settings.config_file import (
@@ -18,13 +18,35 @@ from axolotl_reft.settings.foreign_names import hint
 from axolotl_reft.settings.layers import LARGEST
 from axolotl_reft.settings.lora import checked_lora
 from axolotl_reft.settings.spec import INTERVENTIONS, AdapterSpec
-from axolotl_reft.tuner.peft_type import LOREFT
 
 T = TypeVar("T")
 
 
 def _setting(default: T, description: str) -> T:
     return field(default=default, metadata={"help": description})
+
+
+def _extend_peft_type(name: str) -> PeftType:
+    """Add a member to ``PeftType`` as its class body would have; once.
+
+    Saving looks a method up there, where a plain string would fail.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member._sort_order_ = len(PeftType)
+    member.__objclass__ = PeftType
+    # Patch: PEFT looks methods up in its own enumeration.
+    # The attribute first: the metaclass refuses to set one that the map already holds.
+    setattr(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member
+
+
+LOREFT = _extend_peft_type("LOREFT")
 
 
 @dataclass

@@ -42,7 +42,6 @@ from axolotl_reft.tuner.context import (
     repeat_names,
 )
 from axolotl_reft.tuner.executor import ready_edits
-from axolotl_reft.tuner.input_gradients import enable_input_grads
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -59,7 +58,7 @@ class ModelHooks:
         self._has_checked_first_batch = False
         # A classifier's labels are not tokens of an answer.
         self._labels_mark_answers = model.can_generate()
-        self._model, backbone = model, model.base_model
+        self._model, self._prefix, backbone = model, prefix, model.base_model
         self._parameters = list(inspect.signature(backbone.forward).parameters)
         self._handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -68,7 +67,7 @@ class ModelHooks:
         ]
         model.disable_input_require_grads()
         self._overrides: dict[str, Callable[..., Any]] = {
-            "enable_input_require_grads": partial(enable_input_grads, model, prefix)
+            "enable_input_require_grads": partial(self._enable_input_grads)
         }
         if self._labels_mark_answers:
             self._overrides |= {
@@ -88,6 +87,19 @@ class ModelHooks:
             handle.remove()
         for name in self._overrides:
             self._model.__dict__.pop(name, None)
+
+    def _enable_input_grads(self) -> None:
+        """Make the embeddings' output require a gradient where other parameters than
+        the adapter's are trained.
+
+        Transformers, PEFT and axolotl ask for it wherever an adapter meets
+        checkpointing, and backward then runs through every layer. Reentrant
+        checkpointing needs it for trained weights inside of layers; LoReFT's see to it
+        themselves (``replay.py``).
+        """
+        named = self._model.named_parameters()
+        if any(p.requires_grad and self._prefix not in name for name, p in named):
+            type(self._model).enable_input_require_grads(self._model)
 
     # --- a forward -----------------------------------------------------------------
 
@@ -251,7 +263,7 @@ class ModelHooks:
         keep = min((generation.cut(turn, past) for turn in turns), default=past)
         if keep < past:
             cut_back(cache, past, keep, bool(omitted))
-        generation.start(keep)
+        generation.filled = keep
         return generation
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Kwargs:

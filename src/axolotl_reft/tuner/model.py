@@ -20,10 +20,10 @@ from axolotl_reft.tuner import trained_modules
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.context import BASE, repeat_names
 from axolotl_reft.tuner.hooks import ModelHooks
-from axolotl_reft.tuner.input_gradients import keep_from_packing
 from axolotl_reft.tuner.layer import LoreftDecoderLayer
 
 _HOOKS = "loreft_hooks"
+_PACKS = "support_avx512bf16_for_cpu"
 # What PEFT and this package put into the paths of parameters.
 _PARTS = {BASE, "base_model", "model", "base_layer", "modules_to_save"}
 _PARTS |= {"original_module", *LoreftDecoderLayer.adapter_layer_names}
@@ -232,6 +232,29 @@ def _add_adapter_names(
     if names is not None:
         kwargs = kwargs | {"adapter_names": repeat_names(names, len(args[0]))}
     return args, kwargs
+
+
+def keep_from_packing(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing the weights of a base that is trained through.
+
+    On a CPU with instructions for bfloat16 it (0.50) packs 4-bit weights at the first
+    evaluation, for a kernel without a backward, which it takes in training ever after.
+
+    Raises:
+        ValueError: it has packed weights already.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, _PACKS):
+            continue
+        # Patch: bitsandbytes has no setting for this.
+        setattr(module, _PACKS, False)
+        state = getattr(module.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name} of the base was packed by bitsandbytes when it was evaluated, "
+                "for a kernel without gradients; load the base anew, and make the "
+                "adapter before anything is computed"
+            )
 
 
 def hooks_of(model: nn.Module) -> ModelHooks | None:

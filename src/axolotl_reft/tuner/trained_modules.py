@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from axolotl_reft.errors import did_you_mean
-from axolotl_reft.tuner.config import LoreftConfig
-from axolotl_reft.tuner.peft_type import LOREFT
+from axolotl_reft.tuner.config import LOREFT, LoreftConfig
 
 # PEFT adds a classifier's heads by these names, whichever the model has.
 HEADS = ("classifier", "score")
