@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from axolotl_reft.inspect import probe
-from axolotl_reft.inspect.facts import AdapterFacts, inspect_adapter
+from axolotl_reft.inspect.facts import inspect_adapter
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -70,7 +70,9 @@ def run(
         model = probe.load_model(facts, base_model, device)
         probed = [probe.probe(model, tokenizer, prompt) for prompt in ids]
         probe.add_sizes(facts, probed)
-        if not all(_ends_like_template(facts, prompt) for prompt in ids):
+        markers = facts.settings.get("turn_markers") or {"generation_prompts": [[]]}
+        ends = markers["generation_prompts"]
+        if not all(any(p[len(p) - len(end) :] == end for end in ends) for p in ids):
             print(
                 "The adapter was trained with a chat template, and not all prompts end "
                 "in it, so that other tokens are edited than in use. Add --chat.",
@@ -121,11 +123,3 @@ def read_prompts(path: str, sample: int | None = None, seed: int = 0) -> list[st
             )
         prompts.append(prompt)
     return prompts
-
-
-def _ends_like_template(facts: AdapterFacts, ids: list[int]) -> bool:
-    """Whether a prompt ends with the generation prompt that the adapter expects."""
-    markers = facts.settings.get("turn_markers")
-    return markers is None or any(
-        ids[-len(marker) :] == marker for marker in markers["generation_prompts"]
-    )

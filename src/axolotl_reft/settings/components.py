@@ -8,7 +8,6 @@ the same by the module's path.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -47,14 +46,6 @@ _NAMES = {
     "value_output": ("output", _within(_ATTENTION, "v_proj")),
 }
 COMPONENTS = tuple(_NAMES)
-
-
-@dataclass(frozen=True)
-class Site:
-    """A module of a decoder layer, empty for the layer itself, and its edited side."""
-
-    path: str
-    side: str
 
 
 def from_pyreft_name(name: object) -> tuple[int | None, str] | None:
@@ -108,9 +99,10 @@ def as_wide_as_the_model(component: str) -> bool:
     return paths in (_LAYER, _MLP, _ATTENTION)
 
 
-def find_site(component: str, layer: nn.Module, config: Any) -> tuple[Site, int]:
-    """Find a component in a decoder layer, and its width, by the language model's
-    config; ValueError if the layer has no such module."""
+def find_site(component: str, layer: nn.Module, config: Any) -> tuple[str, int]:
+    """Return the path and side of a component in a decoder layer, such as
+    ``mlp.output``, and its width by the language model's config; ValueError if the
+    layer, whose own path is empty, has no such module."""
     read = from_pyreft_name(component)
     assert read is not None, "checked by the config"
     path, _, side = read[1].rpartition(".")
@@ -118,7 +110,7 @@ def find_site(component: str, layer: nn.Module, config: Any) -> tuple[Site, int]
     modules = dict(layer.named_modules())
     for path in paths:
         if path in modules:
-            return Site(path, side), _width(path, modules[path], side, config)
+            return f"{path}.{side}", _width(path, modules[path], side, config)
     number = re.search(r"\.(\d+)\.", component)
     raise ValueError(
         f"component: {component!r} is not in {type(layer).__name__}, which has "

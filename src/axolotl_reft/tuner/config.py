@@ -173,9 +173,5 @@ class LoreftConfig(PeftConfig):
             self.lora = checked_lora(self.lora)
 
     def spec(self) -> AdapterSpec:
-        """Parse the settings.
-
-        Raises:
-            ValueError: a value is out of its range.
-        """
+        """Parse the settings; ValueError if one is out of its range."""
         return AdapterSpec.parse(self.__dict__)

@@ -87,7 +87,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
                     act_fn=spec.act_fn,
                 )
             self.specs[adapter_name] = self.state.adapters[adapter_name] = spec
-            self.sites[adapter_name] = f"{site.path}.{site.side}"
+            self.sites[adapter_name] = site
         if lora is not None:
             sizes = linear_modules(self.base_layer, lora["target_modules"])
             self.intv_lora[adapter_name] = LayerLora(

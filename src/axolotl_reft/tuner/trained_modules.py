@@ -24,14 +24,8 @@ WRAPPED_PARTS = ("modules_to_save", "original_module")
 
 
 def check_modules_to_save(config: LoreftConfig, model: nn.Module, layers: str) -> None:
-    """See that each name means modules of the model, outside of its edited layers.
-
-    Args:
-        layers: path of the list of decoder layers.
-
-    Raises:
-        ValueError: a name matches nothing, or something within the layers.
-    """
+    """Raise ValueError for a name of no module, or of one within the decoder layers,
+    whose list is at the path ``layers``."""
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
     for name in config.modules_to_save or ():
         matched = [path for path in paths if path.endswith(name)]  # as PEFT matches
@@ -81,14 +75,12 @@ def _embedding_names(model: PreTrainedModel) -> list[str]:
 
 
 def save_modules_once() -> None:
-    """Have PEFT save a trained module once; again is harmless.
+    """Have PEFT save a trained module once.
 
     Where the vocabulary has grown, it saves the trained copy as the module itself,
     which is what it reads, the copy once more, and the base's own.
     """
     collect = peft_model.get_peft_model_state_dict
-    if hasattr(collect, "_loreft_once"):
-        return
 
     @wraps(collect)
     def collect_once(
@@ -101,7 +93,6 @@ def save_modules_once() -> None:
         return {k: t for k, t in found.items() if not any(part in k for part in twice)}
 
     # Patch: PEFT has no hook for what it collects.
-    collect_once.__dict__["_loreft_once"] = True
     peft_model.get_peft_model_state_dict = collect_once
 
 
