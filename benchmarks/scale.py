@@ -105,8 +105,11 @@ def edit_flops(d: int, rank: int, positions: int) -> int:
 
 
 def loreft_flops(shape: Shape, step: Step) -> int:
-    """What LoReFT adds to the floor; no gradient goes below the first edit."""
-    positions = step.samples * step.positions
+    """What LoReFT adds to the floor; no gradient goes below the first edit.
+
+    The products of prefix and suffix are one, of both sides' rows and both ranks.
+    """
+    positions = 2 * step.samples * step.positions
     below = 2 * positions * shape.d * step.rank
     return 2 * (shape.layers * edit_flops(shape.d, step.rank, positions) - below)
 

@@ -181,7 +181,9 @@ def test_without_an_adapter_nothing_is_scored(settings, message):
 
 
 def test_an_adapter_of_another_base_stops_before_it_loads(saved, monkeypatch):
-    config = LlamaConfig(vocab_size=ROWS, hidden_size=64, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=ROWS, hidden_size=64, num_attention_heads=2, num_hidden_layers=2
+    )
     config.save_pretrained(saved / "wider")
     with pytest.raises(ValueError, match="hidden size 32, this base has 64"):
         LoreftLM(str(saved / "wider"), peft=str(saved / "f2+l2"))
