@@ -285,7 +285,7 @@ def test_each_backward_is_one_of_its_own(without):
 
 
 def test_many_rows_are_each_layer_s_own(without, together, monkeypatch):
-    monkeypatch.setattr(executor, "_MOST_TOGETHER", 0)
+    monkeypatch.setattr(executor, "_MAX_TOGETHER", 0)
     compare(step, without)
     assert together == [1] * LAYERS
 

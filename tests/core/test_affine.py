@@ -65,8 +65,8 @@ def test_both_sides_in_one_product_are_those_of_each(name, prefixes):
     h_ND, weights_ND = torch.randn(2, 5, 12)
 
     def jointly(h_ND):
-        mask_NK = other_side([prefixes, 5 - prefixes], 3, h_ND.device)
-        return affine_rows(h_ND, affine_stack(modules), mask_NK)
+        mask_NC = other_side([prefixes, 5 - prefixes], 3, h_ND.device)
+        return affine_rows(h_ND, affine_stack(modules), mask_NC)
 
     got = step(jointly, h_ND, modules, weights_ND)
     expected = step(apart(modules, prefixes), h_ND, modules, weights_ND)

@@ -18,7 +18,7 @@ from axolotl_reft.inspect import probe as probing
 from axolotl_reft.inspect.command import read_prompts
 from axolotl_reft.inspect.facts import inspect_adapter, subspace_overlap
 from axolotl_reft.inspect.plot import figure
-from axolotl_reft.inspect.probe import load_model, open_base, probe, prompt_ids
+from axolotl_reft.inspect.probe import load_model, probe, prompt_ids, resolve_base
 from axolotl_reft.inspect.text import as_ranges, columns, summary
 from axolotl_reft.inspect.tokens import runs, token_text
 from axolotl_reft.plugin.commands import reft
@@ -49,7 +49,7 @@ def places(tmp_path_factory):
 
 
 def load(facts):
-    base_model, tokenizer = open_base(facts, None)
+    base_model, tokenizer = resolve_base(facts, None)
     return load_model(facts, base_model), tokenizer
 
 
@@ -257,7 +257,7 @@ def test_the_tokenizer_beside_the_adapter_comes_first(places, options):
     done = invoke(directory, "--prompt", "a a a a", *options)
     assert done.exit_code == 0, done.output
     assert ("« d· :»" if options else "« <s>· a»") in done.output
-    base_model, own = open_base(inspect_adapter(directory), None)
+    base_model, own = resolve_base(inspect_adapter(directory), None)
     assert prompt_ids(own, "a", chat=False) == [1, words["a"]] == [1, 5]
 
 

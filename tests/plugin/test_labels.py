@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from axolotl_reft.plugin.labels import show_labels
+from axolotl_reft.plugin.labels import expose_labels
 from axolotl_reft.plugin.plugin import LoreftPlugin
 from axolotl_reft.tuner.context import POSITIONS
 
@@ -67,7 +67,7 @@ def test_distillation_has_the_loss_and_the_gradients_of_the_same_prompts(model, 
     trainer._kd_loss_fn = LigerFusedLinearKLTopKLogprobLoss(
         weight_hard_loss=0.3, weight_soft_loss=0.7, beta=0.0, compiled=False
     )
-    show_labels(trainer)
+    expose_labels(trainer)
     torch.manual_seed(0)
     teachers = torch.randn(2, 12, 4).log_softmax(-1)
     choices = torch.randint(4, 64, (2, 12, 4))
@@ -99,7 +99,7 @@ def test_labels_of_other_tokens_than_the_models_are_refused(model, batch):
         return model(inputs["input_ids"][:, 1:])
 
     trainer = SimpleNamespace(model=model, compute_loss=compute_loss)
-    show_labels(trainer)
+    expose_labels(trainer)
     with pytest.raises(
         ValueError, match=r"labels of the batch are \(2, 12\), .*\(2, 1"
     ):

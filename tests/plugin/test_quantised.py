@@ -118,7 +118,7 @@ def test_experts_that_are_left_out_are_told_of(monkeypatch, tmp_path):
     )
     told = []
     monkeypatch.setattr(quantised.LOG, "warning", lambda *message: told.append(message))
-    quantised.finish_base(DictDefault(load_in_4bit=True), model, training=True)
+    quantised.prepare_base(DictDefault(load_in_4bit=True), model, training=True)
     (message, key, share), *_ = told
     assert "weights of the base's layers are not quantised" in message
     assert key == "load_in_4bit" and 50 < share < 100
@@ -138,7 +138,7 @@ def test_what_was_validated_is_validated_to_the_same():
     assert again.overrides_of_model_kwargs == once.overrides_of_model_kwargs
     # And once more after the dtype has become known.
     again.torch_dtype = torch.bfloat16
-    quantised.complete(again)
+    quantised.fill_config(again)
     completed = again.overrides_of_model_kwargs.quantization_config.to_dict()
     assert completed == config | {"bnb_4bit_compute_dtype": "bfloat16"}
     del again["torch_dtype"]
@@ -158,7 +158,7 @@ def test_a_compute_dtype_of_the_config_is_kept():
         load_in_4bit=True, bnb_config_kwargs={"bnb_4bit_compute_dtype": "float16"}
     )
     cfg.torch_dtype = torch.bfloat16
-    quantised.complete(cfg)
+    quantised.fill_config(cfg)
     config = cfg.overrides_of_model_kwargs.quantization_config
     assert config.bnb_4bit_compute_dtype == "float16"
 

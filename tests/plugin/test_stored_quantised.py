@@ -183,7 +183,7 @@ def test_an_evaluation_before_training_cuts_no_gradients(tmp_path, tokens):
     found = []
     for evaluated in (False, True):
         base = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32)
-        quantised.finish_base(DictDefault(), base.eval(), training=True)
+        quantised.prepare_base(DictDefault(), base.eval(), training=True)
         adapted = build_adapter(base, rank=4)
         if evaluated:
             with torch.no_grad():
@@ -210,8 +210,8 @@ def test_a_kernel_that_hands_no_gradients_down_is_refused():
     model = build_model()
     model.quantization_method = "awq"
     model.model.layers[1].mlp.up_proj = Kernel(cut=False)
-    quantised.finish_base(DictDefault(), model, training=True)
+    quantised.prepare_base(DictDefault(), model, training=True)
     model.model.layers[2].mlp.up_proj = Kernel(cut=True)
-    quantised.finish_base(DictDefault(), model, training=False)
+    quantised.prepare_base(DictDefault(), model, training=False)
     with pytest.raises(ValueError, match="layers.2.mlp.up_proj of the base is gptq"):
-        quantised.finish_base(DictDefault(), model, training=True)
+        quantised.prepare_base(DictDefault(), model, training=True)

@@ -27,7 +27,7 @@ def test_reserved_indices_are_those_of_the_masks(text, width, packed):
             torch.tensor([0.9, 0.3, 0.2]).view(3, 1, 1)
         )
         spans = prompt_spans(real, starts if packed else None, answer, every=True)
-        prompts = int((spans.inside_BT & (spans.rank_BT == 0)).sum())
+        prompts = int((spans.inside_BT & (spans.place_BT == 0)).sum())
         sides = zip(
             (positions.first, positions.last), spans.edited(positions), strict=True
         )

@@ -131,7 +131,7 @@ def test_many_rows_are_each_layer_s_own(tokens, monkeypatch):
     """The same gradients, without keeping the rows of all layers."""
     model = build_adapter(build_model(), tied_weights=False).train()
     expected = step(model, tokens)
-    monkeypatch.setattr(executor, "_MOST_TOGETHER", 0)
+    monkeypatch.setattr(executor, "_MAX_TOGETHER", 0)
     assert_close(step(model, tokens), expected)
 
 

@@ -3,7 +3,7 @@
 All six kinds are this edit while their source is linear: P is R or W₂, and M is W − P,
 W, −P or nothing (``kinds.py``). Torch only.
 
-Shapes: K interventions, N rows, D hidden size, R rank.
+Shapes: K interventions, N rows, D hidden size, R rank, C = K·R of one layer's.
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ def _stacked(interventions: Sequence[Any], name: str) -> Tensor:
 
 
 def affine_rows(
-    h_ND: Tensor, stack: AffineStack, other_side_NK: Tensor | None = None
+    h_ND: Tensor, stack: AffineStack, other_side_NC: Tensor | None = None
 ) -> Tensor:
     """Return h + Pᵀ(Mh + b) for rows in float32, by the interventions of one layer: one
     product for both, of which a row keeps its side's part (:func:`other_side`)."""
-    p_KD, b_K = stack.p_KRD.flatten(0, 1), stack.b_KR.flatten()
-    source_NK = b_K.expand(h_ND.shape[0], -1)
+    p_CD, b_C = stack.p_KRD.flatten(0, 1), stack.b_KR.flatten()
+    source_NC = b_C.expand(h_ND.shape[0], -1)
     if stack.m_KRD is not None:
-        source_NK = F.linear(h_ND, stack.m_KRD.flatten(0, 1), b_K)
-    if other_side_NK is not None:
-        source_NK = source_NK.masked_fill(other_side_NK, 0)
-    return torch.addmm(h_ND, source_NK, p_KD)
+        source_NC = F.linear(h_ND, stack.m_KRD.flatten(0, 1), b_C)
+    if other_side_NC is not None:
+        source_NC = source_NC.masked_fill(other_side_NC, 0)
+    return torch.addmm(h_ND, source_NC, p_CD)
 
 
 def other_side(rows: Sequence[int], rank: int, device: torch.device) -> Tensor | None:
     """Return which sources (N, 2R) of each row are the other intervention's, where
-    ``rows`` of one side and of the other lie behind each other; None for one side."""
+    so many ``rows`` of each side are concatenated; None for one side."""
     if len(rows) == 1:
         return None
     rows_N1 = torch.arange(sum(rows), device=device).unsqueeze(1)
@@ -79,8 +79,8 @@ def other_side(rows: Sequence[int], rank: int, device: torch.device) -> Tensor |
 class StackCache:
     """Keeps a stack while its tensors stay as they were; in eval mode, without grad.
 
-    torch's version counters show every change but those through ``.data``; these are
-    made in training, so a change of mode or a gradient that is there builds it anew.
+    torch's version counters miss changes through ``.data``, which training makes, so a
+    stack is also rebuilt after ``train()`` or ``eval()``, and while a gradient is set.
     """
 
     def __init__(self) -> None:

@@ -97,7 +97,7 @@ class Intervention(AdapterLeaf):
     @property
     def has_local_params(self) -> bool:
         """Whether its parameters can be used without calling it: no hook is on it, such
-        as DeepSpeed's, FSDP2's and accelerate's, which bring the parameters."""
+        as DeepSpeed's, FSDP2's and accelerate's, which gather the parameters."""
         return not (
             self._forward_hooks
             or self._forward_pre_hooks

@@ -1,4 +1,4 @@
-"""The six kinds of intervention: one row each, which every other table is made from.
+"""The six kinds of intervention; each has a class in ``interventions.py`` too.
 
 Shapes: D width of the edited hidden state, R rank.
 """

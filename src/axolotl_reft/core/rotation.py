@@ -9,7 +9,7 @@ The products run in float64: float32 sums over a hidden size of 4096 left R up t
 from orthonormal, float64 ones rounded at the end 3e-9 (4096×8, on a CPU); nor do TF32
 and autocast reach them.
 
-Shapes: D rows (hidden size), R columns (rank), K matrices at once.
+Shapes: D hidden size, R rank (the paper's matrix R is R×D), K matrices at once.
 """
 
 from __future__ import annotations
@@ -125,12 +125,12 @@ def rotations(vectors: Sequence[Tensor], bases: Sequence[Tensor]) -> Tensor:
 
 
 def rotation(vectors_DR: Tensor, base_DR: Tensor) -> Tensor:
-    """Return R = B·Q(X), with orthonormal columns for any X.
+    """Return Rᵀ = B·Q(X) (D, R), with orthonormal columns for any X.
 
     B is the orthogonal D×D matrix that ``base_DR`` stands for (:func:`compact_base`),
     Q(X) the first R columns of −H₁H₂…H_R for the vectors X, whose entries on and above
-    the diagonal are not used. R(0) is the matrix that the base was made from.
-    Differentiable once, in X. In memory, R (D, R) lies column after column.
+    the diagonal are not used. For X = 0 it is the matrix that the base was made from.
+    Differentiable once, in X. In memory, it lies column after column.
     """
     return rotations([vectors_DR], [base_DR])[0].mT
 

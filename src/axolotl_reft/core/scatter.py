@@ -61,7 +61,7 @@ def edit(
 
 class _Take(torch.autograd.Function):
     """The rows at an index, and the tensor itself for :class:`_Put`, which replaces
-    them: what comes back to it as the gradient of those rows counts for nothing."""
+    them: the gradient that comes back for those rows is overwritten."""
 
     @staticmethod
     def forward(

@@ -2,13 +2,14 @@
 
 Forward and backward, a layer replaces its edited rows and leaves what the parameters'
 gradients need in a workspace. Once backward has been through all layers, the gradients
-of all parameters are computed together: each layer has a token for an input, which one
-function of the parameters made, and which autograd therefore calls last.
+of all parameters are computed together: each layer takes an empty tensor, the anchor,
+which one function of the parameters made, and which autograd calls last.
 
 Torch's operations here; ``kernels/`` has the same in Triton.
 
 Shapes: B batch, T tokens, S = B·T, L layers, I interventions of a layer (one, or one
-each for prefix and suffix), N edited rows of a layer, D hidden size, R rank.
+each for prefix and suffix), C = I·R sources, N edited rows, D hidden size, R rank,
+K = L·I interventions in all.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from axolotl_reft.core.scatter import EditIndices, replace_rows, rows_at
 
 class Workspace:
     """The parameters of a stack by layer, and the rows of a forward and a backward:
-    ``taken_LND`` as they were, ``sources_LNK`` with Mh + b of them. Where it ``keeps``
+    ``taken_LND`` as they were, ``sources_LNC`` with Mh + b of them. Where it ``keeps``
     them, gradients of the parameters will be asked for.
 
-    The interventions of a layer are one edit with K = I·R sources, of which a row keeps
-    those of its side: one product of twice the rank takes less time than two.
+    The interventions of a layer are one edit with C sources, of which a row keeps those
+    of its side: one product of twice the rank takes less time than two.
     """
 
     def __init__(self, stack: AffineStack, layers: int) -> None:
@@ -41,13 +42,13 @@ class Workspace:
         self.layers, self.has_m = layers, stack.m_KRD is not None
         count, self.rank, self.width = stack.p_KRD.shape
         self.kept_sources = count // layers * self.rank
-        m_LKD, b_LK, p_LKD = (
+        m_LCD, b_LC, p_LCD = (
             [None] * layers
             if tensor is None
             else tensor.detach().unflatten(0, (layers, -1)).flatten(1, 2).unbind(0)
             for tensor in stack
         )
-        self.stack = list(zip(m_LKD, b_LK, p_LKD, strict=True))
+        self.stack = list(zip(m_LCD, b_LC, p_LCD, strict=True))
         self._new = Tensor.new_zeros if layers > 1 else Tensor.new_empty
         self._backward = -1
         self._grads: tuple[Tensor, Tensor] | None = None
@@ -66,14 +67,14 @@ class Workspace:
         sources = self._new(
             h_BTD, (rooms, rows, self.kept_sources), dtype=torch.float32
         )
-        self.sources_LNK = sources.expand(self.layers, -1, -1)
+        self.sources_LNC = sources.expand(self.layers, -1, -1)
         # All rows are the hidden states themselves, which their layer hands in.
         own_rows = rows if self.keeps and indices is not None else 0
         self.taken_LND = self._new(h_BTD, (rooms, own_rows, self.width))
 
     @cached_property
-    def _other_side_NK(self) -> Tensor | None:
-        return other_side(self.rows, self.rank, self.sources_LNK.device)
+    def _other_side_NC(self) -> Tensor | None:
+        return other_side(self.rows, self.rank, self.sources_LNC.device)
 
     def grads(self) -> tuple[Tensor, Tensor]:
         """Return the room for this backward's gradients of the rows (L, N, D), and of
@@ -81,7 +82,7 @@ class Workspace:
         backward = torch._C._current_graph_task_id()
         if self._grads is None or self._backward != backward:
             self._backward = backward
-            taken, source = self.taken_LND, self.sources_LNK
+            taken, source = self.taken_LND, self.sources_LNC
             self._grads = self._new(taken, taken.shape), self._new(source, source.shape)
         return self._grads
 
@@ -90,61 +91,61 @@ class Workspace:
         if self.indices is None:
             self.taken_LND = h_SD.unsqueeze(0)
         taken_ND = self.taken_LND[layer] if self.keeps else None
-        return self.add(h_SD, taken_ND, self.sources_LNK[layer], *self.stack[layer])
+        return self.add(h_SD, taken_ND, self.sources_LNC[layer], *self.stack[layer])
 
     def edit_backward(
         self, grad_SD: Tensor, layer: int, to_input: bool
     ) -> Tensor | None:
         """Return the gradient of a layer's hidden states; notes those of its rows."""
-        grads_LND, grad_sources_LNK = self.grads()
+        grads_LND, grad_sources_LNC = self.grads()
         if self.indices is None:
             grads_LND = grad_SD.unsqueeze(0)
-            self._grads = grads_LND, grad_sources_LNK
+            self._grads = grads_LND, grad_sources_LNC
         grad_ND = grads_LND[layer] if self.keeps else None
-        m_KD, _, p_KD = self.stack[layer]
-        back = p_KD, None, m_KD if to_input else None
-        out_SD = self.add(grad_SD, grad_ND, grad_sources_LNK[layer], *back)
+        m_CD, _, p_CD = self.stack[layer]
+        back = p_CD, None, m_CD if to_input else None
+        out_SD = self.add(grad_SD, grad_ND, grad_sources_LNC[layer], *back)
         return out_SD if to_input else None
 
     def add(
         self,
         x_SD: Tensor,
         taken_ND: Tensor | None,
-        source_NK: Tensor,
-        m_KD: Tensor | None,
-        b_K: Tensor | None,
-        p_KD: Tensor | None,
+        source_NC: Tensor,
+        m_CD: Tensor | None,
+        b_C: Tensor | None,
+        p_CD: Tensor | None,
     ) -> Tensor:
         """Return x + Pᵀ(Mx + b) in the edited rows, and x in the others.
 
         Backward, x is a gradient, and P, nothing and M are in the places of M, b and P.
-        The rows of x go to ``taken_ND``, if it is given, and Mx + b to ``source_NK``.
+        The rows of x go to ``taken_ND``, if it is given, and Mx + b to ``source_NC``.
         """
         rows_ND = x_SD
         if self.indices is not None:
             rows_ND = rows_at(x_SD, *self._where, out=taken_ND)
         rows_ND = rows_ND.float()
-        if m_KD is not None and b_K is not None:
-            torch.addmm(b_K, rows_ND, m_KD.T, out=source_NK)
-        elif m_KD is not None:
-            torch.mm(rows_ND, m_KD.T, out=source_NK)
-        elif b_K is not None:
-            source_NK.copy_(b_K)
-        if self._other_side_NK is not None:
-            source_NK.masked_fill_(self._other_side_NK, 0)
-        if p_KD is None:
+        if m_CD is not None and b_C is not None:
+            torch.addmm(b_C, rows_ND, m_CD.T, out=source_NC)
+        elif m_CD is not None:
+            torch.mm(rows_ND, m_CD.T, out=source_NC)
+        elif b_C is not None:
+            source_NC.copy_(b_C)
+        if self._other_side_NC is not None:
+            source_NC.masked_fill_(self._other_side_NC, 0)
+        if p_CD is None:
             return x_SD
-        new_ND = torch.addmm(rows_ND, source_NK, p_KD).to(x_SD.dtype)
+        new_ND = torch.addmm(rows_ND, source_NC, p_CD).to(x_SD.dtype)
         if self.indices is not None:
             new_ND = replace_rows(x_SD, new_ND, *self._where)
         return new_ND
 
     def parameter_gradients(self) -> tuple[Tensor | None, ...]:
         """Return the gradients of M (L·I, R, D), b (L·I, R) and P (L·I, R, D)."""
-        (grads_LND, grad_sources_LNK), self._grads = self.grads(), None
-        grad_m = grad_sources_LNK.mT @ self.taken_LND.float() if self.has_m else None
-        grad_p = self.sources_LNK.mT @ grads_LND.float()
-        each = grad_m, grad_sources_LNK.sum(1), grad_p
+        (grads_LND, grad_sources_LNC), self._grads = self.grads(), None
+        grad_m = grad_sources_LNC.mT @ self.taken_LND.float() if self.has_m else None
+        grad_p = self.sources_LNC.mT @ grads_LND.float()
+        each = grad_m, grad_sources_LNC.sum(1), grad_p
         sizes = -1, self.rank
         return tuple(
             None if grad is None else grad.unflatten(1, sizes).flatten(0, 1)
@@ -160,7 +161,7 @@ class StackedEdits:
         self, stack: AffineStack, layers: int, workspace: type[Workspace] = Workspace
     ) -> None:
         self._workspace = workspace(stack, layers)
-        self._token = _Parameters.apply(self._workspace, *stack)
+        self._anchor = _Parameters.apply(self._workspace, *stack)
         self._like: tuple[Any, ...] | None = None
 
     def fits(self, h_BTD: Tensor) -> bool:
@@ -173,7 +174,7 @@ class StackedEdits:
         if self._like is None:
             self._like = _like(h_BTD)
             self._workspace.open(h_BTD, indices)
-        return _EditLayer.apply(h_BTD, self._token, self._workspace, layer)
+        return _EditLayer.apply(h_BTD, self._anchor, self._workspace, layer)
 
 
 def _like(h_BTD: Tensor) -> tuple[Any, ...]:
@@ -181,7 +182,7 @@ def _like(h_BTD: Tensor) -> tuple[Any, ...]:
 
 
 class _Parameters(torch.autograd.Function):
-    """Makes the layers' token from M, b and P; its backward has their gradients."""
+    """Makes the layers' anchor from M, b and P; its backward has their gradients."""
 
     @staticmethod
     def forward(
@@ -194,7 +195,7 @@ class _Parameters(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        with without_autocast(ctx.workspace.sources_LNK.device):
+        with without_autocast(ctx.workspace.sources_LNC.device):
             return None, *ctx.workspace.parameter_gradients()
 
 

@@ -79,8 +79,8 @@ def check_tensors(
 
 
 def check_complete(loaded: Collection[str], model: Iterable[str]) -> None:
-    """Raise ``ValueError`` if the keys ``loaded`` are part of an adapter, or of none of
-    those that the ``model``'s parameters and buffers have.
+    """Raise ``ValueError`` if the keys ``loaded`` hold only part of an adapter, or no
+    adapter of the ``model``, whose parameters' and buffers' names are given.
 
     Keys of a base model that has an adapter may come without it.
     """

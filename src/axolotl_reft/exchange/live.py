@@ -81,7 +81,7 @@ def to_pyreft(peft_model: PeftModel) -> pyreft.ReftModel:
         write_directory(config, path, interventions, Path(save_directory))
 
     model = pyreft.ReftModel(pyreft.ReftConfig(representations=representations), base)
-    # pyreft's would write our state dicts; its trainer calls save_intervention.
+    # Patch: pyreft's would write our state dicts; its trainer calls the second.
     model.save, model.save_intervention = save, save_intervention
     model.disable_model_gradients()
     model.set_device(peft_model.device)

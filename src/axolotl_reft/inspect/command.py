@@ -65,7 +65,7 @@ def run(
     facts = inspect_adapter(directory, other)
     probed: list[probe.ProbedPrompt] = []
     if texts:
-        base_model, tokenizer = probe.open_base(facts, base_model)
+        base_model, tokenizer = probe.resolve_base(facts, base_model)
         ids = [probe.prompt_ids(tokenizer, text, chat) for text in texts]
         model = probe.load_model(facts, base_model, device)
         probed = [probe.probe(model, tokenizer, prompt) for prompt in ids]
@@ -74,8 +74,8 @@ def run(
         ends = markers["generation_prompts"]
         if not all(any(p[len(p) - len(end) :] == end for end in ends) for p in ids):
             print(
-                "The adapter was trained with a chat template, and not all prompts end "
-                "in it, so that other tokens are edited than in use. Add --chat.",
+                "Some prompts do not end with the generation prompt of the adapter's "
+                "chat template: other tokens are edited than in training. Add --chat.",
                 file=sys.stderr,
             )
     if plot:

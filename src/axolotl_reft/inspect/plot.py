@@ -20,7 +20,7 @@ _LINES = {
     "marker": ["o", "s", "^"],
 }
 # More would not be legible.
-_MOST_TOKENS, _MOST_TICKS = 40, 16
+_MAX_TOKENS, _MAX_TICKS = 40, 16
 
 
 def figure(facts: AdapterFacts, prompts: list[ProbedPrompt]) -> Figure:
@@ -38,7 +38,7 @@ def figure(facts: AdapterFacts, prompts: list[ProbedPrompt]) -> Figure:
         f"{facts.all_parameters:,} parameters"
     )
     numbers = [layer.layer for layer in facts.layers]
-    every = -(-len(numbers) // _MOST_TICKS)
+    every = -(-len(numbers) // _MAX_TICKS)
     for axis, panel in zip(axes.flat, panels, strict=False):
         axis.set_prop_cycle(**_LINES)
         for label, values in panel.lines.items():
@@ -64,8 +64,8 @@ def figure(facts: AdapterFacts, prompts: list[ProbedPrompt]) -> Figure:
 def _draw_map(axis: Axes, prompt: ProbedPrompt) -> None:
     """Draw the size of each token's edit in each layer, without tokens not edited."""
     places = [at for at, token in enumerate(prompt.tokens) if token.edited]
-    half = _MOST_TOKENS // 2
-    shown = places if len(places) <= _MOST_TOKENS else places[:half] + places[-half:]
+    half = _MAX_TOKENS // 2
+    shown = places if len(places) <= _MAX_TOKENS else places[:half] + places[-half:]
     labels = [f"{prompt.tokens[at].text.strip()[:14] or '␣'} {at}" for at in shown]
     sizes = prompt.sizes_LT[:, shown].numpy()
     image = axis.imshow(sizes, aspect="auto", origin="lower", cmap="cividis", vmin=0)

@@ -52,7 +52,7 @@ class ProbedPrompt:
         return {"tokens": tokens}
 
 
-def open_base(facts: AdapterFacts, base_model: str | None) -> tuple[str, Any]:
+def resolve_base(facts: AdapterFacts, base_model: str | None) -> tuple[str, Any]:
     """Return the base model's name and the tokenizer, checked before the model loads.
 
     By default they are the base that the adapter names, and the adapter's tokenizer.

@@ -16,7 +16,7 @@ from axolotl_reft.inspect.tokens import legend, runs
 _STYLES = {"": "", "prefix": "bold cyan", "suffix": "bold yellow", "all": "bold cyan"}
 # Wide enough that nothing wraps where there is no terminal.
 _PIPED_WIDTH = 200
-_MOST_PROMPTS = 3
+_MAX_PROMPTS = 3
 
 
 def print_facts(facts: AdapterFacts, prompts: list[ProbedPrompt]) -> None:
@@ -38,7 +38,7 @@ def print_facts(facts: AdapterFacts, prompts: list[ProbedPrompt]) -> None:
         error = f"max |R Rᵀ − I| is {facts.orthonormal:.1e}"
         notes.append(f"R: its rows are orthonormal in every layer ({error})")
     console.print(grid, table, *notes, sep="\n")
-    shown = prompts[:_MOST_PROMPTS]
+    shown = prompts[:_MAX_PROMPTS]
     for number, prompt in enumerate(shown, 1):
         edited = sum(token.edited is not None for token in prompt.tokens)
         console.print(

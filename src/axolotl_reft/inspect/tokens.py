@@ -22,7 +22,7 @@ from axolotl_reft.prompts.spans import PromptSpans
 SIDES = (None, "prefix", "suffix", "all")
 _SIGNS = {"prefix": "«prefix»", "suffix": "‹suffix›", "all": "«every token»"}
 _BETWEEN = "·"
-_MOST_EDITED = 24
+_MAX_EDITED = 24
 
 
 class ShownToken(NamedTuple):
@@ -79,7 +79,7 @@ def runs(
         if side is None:
             found.append(("", "".join(_shortened(texts, keep))))
         else:
-            text = _BETWEEN.join(_shortened(texts, _MOST_EDITED))
+            text = _BETWEEN.join(_shortened(texts, _MAX_EDITED))
             found.append((side, f"{_SIGNS[side][0]}{text}{_SIGNS[side][-1]}"))
     return found
 

@@ -1,4 +1,4 @@
-"""Chooses between Triton's kernels and torch's operations.
+"""Chooses Triton's kernels or torch's operations, for edits of some of the rows.
 
 Kernels run on NVIDIA's GPUs, up to rank 32, outside compiled graphs (where torch makes
 its own). ``AXOLOTL_REFT_KERNELS=0`` turns them off.
@@ -15,7 +15,7 @@ import torch
 
 from axolotl_reft.core.stacked_edits import Workspace
 
-_MOST_RANK = 32
+_MAX_RANK = 32
 
 
 def workspace_for(device: torch.device, rank: int) -> type[Workspace]:
@@ -23,7 +23,7 @@ def workspace_for(device: torch.device, rank: int) -> type[Workspace]:
     runs = device.type == "cuda" and torch.version.cuda is not None
     if device.type == "cpu":  # interpreted, as the tests have it
         runs = os.environ.get("TRITON_INTERPRET") == "1"
-    return (runs and rank <= _MOST_RANK and _triton_workspace()) or Workspace
+    return (runs and rank <= _MAX_RANK and _triton_workspace()) or Workspace
 
 
 @cache

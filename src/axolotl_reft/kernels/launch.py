@@ -45,35 +45,35 @@ class TritonWorkspace(Workspace):
         self,
         x_SD: Tensor,
         taken_ND: Tensor | None,
-        source_NK: Tensor,
-        m_KD: Tensor | None,
-        b_K: Tensor | None,
-        p_KD: Tensor | None,
+        source_NC: Tensor,
+        m_CD: Tensor | None,
+        b_C: Tensor | None,
+        p_CD: Tensor | None,
     ) -> Tensor:
         x_SD = x_SD.contiguous()
-        out_SD = x_SD if p_KD is None else x_SD.clone()
+        out_SD = x_SD if p_CD is None else x_SD.clone()
         if any(self.rows):
             # In the place of None, a tensor that the kernel does not read.
-            given = [x_SD if t is None else t for t in (taken_ND, m_KD, b_K, p_KD)]
+            given = [x_SD if t is None else t for t in (taken_ND, m_CD, b_C, p_CD)]
             with torch.cuda.device_of(x_SD):  # else Triton takes the current one
                 kernels.edit_rows[self.blocks](
-                    x_SD, out_SD, source_NK, self.index_N, *given, *self.counts,
-                    self.tokens, HAS_M=m_KD is not None, HAS_B=b_K is not None,
-                    HAS_P=p_KD is not None, KEEP=taken_ND is not None,
+                    x_SD, out_SD, source_NC, self.index_N, *given, *self.counts,
+                    self.tokens, HAS_M=m_CD is not None, HAS_B=b_C is not None,
+                    HAS_P=p_CD is not None, KEEP=taken_ND is not None,
                     **self.sizes, **self.launch_kwargs,
                 )  # fmt: skip
         return out_SD
 
     def parameter_gradients(self) -> tuple[Tensor | None, ...]:
-        (grads_LND, grad_sources_LNK), self._grads = self.grads(), None
+        (grads_LND, grad_sources_LNC), self._grads = self.grads(), None
         count, rank, width = self.layers * len(self.rows), self.rank, self.width
-        grad_p = self.sources_LNK.new_empty(count, rank, width)
+        grad_p = self.sources_LNC.new_empty(count, rank, width)
         grad_m = torch.empty_like(grad_p) if self.has_m else grad_p
-        grad_b = self.sources_LNK.new_empty(count, rank)
+        grad_b = self.sources_LNC.new_empty(count, rank)
         blocks, launch_kwargs = by_columns(self.rows, width, rank, self.layers)
         with torch.cuda.device_of(grad_p):
             kernels.edit_weights_backward[blocks](
-                grads_LND, self.taken_LND, self.sources_LNK, grad_sources_LNK,
+                grads_LND, self.taken_LND, self.sources_LNC, grad_sources_LNC,
                 grad_m, grad_b, grad_p, *self.counts, HAS_M=self.has_m,
                 **self.sizes, **launch_kwargs,
             )  # fmt: skip

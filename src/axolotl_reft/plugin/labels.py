@@ -56,7 +56,7 @@ def note_answers_during(
     setattr(trainer, name, noted)
 
 
-def show_labels(trainer: Trainer) -> None:
+def expose_labels(trainer: Trainer) -> None:
     """Let the adapter find the prompts by the batch's labels in every loss."""
 
     def find(model: Any, inputs: Mapping[str, Tensor], *_: Any) -> FindAnswers | None:

@@ -25,7 +25,7 @@ from axolotl_reft.core.interventions import INTERVENTION_CLASSES
 from axolotl_reft.plugin import quantised, running
 from axolotl_reft.plugin.against_base import check_against_base
 from axolotl_reft.plugin.args import check_as_written
-from axolotl_reft.plugin.labels import complete_batches, show_labels
+from axolotl_reft.plugin.labels import complete_batches, expose_labels
 from axolotl_reft.plugin.prompt_forms import markers_of_data, warn_of_other_prompts
 from axolotl_reft.saved.card import keep_in_trainers_card
 from axolotl_reft.training.edit_log import EditLog
@@ -79,13 +79,13 @@ class LoreftPlugin(BasePlugin):
                 *(cfg.loreft[key] for key in ("positions", "rank", "layers")),
             )
         check_against_base(cfg, load_model_config(cfg), training=not inference)
-        quantised.complete(cfg)
+        quantised.fill_config(cfg)
         # Reentrant checkpointing warns of the frozen layers below the first edit.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
 
     def post_model_build(self, cfg: DictDefault, model: PreTrainedModel) -> None:
         if cfg.adapter == "loreft":
-            quantised.finish_base(cfg, model, training=not running.is_inference())
+            quantised.prepare_base(cfg, model, training=not running.is_inference())
 
     def load_adapter(
         self,
@@ -156,7 +156,7 @@ class LoreftPlugin(BasePlugin):
                 trainer.model.print_trainable_parameters()
         elif cfg.adapter == "loreft" and not cfg.reward_model:
             complete_batches(trainer, cfg.loreft_labelled_logits)
-            show_labels(trainer)
+            expose_labels(trainer)
         return edit_callbacks(cfg, trainer)
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:

@@ -47,7 +47,7 @@ NEEDED = {
 }
 
 
-def asked_width(settings: Mapping[str, Any]) -> str | None:
+def requested_bits(settings: Mapping[str, Any]) -> str | None:
     """Return ``load_in_8bit`` or ``load_in_4bit``, where the config sets it."""
     return next((key for key in _LAYERS if settings.get(key)), None)
 
@@ -58,7 +58,7 @@ def with_quantization(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     In plain values, so that the validated config can be dumped and validated again.
     """
     kwargs = settings.get("overrides_of_model_kwargs") or settings.get("model_kwargs")
-    key = asked_width(settings)
+    key = requested_bits(settings)
     if key is None:
         return kwargs
     extra = settings.get("bnb_config_kwargs") or {}
@@ -89,12 +89,12 @@ def _check_bnb_config(extra: Mapping[str, Any]) -> None:
         raise ValueError(f"bnb_config_kwargs: {dict(extra)}: {error}") from error
 
 
-def complete(cfg: DictDefault) -> None:
+def fill_config(cfg: DictDefault) -> None:
     """Add what is known only when the base loads: the compute dtype, skipped modules.
 
     In place: axolotl's loader has taken the mapping itself by then.
     """
-    if asked_width(cfg) is None:
+    if requested_bits(cfg) is None:
         return
     config = cfg.overrides_of_model_kwargs["quantization_config"]
     if cfg.load_in_4bit:
@@ -114,7 +114,7 @@ def check_stored(
     kwargs = settings.get("model_quantization_config_kwargs") or stored
     trains = training and not kwargs.get("dequantize")
     module, package = NEEDED.get(str(method), ("", ""))
-    key = asked_width(settings)
+    key = requested_bits(settings)
     problem = None
     if method and key and not stored.get(key):
         problem = f"{key}: true cannot quantise it again; remove {key}"
@@ -128,19 +128,19 @@ def check_stored(
         problem = "transformers cannot train through it"
     if problem:
         raise ValueError(
-            f"the base is quantised with {method}: {problem}, or set base_model to the "
-            "full-precision one (with load_in_4bit: true for less memory)"
+            f"the base is quantised with {method}: {problem}. Otherwise set base_model "
+            "to the full-precision one (with load_in_4bit: true for less memory)"
         )
 
 
-def finish_base(cfg: DictDefault, model: PreTrainedModel, training: bool) -> None:
+def prepare_base(cfg: DictDefault, model: PreTrainedModel, training: bool) -> None:
     """Check that the base was quantised as asked, and prepare it as PEFT does.
 
     PEFT freezes it and casts what is not quantised to float32; axolotl then casts norms
     and embeddings to its dtype, as for qlora. Inputs need no gradients: backward stops
     at the lowest edited layer.
     """
-    if key := asked_width(cfg):
+    if key := requested_bits(cfg):
         _check_layers(key, model)
     method = getattr(model, "quantization_method", None)
     if method == "bitsandbytes" and not is_deepspeed_zero3_enabled():

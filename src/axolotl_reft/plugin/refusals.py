@@ -217,7 +217,7 @@ _TABLES: tuple[Table, ...] = (
         "activation and its product in one; remove it, or edit mlp.down_proj.input, "
         "which is the product",
     }),
-    ("load_in_4bit", {"load_in_8bit": "a base has one width; remove one of the two"}),
+    ("load_in_4bit", {"load_in_8bit": "a base has one bit width; remove one"}),
     (_WIDTHS, {
         ("fsdp", "fsdp_config"): "axolotl shards quantised bases for adapter: qlora "
         "alone; remove one of the two (without FSDP, each process holds the base)",

@@ -118,7 +118,7 @@ class Generation:
     def prepare(self, mask_BW: Tensor | None, tokens: int, has_cache: bool) -> None:
         """Note the step that is next, of so many tokens T.
 
-        Not in its forward: compiled, that would have a graph for each width of a mask
+        Not in its forward, which torch.compile would compile for each width of a mask
         that it saw. From transformers 5.18 on a mask of ones is not handed on, and the
         length of a static cache is on the device, so columns are counted here. Assisted
         decoding takes columns back, but none of the prompt.
@@ -154,17 +154,17 @@ class Generation:
         spans = self.prompts(turns, rows, device)
         return spans.columns(self.past, self.past + tokens)
 
-    def cut(self, turns: Turns, past: int) -> int:
+    def reusable(self, turns: Turns, past: int) -> int:
         """Return how many of ``past`` cached columns can be kept for these prompts: a
         cache that ends within a prompt was edited for another end of it."""
         if self.ids_BP is None or past >= self.width:
             return past
         spans = self.prompts(turns, self.ids_BP.shape[0], self.ids_BP.device)
-        ranks_B = spans.rank_BT[:, past].where(spans.inside_BT[:, past], 0)
-        return past - int(ranks_B.max())
+        places_B = spans.place_BT[:, past].where(spans.inside_BT[:, past], 0)
+        return past - int(places_B.max())
 
 
-def cut_back(cache: Any, past: int, keep: int, has_new_tokens_alone: bool) -> None:
+def crop(cache: Any, past: int, keep: int, has_new_tokens_alone: bool) -> None:
     """Drop the cached columns of a prompt that ended elsewhere then; ``ValueError`` if
     the cache cannot be cut, or the cut tokens are not handed over."""
     reason = f"its last {past - keep} tokens were not passed again"

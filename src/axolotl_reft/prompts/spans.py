@@ -22,7 +22,7 @@ class PromptSpans(NamedTuple):
     """The place of each token of a batch in the prompt of its sample."""
 
     inside_BT: Tensor  # the token belongs to a prompt
-    rank_BT: Tensor  # its place in that prompt, from 0; meaningless where not inside
+    place_BT: Tensor  # its place in that prompt, from 0; meaningless where not inside
     length_BT: Tensor  # of that prompt
 
     def columns(self, start: int, stop: int) -> PromptSpans:
@@ -38,11 +38,11 @@ class PromptSpans(NamedTuple):
         was run. The two sides therefore never overlap.
         """
         half_BT = self.length_BT // 2
-        prefix_BT = self.rank_BT < half_BT.clamp(max=positions.first)
-        suffix_BT = self.rank_BT >= self.length_BT - half_BT.clamp(max=positions.last)
+        prefix_BT = self.place_BT < half_BT.clamp(max=positions.first)
+        suffix_BT = self.place_BT >= self.length_BT - half_BT.clamp(max=positions.last)
         return self.inside_BT & prefix_BT, self.inside_BT & suffix_BT
 
-    def cut(self, positions: Positions) -> Tensor:
+    def truncated(self, positions: Positions) -> Tensor:
         """Return the mask (B, T) of the prompts that are too short for a whole side."""
         longest = max(positions.first, positions.last)
         return self.inside_BT & (self.length_BT // 2 < longest)
@@ -111,14 +111,14 @@ def edit_indices(
     spans: PromptSpans,
     positions: Positions,
     tied: bool,
-    most_prompts: int | None = None,
+    max_prompts: int | None = None,
     rows_B1: Tensor | None = None,
 ) -> EditIndices:
     """Return the indices into B·T that each intervention of a layer edits.
 
     Args:
         tied: prefix and suffix have one intervention.
-        most_prompts: reserves slots for so many prompts, where counting the edited
+        max_prompts: reserves slots for so many prompts, where counting the edited
             tokens would make the host wait for the device, or is impossible in a graph.
         rows_B1: True in the rows that are meant; None for all.
     """
@@ -131,10 +131,10 @@ def edit_indices(
         if rows_B1 is not None:
             mask_BT = mask_BT & rows_B1
         slots = None
-        if most_prompts is not None:
-            slots = min(most_prompts * per_prompt, mask_BT.numel())
+        if max_prompts is not None:
+            slots = min(max_prompts * per_prompt, mask_BT.numel())
         sides.append(flat_indices(mask_BT, slots))
-    return EditIndices(tuple(sides), may_be_unused=most_prompts is not None)
+    return EditIndices(tuple(sides), may_be_unused=max_prompts is not None)
 
 
 def flat_indices(mask_BT: Tensor, slots: int | None = None) -> Tensor:
@@ -147,7 +147,7 @@ def flat_indices(mask_BT: Tensor, slots: int | None = None) -> Tensor:
     if slots is None:
         return mask.nonzero().squeeze(1)
     places = torch.arange(mask.numel(), device=mask.device)
-    # One slot before the others takes the places that the mask leaves out.
+    # Slot 0 takes the places that the mask leaves out, and is dropped.
     slot = mask.cumsum(0) * mask
     out = places.new_full((slots + 1,), mask.numel())
     return out.scatter_(0, slot, places)[1:]

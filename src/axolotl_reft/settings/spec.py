@@ -123,7 +123,7 @@ def _checked_rank(rank: object) -> int | dict[str | int, int]:
         parse_layers(layers, "rank")
         if str(layers) in ranks:
             raise ValueError(
-                f"rank: {layers} has two ranks, as a number and as text; give it one"
+                f"rank: {layers} is named twice, as a number and as text; name it once"
             )
         if type(value) is not int or not 1 <= value <= LARGEST:
             raise ValueError(

@@ -20,12 +20,12 @@ from axolotl_reft.core.interventions import edit_sizes
 from axolotl_reft.tuner.layer import interventions_of
 
 # More layers than this are logged in thirds.
-_MOST_LAYERS = 4
+_MAX_LAYERS = 4
 
 
 def layer_groups(layers: list[int]) -> dict[str, list[int]]:
     """Group edited layers, each alone or in thirds, by the name in the log."""
-    if len(layers) <= _MOST_LAYERS:
+    if len(layers) <= _MAX_LAYERS:
         return {f"layer_{layer}": [layer] for layer in layers}
     ends = [round(part * len(layers) / 3) for part in range(4)]
     thirds = [layers[a:b] for a, b in zip(ends, ends[1:], strict=False)]

@@ -20,9 +20,9 @@ from axolotl_reft.inspect import tokens
 from axolotl_reft.prompts.batch import sample_starts
 from axolotl_reft.tuner.layer import interventions_of
 
-_MOST_SAMPLES = 3
+_MAX_SAMPLES = 3
 # More parts of a sample, such as the turns of a conversation, are not shown.
-_MOST_PARTS = 8
+_MAX_PARTS = 8
 _PARTS = ("prompt", "answer", "other")
 
 
@@ -55,8 +55,8 @@ class FirstBatch(TrainerCallback):
     ) -> None:
         inputs = ({"input_ids": args[0]} if args else {}) | kwargs
         # Skip the forwards of a reference model and of generation.
-        learns = self._layer.training and torch.is_grad_enabled()
-        if learns and inputs.get("input_ids") is not None:
+        has_gradients = self._layer.training and torch.is_grad_enabled()
+        if has_gradients and inputs.get("input_ids") is not None:
             self._handle.remove()
             self._tell(self._text(inputs))
 
@@ -77,9 +77,9 @@ class FirstBatch(TrainerCallback):
             for part, group in groupby(sample, key=lambda token: token.part):
                 text = "".join(text for _, text in tokens.runs(group, keep=12))
                 parts.append(f"  {part:6}  {text}")
-            lines += parts[:_MOST_PARTS]
-            if len(parts) > _MOST_PARTS:
-                lines.append(f"  … {len(parts) - _MOST_PARTS} parts more")
+            lines += parts[:_MAX_PARTS]
+            if len(parts) > _MAX_PARTS:
+                lines.append(f"  … {len(parts) - _MAX_PARTS} parts more")
         return "\n".join(lines)
 
     def _read(
@@ -94,7 +94,7 @@ class FirstBatch(TrainerCallback):
         spans = self._layer.prompts("default")
         sides_BT = tokens.edited_sides(positions, spans, real_BT)
         inside_BT = real_BT if spans is None else spans.inside_BT.cpu()
-        cut_BT = ~real_BT if spans is None else spans.cut(positions).cpu()
+        cut_BT = ~real_BT if spans is None else spans.truncated(positions).cpu()
         answer_BT = ~inside_BT
         find_answers = self._layer.state.context.find_answers
         # With positions: all the answers need not be known.
@@ -107,7 +107,7 @@ class FirstBatch(TrainerCallback):
         samples, any_cut = [], False
         starts_BT = sample_starts(inputs, ids_BT.shape)
         found = _samples(ids_BT != self._tokenizer.pad_token_id, real_BT, starts_BT)
-        for row, at_N in islice(found, _MOST_SAMPLES):
+        for row, at_N in islice(found, _MAX_SAMPLES):
             columns = (t[row, at_N].tolist() for t in (ids_BT, sides_BT, parts_BT))
             samples.append(
                 [

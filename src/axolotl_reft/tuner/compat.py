@@ -13,7 +13,7 @@ SUPPORTED = {"transformers": ">=5.16.1,<5.25", "peft": ">=0.20,<0.22"}
 
 
 def check_versions() -> None:
-    """Refuse releases that the package was not run with, by a ValueError: axolotl
+    """Refuse untested releases, by a ValueError: axolotl
     swallows the ImportError of a plugin."""
     for package, wanted in SUPPORTED.items():
         found = version(package)

@@ -50,8 +50,8 @@ class ForwardContext:
         is_compiled: the model is, and with it the layers.
         row_adapters: of each row; None where the active adapters edit all rows.
         given: indices that a collator found, by adapter.
-        ready: edits of several layers from one stack, by layer, site and adapter; each
-            is taken once.
+        prepared: edits of several layers from one stack, by layer, site and adapter;
+            each is taken once.
         edited_outputs: edited states by the id of the unedited, which transformers
             records; None where hidden states are not asked for.
     """
@@ -65,7 +65,7 @@ class ForwardContext:
     is_compiled: bool = field(default_factory=torch.compiler.is_compiling)
     row_adapters: list[str] | None = None
     given: Mapping[str, Sequence[Tensor]] | None = None
-    ready: dict[tuple[nn.Module, str, str], Edit] = field(default_factory=dict)
+    prepared: dict[tuple[nn.Module, str, str], Edit] = field(default_factory=dict)
     edited_outputs: dict[int, Tensor] | None = None
     _spans: dict[Turns, PromptSpans | None] = field(default_factory=dict)
     _indices: dict[str, EditIndices | None] = field(default_factory=dict)
@@ -132,8 +132,8 @@ class ForwardContext:
         if states != rows * width:
             raise RuntimeError(
                 f"adapter_names: an edited module got {states} vectors of a batch of "
-                f"{rows * width} tokens, as experts do, so that their rows are not "
-                "known; run one adapter after the other"
+                f"{rows * width} tokens, as inside of experts, so that rows cannot be "
+                "told apart; run one adapter after the other"
             )
         if adapter not in self._tokens:
             starts = [

@@ -1,8 +1,8 @@
-"""Edits of one forward, made ready for layers of equal shape together.
+"""Edits of one forward, prepared for layers of equal shape together.
 
 The parameters of such layers are stacked when a forward begins: one computation of all
 rotations, and one of all parameters' gradients. An intervention edits by itself with
-dropout, a non-linear source, or parameters that a hook brings (FSDP2, ZeRO-3).
+dropout, a non-linear source, or parameters that a hook gathers (FSDP2, ZeRO-3).
 
 Shapes: B batch, T tokens, N edited rows, D hidden size, R rank, K interventions.
 """
@@ -27,10 +27,10 @@ from axolotl_reft.tuner.context import Edit, ModelState
 
 # Above so many entries of edited rows, each layer computes its own gradients: the rows
 # that all layers would keep cost more memory than the operations cost time.
-_MOST_TOGETHER = 2**27
+_MAX_TOGETHER = 2**27
 
 
-def ready_edits(state: ModelState) -> dict[tuple[nn.Module, str, str], Edit]:
+def prepare_edits(state: ModelState) -> dict[tuple[nn.Module, str, str], Edit]:
     """Return the edits that layers of equal shape make together, by layer, site and
     adapter."""
     groups = defaultdict(list)
@@ -42,19 +42,19 @@ def ready_edits(state: ModelState) -> dict[tuple[nn.Module, str, str], Edit]:
             key = _group_key(interventions)
             if key is not None:
                 groups[(name, *key)].append(((layer, site, name), interventions))
-    ready: dict[tuple[nn.Module, str, str], Edit] = {}
+    prepared: dict[tuple[nn.Module, str, str], Edit] = {}
     for key, members in groups.items():
         by_layer = [interventions for _, interventions in members]
         edits = _edits_of_group(state, key, by_layer)
         for (place, _), layer_edit in zip(members, edits, strict=False):
-            ready[place] = layer_edit
-    return ready
+            prepared[place] = layer_edit
+    return prepared
 
 
 def _edits_of_group(
     state: ModelState, key: Hashable, by_layer: list[list[Intervention]]
 ) -> Sequence[Edit]:
-    """Return each layer's edit; nothing where interventions keep their own P."""
+    """Return each layer's edit; none where each intervention caches its own P."""
     interventions = [member for layer in by_layer for member in layer]
     if interventions[0].is_affine:
         stack = state.stacks.setdefault(key, affine.StackCache()).get(interventions)
@@ -103,12 +103,12 @@ class LayerGroup:
         """Return the edits of all layers and the layer's number among them; of this one
         alone where rows are many, or unlike the first layer's."""
         layers = len(self._interventions)
-        # torch's operations, which share out products of all rows.
+        # All rows: torch's products use a device better than the kernels.
         workspace, together = Workspace, layers == 1
         if indices is not None:
             workspace = workspace_for(h_BTD.device, self._stack.b_KR.shape[1])
             entries = layers * sum(indices.sizes) * h_BTD.shape[-1]
-            together = entries <= _MOST_TOGETHER
+            together = entries <= _MAX_TOGETHER
         if self._edits is None and together:
             self._edits = StackedEdits(self._stack, layers, workspace)
             return self._edits, layer
@@ -135,8 +135,8 @@ def _edit_in_graph(
     def edit_rows(h_ND: Tensor) -> Tensor:
         sizes = [len(h_ND)] if indices is None else indices.sizes
         with without_autocast(h_ND.device):
-            masked_NK = affine.other_side(sizes, stack.b_KR.shape[1], h_ND.device)
-            return affine.affine_rows(h_ND.float(), stack, masked_NK)
+            masked_NC = affine.other_side(sizes, stack.b_KR.shape[1], h_ND.device)
+            return affine.affine_rows(h_ND.float(), stack, masked_NC)
 
     if indices is not None:
         return edit(h_BTD, indices, [edit_rows])
@@ -147,7 +147,7 @@ def _edit_in_graph(
 def edit_hidden_states(
     h_BTD: Tensor, indices: EditIndices | None, interventions: list[Intervention]
 ) -> Tensor:
-    """Edit by a layer's own interventions, where nothing was made ready."""
+    """Edit by a layer's own interventions, where nothing was prepared."""
     builds = torch.is_grad_enabled() or is_compiling()  # else each keeps its own stack
     if builds and _group_key(interventions) and interventions[0].is_affine:
         stack = affine.affine_stack(interventions)

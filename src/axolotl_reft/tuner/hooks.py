@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from axolotl_reft.prompts.generation import Conversations, Generation, Tokens, cut_back
+from axolotl_reft.prompts.generation import Conversations, Generation, Tokens, crop
 from axolotl_reft.tuner import prompt_sources
 from axolotl_reft.tuner.compat import cache_of, pages_of
 from axolotl_reft.tuner.context import (
@@ -41,7 +41,7 @@ from axolotl_reft.tuner.context import (
     prompt_turns,
     repeat_names,
 )
-from axolotl_reft.tuner.executor import ready_edits
+from axolotl_reft.tuner.executor import prepare_edits
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -142,7 +142,7 @@ class ModelHooks:
         thread.context = context
         if not context.past:
             # Now, while the device is still at work on the step before.
-            context.ready = ready_edits(self.state)
+            context.prepared = prepare_edits(self.state)
 
     def _after_backbone(
         self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any
@@ -186,7 +186,7 @@ class ModelHooks:
         elif generation is None and state.find_answers is not None:
             find_answers = partial(state.find_answers, tokens)
         if find_answers is None and generation is not None:
-            # Not generation's own past in a decode step: a graph would be for that one.
+            # A constant in decode steps: a graph would be specialised on each past.
             past = 1 if generation.is_decode_step else generation.past
             if not generation.is_decode_step:
                 find_spans = partial(
@@ -198,9 +198,9 @@ class ModelHooks:
             find_spans = prompt_sources.refuse_continuous_batching
         else:
             packed = inputs.get("position_ids") is not None
-            learns = training and torch.is_grad_enabled() and self._labels_mark_answers
+            trains = training and torch.is_grad_enabled() and self._labels_mark_answers
             find_spans = partial(
-                prompt_sources.batch_spans, inputs, tokens, find_answers, learns
+                prompt_sources.batch_spans, inputs, tokens, find_answers, trains
             )
         return ForwardContext(
             shape, state.adapters, find_spans, past, packed, find_answers
@@ -260,9 +260,9 @@ class ModelHooks:
         width += omitted
         generation = Generation(width, ids_BP, answer_BP, True, omitted, mask_BW)
         turns = prompt_turns(self.state.adapters)
-        keep = min((generation.cut(turn, past) for turn in turns), default=past)
+        keep = min((generation.reusable(turn, past) for turn in turns), default=past)
         if keep < past:
-            cut_back(cache, past, keep, bool(omitted))
+            crop(cache, past, keep, bool(omitted))
         generation.filled = keep
         return generation
 

@@ -24,7 +24,7 @@ from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.context import BASE, ModelState
 from axolotl_reft.tuner.executor import edit_hidden_states
 from axolotl_reft.tuner.lora import LayerLora, linear_modules
-from axolotl_reft.tuner.replay import call_replayably
+from axolotl_reft.tuner.replay import call_with_context
 
 # A site is a module's path in the layer and its side; these are the layer's own.
 _INPUT, _OUTPUT = ".input", ".output"
@@ -72,30 +72,30 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     # --- adapters come and go ------------------------------------------------------
 
     def update_layer(
-        self, adapter_name: str, config: LoreftConfig, rank: int | None
+        self, name: str, config: LoreftConfig, spec: AdapterSpec, rank: int | None
     ) -> None:
         """Give the layer fresh parameters under an adapter's name; no rank, and no
         interventions, where the adapter adds LoRA alone."""
-        spec, lora = config.spec(), config.lora
+        lora = config.lora
         if rank is not None:
             site, width = find_site(spec.component, self.base_layer, self.text_config)
             for container in (self.intv_0, self.intv_1)[: spec.sides]:
-                container[adapter_name] = INTERVENTION_CLASSES[spec.kind.name](
+                container[name] = INTERVENTION_CLASSES[spec.kind.name](
                     embed_dim=width,
                     low_rank_dimension=rank,
                     dropout=spec.dropout,
                     act_fn=spec.act_fn,
                 )
-            self.specs[adapter_name] = self.state.adapters[adapter_name] = spec
-            self.sites[adapter_name] = site
+            self.specs[name] = self.state.adapters[name] = spec
+            self.sites[name] = site
         if lora is not None:
             sizes = linear_modules(self.base_layer, lora["target_modules"])
-            self.intv_lora[adapter_name] = LayerLora(
+            self.intv_lora[name] = LayerLora(
                 sizes, lora["r"], lora["alpha"], lora["dropout"]
             )
         for container in (self.intv_0, self.intv_1, self.intv_lora):
-            if adapter_name in container:
-                module = container[adapter_name].train(self.training)
+            if name in container:
+                module = container[name].train(self.training)
                 # PEFT's low_cpu_mem_usage makes it on the meta device, filled later.
                 if not any(p.is_meta for p in module.parameters()):
                     module.to(_device_of(self.base_layer))
@@ -187,11 +187,11 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         base_layer: Any = self._modules["base_layer"]  # faster than nn.Module's getattr
         within = self._within and self._within.intersection(self._adapters())
         if within:
-            # Ahead of the layer, inside of which compiled checkpointing cannot note it.
+            # Before the layer: a compiled checkpoint cannot store what it finds.
             for name in within:
                 if name in self.specs and not self.specs[name].positions.everywhere:
                     self.state.context.indices(name)
-            output = call_replayably(base_layer, self.state, *args, **kwargs)
+            output = call_with_context(base_layer, self.state, *args, **kwargs)
         else:
             output = base_layer(*args, **kwargs)
         return self._edit_output(_OUTPUT, self, args, output)
@@ -237,7 +237,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             edit = None
             # A layer that is compiled alone makes its own edit, in its graph.
             if context.is_compiled or not is_compiling():
-                edit = context.ready.pop((self, site, name), None)
+                edit = context.prepared.pop((self, site, name), None)
             if edit is not None:
                 h_BTD = edit(h_BTD, indices)
             else:

@@ -38,7 +38,7 @@ class LayerLora(AdapterLeaf):
         widest = max((size for both in sizes.values() for size in both), default=r)
         if r > widest:
             raise ValueError(
-                f"lora: r: {r} is larger than every side of the modules it is for; "
+                f"lora: r: {r} is larger than every size of its target modules; "
                 f"choose at most {widest}, 8 is usual"
             )
         self.paths = tuple(sizes)

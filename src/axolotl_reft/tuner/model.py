@@ -23,7 +23,7 @@ from axolotl_reft.tuner.hooks import ModelHooks
 from axolotl_reft.tuner.layer import LoreftDecoderLayer
 
 _HOOKS = "loreft_hooks"
-_PACKS = "support_avx512bf16_for_cpu"
+_BNB_PACKS_ON_CPU = "support_avx512bf16_for_cpu"
 # What PEFT and this package put into the paths of parameters.
 _PARTS = {BASE, "base_model", "model", "base_layer", "modules_to_save"}
 _PARTS |= {"original_module", *LoreftDecoderLayer.adapter_layer_names}
@@ -31,7 +31,7 @@ _PARTS |= {"rotation", "rotation_base", "weight", "bias", "proj_weight"}
 
 
 class LoreftModel(BaseTuner):
-    """LoReFT on a decoder-only transformers model (arXiv 2404.03592), as built by
+    """LoReFT on a transformers model with one stack of layers (arXiv 2404.03592), by
     ``peft.get_peft_model(model, LoreftConfig(...))``.
 
     Raises:
@@ -160,8 +160,9 @@ class LoreftModel(BaseTuner):
     ) -> LoreftConfig:
         path, layers = find_decoder_layers(self.model)
         check_list_of_layers(peft_config.component, path)
-        edited = peft_config.spec().ranks(len(layers))
-        numbers = edited if peft_config.lora is None else range(len(layers))
+        self._spec = peft_config.spec()  # of the adapter that is being made
+        self._ranks = self._spec.ranks(len(layers))
+        numbers = self._ranks if peft_config.lora is None else range(len(layers))
         peft_config.target_modules = {f"{path}.{number}" for number in numbers}
         trained_modules.check_modules_to_save(peft_config, self.model, path)
         return peft_config
@@ -174,7 +175,7 @@ class LoreftModel(BaseTuner):
     def _prepare_model(self, peft_config: LoreftConfig, model: PreTrainedModel) -> None:
         trained_modules.fit_vocabulary(peft_config, model)
         if not peft_config.inference_mode:
-            keep_from_packing(model)
+            disable_cpu_packing(model)
         if hooks_of(model) is None:
             # A plain attribute, of the model and not of this tuner: see hooks.py.
             model.__dict__[_HOOKS] = ModelHooks(model, self.prefix)
@@ -198,8 +199,8 @@ class LoreftModel(BaseTuner):
             text_config = self.model.config.get_text_config()
             target = LoreftDecoderLayer(target, state, text_config)
             setattr(parent, target_name, target)
-        rank = peft_config.spec().ranks(len(parent)).get(int(target_name))
-        target.update_layer(adapter_name, peft_config, rank)
+        rank = self._ranks.get(int(target_name))
+        target.update_layer(adapter_name, peft_config, self._spec, rank)
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, *_: Any
@@ -234,7 +235,7 @@ def _add_adapter_names(
     return args, kwargs
 
 
-def keep_from_packing(model: PreTrainedModel) -> None:
+def disable_cpu_packing(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from packing the weights of a base that is trained through.
 
     On a CPU with instructions for bfloat16 it (0.50) packs 4-bit weights at the first
@@ -244,10 +245,10 @@ def keep_from_packing(model: PreTrainedModel) -> None:
         ValueError: it has packed weights already.
     """
     for name, module in model.named_modules():
-        if not hasattr(module, _PACKS):
+        if not hasattr(module, _BNB_PACKS_ON_CPU):
             continue
         # Patch: bitsandbytes has no setting for this.
-        setattr(module, _PACKS, False)
+        setattr(module, _BNB_PACKS_ON_CPU, False)
         state = getattr(module.weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             raise ValueError(

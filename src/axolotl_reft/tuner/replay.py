@@ -17,7 +17,7 @@ from axolotl_reft.tuner.context import ModelState
 _ATTRIBUTE = "_gradient_checkpointing_func"
 
 
-def call_replayably(
+def call_with_context(
     layer: nn.Module, state: ModelState, *args: Any, **kwargs: Any
 ) -> Any:
     """Call a layer that checkpointing will replay with the context of this forward."""
