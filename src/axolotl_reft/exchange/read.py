@@ -26,14 +26,9 @@ States = dict[tuple[int, int], dict[str, Tensor]]
 def read_interventions(
     folder: Path, intervention: str | None, component: str | None
 ) -> tuple[str, str, States]:
-    """Return our kind, our component and the states of a directory of pyreft's.
-
-    Args:
-        intervention, component: ours, used where the directory does not tell.
-
-    Raises:
-        ValueError: it is not pyreft's, is damaged or unsafe, or does not tell enough.
-    """
+    """Return our kind, our component and the states of a directory of pyreft's: kind
+    and component as given where it does not tell. ValueError if it is not pyreft's, is
+    damaged or unsafe, or does not tell enough."""
     files = {
         file.name.removeprefix(PREFIX).removesuffix(SUFFIX): file
         for file in sorted(folder.glob(f"{PREFIX}*{SUFFIX}"))

@@ -33,10 +33,7 @@ def run(
     as_json: bool = False,
 ) -> None:
     """Inspect an adapter and print its facts; the base is loaded if there are prompts.
-
-    Raises:
-        ValueError: an option, the adapter or the base model cannot be used.
-    """
+    ValueError if an option, the adapter or the base cannot be used."""
     has_prompts, folder = prompts or prompts_file, Path(plot or "").absolute().parent
     no_prompt = "there is no prompt to run; pass --prompt or --prompts-file"
     missing = "is not installed; run pip install 'axolotl-reft[inspect]'"
@@ -95,11 +92,8 @@ def run(
 
 
 def read_prompts(path: str, sample: int | None = None, seed: int = 0) -> list[str]:
-    """Read one prompt a line, or so many of them: text, a JSON string, or an object.
-
-    Raises:
-        ValueError: the file cannot be read, is empty, or a line holds no prompt.
-    """
+    """Read one prompt a line, or so many of them: text, a JSON string, or an object;
+    ValueError if the file cannot be read, is empty, or a line holds no prompt."""
     try:
         lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

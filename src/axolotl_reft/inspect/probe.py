@@ -53,14 +53,9 @@ class ProbedPrompt:
 
 
 def resolve_base(facts: AdapterFacts, base_model: str | None) -> tuple[str, Any]:
-    """Return the base model's name and the tokenizer, checked before the model loads.
-
-    By default they are the base that the adapter names, and the adapter's tokenizer.
-
-    Raises:
-        ValueError: there is no base model, it cannot be read, the adapter does not fit
-            it, or is for a task other than causal language modelling or classification.
-    """
+    """Return the base model's name, by default the one that the adapter names, and the
+    tokenizer; ValueError, before the model loads, if it cannot be read, or the adapter
+    does not fit it or is for another task than a causal model's or classification."""
     base_model = base_model or facts.settings.get("base_model_name_or_path")
     if not base_model:
         raise ValueError("--base-model: the adapter names none; pass its base model")
@@ -102,11 +97,8 @@ def load_model(facts: AdapterFacts, base_model: str, device: str = "cpu") -> Pef
 
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """Tokenize a prompt, as a user's turn in the chat template with ``chat``.
-
-    Raises:
-        ValueError: there is no chat template, or the prompt has no token.
-    """
+    """Tokenize a prompt, as a user's turn in the chat template with ``chat``;
+    ValueError if there is no template, or no token."""
     if chat and not tokenizer.chat_template:
         raise ValueError("--chat: the tokenizer has no chat template; leave it out")
     if chat:

@@ -31,13 +31,8 @@ _NEW_TOKENS = (
 def check_against_base(
     cfg: DictDefault, model_config: PretrainedConfig, training: bool = True
 ) -> None:
-    """Check layers, rank, quantisation, vocabulary and saved adapters.
-
-    At inference a saved adapter's settings are used, and the config's only compared.
-
-    Raises:
-        ValueError: one of them does not fit the base.
-    """
+    """Raise ValueError unless layers, rank, quantisation, vocabulary and saved adapters
+    fit the base. At inference a saved adapter's settings are used, not the config's."""
     text_config = model_config.get_text_config()
     hidden_size, count = text_config.hidden_size, text_config.num_hidden_layers
     block = LoreftConfig(**cfg.loreft)

@@ -44,12 +44,8 @@ def check_format(format_version: object, saved_by: object) -> None:
 
 
 def read_config_file(path: str, known: Collection[str]) -> dict[str, Any]:
-    """Read the settings in an ``adapter_config.json``.
-
-    Raises:
-        ValueError: it is no adapter's, or a LoReFT adapter's that lacks a setting or
-            has one that is not ``known``.
-    """
+    """Read the settings in ``adapter_config.json``; ValueError if it is no adapter's,
+    or a LoReFT adapter's that lacks a setting or has one that is not ``known``."""
     try:
         with open(path, encoding="utf-8") as file:
             settings = json.load(file)

@@ -240,9 +240,7 @@ def disable_cpu_packing(model: PreTrainedModel) -> None:
 
     On a CPU with instructions for bfloat16 it (0.50) packs 4-bit weights at the first
     evaluation, for a kernel without a backward, which it takes in training ever after.
-
-    Raises:
-        ValueError: it has packed weights already.
+    ValueError if it has packed weights already.
     """
     for name, module in model.named_modules():
         if not hasattr(module, _BNB_PACKS_ON_CPU):
