@@ -38,7 +38,7 @@ ROOMS = {
         ("torch", "transformers", "peft", "rich", "matplotlib"),
     ),
     "training": (
-        ("inspect", "prompts", "settings", "tuner"),
+        ("core", "inspect", "prompts", "settings", "tuner"),
         ("torch", "transformers"),
     ),
     "plugin": (

@@ -14,8 +14,9 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from axolotl_reft.plugin.labels import expose_labels
+from axolotl_reft.plugin.labels import complete_batches, expose_labels
 from axolotl_reft.plugin.plugin import LoreftPlugin
+from axolotl_reft.training.collators import LabelledLogits
 from axolotl_reft.tuner.context import POSITIONS
 
 
@@ -54,6 +55,7 @@ def test_a_loss_without_the_models_labels_has_the_same_prompts(
     got, outputs = trainer.compute_loss(model, dict(batch), return_outputs=True)
     assert torch.equal(outputs.logits, model(**batch).logits)
     assert torch.equal(got, expected)
+    assert torch.equal(trainer.compute_loss(model=model, inputs=dict(batch)), expected)
     # Another forward is none of that batch.
     ids = batch["input_ids"][:, :5]
     with pytest.warns(UserWarning, match="a training forward without labels"):
@@ -193,6 +195,18 @@ def test_metrics_of_ones_own_see_every_token(loaded):
     trained, evaluated = loaded(compute_metrics=lambda prediction: {})
     assert set(KEPT) < set(trained)
     assert evaluated == ["input_ids", "labels"]
+
+
+def test_a_loader_that_is_kept_is_wrapped_once(model, tmp_path, tokens):
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to=[])
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens(4, 12)]
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    kept = trainer.get_eval_dataloader()
+    trainer.get_eval_dataloader = lambda: kept
+    complete_batches(trainer, None)
+    wrapped = trainer.get_eval_dataloader().base_dataloader.collate_fn
+    assert isinstance(wrapped, LabelledLogits)
+    assert trainer.get_eval_dataloader().base_dataloader.collate_fn is wrapped
 
 
 def test_streamed_data_is_left_as_it_is(loaded):

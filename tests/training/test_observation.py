@@ -313,6 +313,12 @@ def test_answers_that_a_trainer_knows_are_told_apart(tmp_path, known):
     assert [line.split()[0] for line in text[2:]] == ["prompt", "answer"][: 1 + known]
 
 
+def test_a_tokenizer_without_a_pad_token(tmp_path, monkeypatch):
+    monkeypatch.setattr(TOKENIZER, "pad_token", None)
+    _, told = train(build_adapter(build_model(), positions="f1"), tmp_path)
+    assert lines(told)[1] == "sample 1: 12 tokens, 9 in prompts, 1 edited"
+
+
 def test_padding_is_not_shown(tmp_path):
     model = build_adapter(build_model(), positions="all")
     row = sample() | {"attention_mask": torch.ones(PROMPT + ANSWER)}

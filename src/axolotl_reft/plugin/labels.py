@@ -6,6 +6,7 @@ separate prompt and answer, out of the batch first.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any
@@ -41,12 +42,14 @@ def set_answers(model: PeftModel, find: FindAnswers | None) -> FindAnswers | Non
 def note_answers_during(
     trainer: Trainer, name: str, find: Callable[..., FindAnswers | None]
 ) -> None:
-    """Set the answers while a trainer's method runs, by its positional arguments."""
+    """Set the answers while a trainer's method runs, found by its arguments."""
     method = getattr(trainer, name)
+    signature = inspect.signature(method)
 
     @wraps(method)
     def noted(*args: Any, **kwargs: Any) -> Any:
-        before = set_answers(trainer.model, find(*args))
+        given = signature.bind(*args, **kwargs).args
+        before = set_answers(trainer.model, find(*given))
         try:
             return method(*args, **kwargs)
         finally:
@@ -115,8 +118,10 @@ def _wrap_collator(trainer: Trainer, name: str, *wrappers: Wrapper) -> None:
         loader = make(*args, **kwargs)
         # Accelerate's loaders hold torch's.
         inner = getattr(loader, "base_dataloader", loader)
-        # One process may read and slice streamed data for all.
-        if not isinstance(inner.dataset, IterableDataset):
+        # A loader may be made once for all evaluations. One process may read and slice
+        # streamed data for all.
+        wrapped = isinstance(inner.collate_fn, LabelledLogits | EditIndexCollator)
+        if not wrapped and not isinstance(inner.dataset, IterableDataset):
             for wrap in wrappers:
                 inner.collate_fn = wrap(inner.collate_fn)
         return loader

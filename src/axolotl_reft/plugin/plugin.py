@@ -116,7 +116,7 @@ class LoreftPlugin(BasePlugin):
         }
         # Every process must begin with the same parameters.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # no device's
             if saved:
                 peft_model = PeftModel.from_pretrained(
                     model, saved, config=config, is_trainable=not inference, **upcast
@@ -138,7 +138,8 @@ class LoreftPlugin(BasePlugin):
             classes = [*INTERVENTION_CLASSES.values(), LayerLora]
             patterns = get_fp32_norm_patterns(cfg) or []
             patterns += [f"{c.__module__}.{c.__name__}" for c in classes]
-            cfg.fp32_norm_classes = patterns
+            if cfg.fp32_norms:
+                cfg.fp32_norm_classes = patterns
             # Patch: where axolotl looks for the patterns when fp32_norms is off.
             model._axolotl_fp32_norm_patterns = patterns
 

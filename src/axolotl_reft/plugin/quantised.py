@@ -67,7 +67,7 @@ def with_quantization(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     ours = {"quant_method": "bitsandbytes", key: True, **like_qlora, **extra}
     given = (kwargs or {}).get("quantization_config") or ours
     # Of a config that was validated before it is ours, and perhaps completed.
-    if {**given, **ours} != {**given}:
+    if not isinstance(given, Mapping) or {**given, **ours} != {**given}:
         raise ValueError(
             f"model_kwargs: quantization_config: {given} with {key}: true: both say "
             "how to quantise the base; remove one of the two"
@@ -169,7 +169,8 @@ def _check_layers(key: str, model: PreTrainedModel) -> None:
             f"{key}: true, but no linear layer of the base was quantised; remove it, "
             "or what prevents it (such as reinit_weights)"
         )
-    LOG.info("the base is quantised: %d linear layers, %s", len(quantised), key)
+    bits = 4 if key == "load_in_4bit" else 8
+    LOG.info("the base is quantised: %d linear layers in %d bits", len(quantised), bits)
     left = sum(
         parameter.numel()
         for module in set(modules).difference(quantised)

@@ -106,7 +106,9 @@ class FirstBatch(TrainerCallback):
         parts_BT = torch.where(inside_BT, 0, torch.where(answer_BT, 1, 2))
         samples, any_cut = [], False
         starts_BT = sample_starts(inputs, ids_BT.shape)
-        found = _samples(ids_BT != self._tokenizer.pad_token_id, real_BT, starts_BT)
+        pad = self._tokenizer.pad_token_id
+        text_BT = real_BT if pad is None else ids_BT != pad
+        found = _samples(text_BT, real_BT, starts_BT)
         for row, at_N in islice(found, _MAX_SAMPLES):
             columns = (t[row, at_N].tolist() for t in (ids_BT, sides_BT, parts_BT))
             samples.append(

@@ -185,7 +185,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         if self._edits_input:
             args, kwargs = self._edit_input(_INPUT, self, args, kwargs)
         base_layer: Any = self._modules["base_layer"]  # faster than nn.Module's getattr
-        within = self._within and self._within.intersection(self._adapters())
+        within = self._within and [n for n in self._adapters() if n in self._within]
         if within:
             # Before the layer: a compiled checkpoint cannot store what it finds.
             for name in within:
