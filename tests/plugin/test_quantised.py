@@ -165,7 +165,7 @@ def test_a_compute_dtype_of_the_config_is_kept():
 
 REFUSED = [
     ({"load_in_4bit": True, "load_in_8bit": True},
-     "load_in_8bit: true with load_in_4bit: true: a base has one width"),
+     "load_in_8bit: true with load_in_4bit: true: a base has one bit width"),
     ({"load_in_4bit": True, "fsdp_config": {"reshard_after_forward": True},
       "fsdp_version": 2}, "fsdp_config: .* with load_in_4bit: true: axolotl shards"),
     ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}},
@@ -202,7 +202,7 @@ def test_a_mistake_in_the_settings(changes, message):
         (
             {"quant_method": "awq", "bits": 4},
             {},
-            "quantised with awq: .* not installed; pip install 'gptqmodel<7.7', or set",
+            "quantised with awq: .* not installed; pip install 'gptqmodel<7.7'. Otherwise set",
         ),
         (
             {"quant_method": "compressed-tensors"},
