@@ -19,7 +19,7 @@ from axolotl.integrations.base import PluginManager
 from click.testing import CliRunner
 from workspace import build_config, build_workspace
 
-from axolotl_reft.plugin import commands, plugin, version
+from axolotl_reft.plugin import commands, plugin
 from axolotl_reft.plugin.args import LoreftBlock
 from axolotl_reft.plugin.commands import reft
 
@@ -166,7 +166,7 @@ def test_scoring_after_training_is_refused(config):
 
 @pytest.mark.parametrize("found", ["0.18.0", "0.20.0.dev0", "0.20.1"])
 def test_another_axolotl_is_refused(config, monkeypatch, found):
-    monkeypatch.setattr(version, "version", lambda name: found)
+    monkeypatch.setattr("axolotl_reft.plugin.version", lambda name: found)
     message = f"works with axolotl>=0.19,<0.20, and {found} is installed; pip install"
     with pytest.raises(ValueError, match=message):
         load_cfg(str(config))

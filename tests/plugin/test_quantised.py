@@ -202,7 +202,7 @@ def test_a_mistake_in_the_settings(changes, message):
         (
             {"quant_method": "awq", "bits": 4},
             {},
-            "quantised with awq: .* not installed; pip install 'gptqmodel<7.7'. Otherwise set",
+            "quantised with awq: .* not installed; pip install 'gptqmodel<7.7'",
         ),
         (
             {"quant_method": "compressed-tensors"},

@@ -1,5 +1,6 @@
 """What is logged while an adapter trains, and told before the first step."""
 
+import copy
 import io
 import math
 import sys
@@ -314,7 +315,9 @@ def test_answers_that_a_trainer_knows_are_told_apart(tmp_path, known):
 
 
 def test_a_tokenizer_without_a_pad_token(tmp_path, monkeypatch):
-    monkeypatch.setattr(TOKENIZER, "pad_token", None)
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.pad_token = None
+    monkeypatch.setitem(globals(), "TOKENIZER", tokenizer)
     _, told = train(build_adapter(build_model(), positions="f1"), tmp_path)
     assert lines(told)[1] == "sample 1: 12 tokens, 9 in prompts, 1 edited"
 
