@@ -25,6 +25,9 @@ from axolotl_reft.core.affine import AffineStack, other_side
 from axolotl_reft.core.interventions import without_autocast
 from axolotl_reft.core.scatter import EditIndices, replace_rows, rows_at
 
+# M (C, D), b (C,) and P (C, D) of a layer; None for what is not there.
+Affine = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 
 class Workspace:
     """The parameters of a stack by layer, and the rows of a forward and a backward:
@@ -48,7 +51,7 @@ class Workspace:
             else tensor.detach().unflatten(0, (layers, -1)).flatten(1, 2).unbind(0)
             for tensor in stack
         )
-        self.stack = list(zip(m_LCD, b_LC, p_LCD, strict=True))
+        self.stack: list[Affine] = list(zip(m_LCD, b_LC, p_LCD, strict=True))
         self._new = Tensor.new_zeros if layers > 1 else Tensor.new_empty
         self._backward = -1
         self._grads: tuple[Tensor, Tensor] | None = None
@@ -78,7 +81,7 @@ class Workspace:
 
     def grads(self) -> tuple[Tensor, Tensor]:
         """Return the room for this backward's gradients of the rows (L, N, D), and of
-        their sources (L, N, K)."""
+        their sources (L, N, C)."""
         backward = torch._C._current_graph_task_id()
         if self._grads is None or self._backward != backward:
             self._backward = backward
@@ -91,7 +94,7 @@ class Workspace:
         if self.indices is None:
             self.taken_LND = h_SD.unsqueeze(0)
         taken_ND = self.taken_LND[layer] if self.keeps else None
-        return self.add(h_SD, taken_ND, self.sources_LNC[layer], *self.stack[layer])
+        return self.add(h_SD, taken_ND, self.sources_LNC[layer], self.stack[layer])
 
     def edit_backward(
         self, grad_SD: Tensor, layer: int, to_input: bool
@@ -104,24 +107,18 @@ class Workspace:
         grad_ND = grads_LND[layer] if self.keeps else None
         m_CD, _, p_CD = self.stack[layer]
         back = p_CD, None, m_CD if to_input else None
-        out_SD = self.add(grad_SD, grad_ND, grad_sources_LNC[layer], *back)
+        out_SD = self.add(grad_SD, grad_ND, grad_sources_LNC[layer], back)
         return out_SD if to_input else None
 
     def add(
-        self,
-        x_SD: Tensor,
-        taken_ND: Tensor | None,
-        source_NC: Tensor,
-        m_CD: Tensor | None,
-        b_C: Tensor | None,
-        p_CD: Tensor | None,
+        self, x_SD: Tensor, taken_ND: Tensor | None, source_NC: Tensor, affine: Affine
     ) -> Tensor:
         """Return x + Pᵀ(Mx + b) in the edited rows, and x in the others.
 
         Backward, x is a gradient, and P, nothing and M are in the places of M, b and P.
         The rows of x go to ``taken_ND``, if it is given, and Mx + b to ``source_NC``.
         """
-        rows_ND = x_SD
+        rows_ND, (m_CD, b_C, p_CD) = x_SD, affine
         if self.indices is not None:
             rows_ND = rows_at(x_SD, *self._where, out=taken_ND)
         rows_ND = rows_ND.float()

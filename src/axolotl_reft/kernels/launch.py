@@ -13,7 +13,7 @@ from triton import next_power_of_2  # type: ignore[import-untyped]
 
 from axolotl_reft.core.affine import AffineStack
 from axolotl_reft.core.scatter import EditIndices
-from axolotl_reft.core.stacked_edits import Workspace
+from axolotl_reft.core.stacked_edits import Affine, Workspace
 from axolotl_reft.kernels import edit as kernels
 
 # A kernel's registers hold this many products at once, and so few rows and ranks.
@@ -42,15 +42,9 @@ class TritonWorkspace(Workspace):
         self.blocks, self.launch_kwargs = by_rows(self.rows, self.width, self.rank)
 
     def add(
-        self,
-        x_SD: Tensor,
-        taken_ND: Tensor | None,
-        source_NC: Tensor,
-        m_CD: Tensor | None,
-        b_C: Tensor | None,
-        p_CD: Tensor | None,
+        self, x_SD: Tensor, taken_ND: Tensor | None, source_NC: Tensor, affine: Affine
     ) -> Tensor:
-        x_SD = x_SD.contiguous()
+        x_SD, (m_CD, b_C, p_CD) = x_SD.contiguous(), affine
         out_SD = x_SD if p_CD is None else x_SD.clone()
         if any(self.rows):
             # In the place of None, a tensor that the kernel does not read.
