@@ -7,6 +7,7 @@ the same by the module's path.
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -18,6 +19,9 @@ _PATH = re.compile(
     r"(?:(?P<path>\w+(?:\.\w+)*)\.)?(?P<side>input|output)",
     re.ASCII,
 )
+
+# Arguments that tell experts which tokens are theirs.
+_ROUTING = re.compile("top_k|rout|selected")
 
 _LAYER = ("",)
 _MLP = ("mlp", "feed_forward", "block_sparse_moe")
@@ -118,6 +122,22 @@ def find_site(component: str, layer: nn.Module, config: Any) -> tuple[str, int]:
         "modules by path, for example mlp.output"
         + (f"; a layer's number stands in brackets: [{number[1]}]" if number else "")
     )
+
+
+def is_inside_experts(layer: nn.Module, path: str) -> bool:
+    """Return whether a module of a decoder layer sees the tokens that were routed to
+    experts, in their order. Experts that are one module, and do the routing
+    themselves, take and return all tokens."""
+    module, names = layer, path.split(".") if path else []
+    for depth, name in enumerate(names, 1):
+        module = module.get_submodule(name)
+        kind = f"{name} {type(module).__name__}".lower()
+        if "expert" not in kind or "shared" in kind:
+            continue
+        routes = _ROUTING.search(str(inspect.signature(module.forward)))
+        if depth < len(names) or not routes:
+            return True
+    return False
 
 
 def _width(path: str, module: Any, side: str, config: Any) -> int:

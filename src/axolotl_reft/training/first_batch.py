@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from axolotl_reft.inspect import tokens
 from axolotl_reft.prompts.batch import sample_starts
 from axolotl_reft.tuner.layer import interventions_of
+from axolotl_reft.tuner.model import hooks_of
 
 _MAX_SAMPLES = 3
 # More parts of a sample, such as the turns of a conversation, are not shown.
@@ -38,17 +39,21 @@ class FirstBatch(TrainerCallback):
     """
 
     def __init__(self, model: Any, tokenizer: Any, tell: Callable[[str], None]) -> None:
-        self._backbone = model.get_base_model().base_model
+        hooks = hooks_of(model.get_base_model())
+        self._backbones = hooks.backbones if hooks else []
         self._layer = next(interventions_of(model, "default")).wrapper
         self._tokenizer, self._tell = tokenizer, tell
-        self._handle: Any = None
+        self._handles: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero and not args.torch_compile:
             # Ahead of the hook that drops the forward's context.
-            self._handle = self._backbone.register_forward_hook(
-                self._after_backbone, with_kwargs=True, prepend=True
-            )
+            self._handles = [
+                backbone.register_forward_hook(
+                    self._after_backbone, with_kwargs=True, prepend=True
+                )
+                for backbone in self._backbones
+            ]
 
     def _after_backbone(
         self, module: Any, args: Any, kwargs: dict[str, Any], output: Any
@@ -57,7 +62,8 @@ class FirstBatch(TrainerCallback):
         # Skip the forwards of a reference model and of generation.
         has_gradients = self._layer.training and torch.is_grad_enabled()
         if has_gradients and inputs.get("input_ids") is not None:
-            self._handle.remove()
+            for handle in self._handles:
+                handle.remove()
             self._tell(self._text(inputs))
 
     def _text(self, inputs: Mapping[str, Any]) -> str:

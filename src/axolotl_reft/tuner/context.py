@@ -21,6 +21,7 @@ from axolotl_reft.prompts.generation import Generation
 from axolotl_reft.prompts.spans import PromptSpans, edit_indices
 from axolotl_reft.prompts.turns import Turns
 from axolotl_reft.settings.spec import AdapterSpec
+from axolotl_reft.tuner.layout import Layout
 
 if TYPE_CHECKING:
     from axolotl_reft.tuner.layer import LoreftDecoderLayer
@@ -52,8 +53,8 @@ class ForwardContext:
         given: indices that a collator found, by adapter.
         prepared: edits of several layers from one stack, by layer, site and adapter;
             each is taken once.
-        edited_outputs: edited states by the id of the unedited, which transformers
-            records; None where hidden states are not asked for.
+        edited_outputs: unedited and edited states by the id of the unedited, which
+            transformers records; None where hidden states are not asked for.
     """
 
     shape: tuple[int, int]
@@ -66,7 +67,7 @@ class ForwardContext:
     row_adapters: list[str] | None = None
     given: Mapping[str, Sequence[Tensor]] | None = None
     prepared: dict[tuple[nn.Module, str, str], Edit] = field(default_factory=dict)
-    edited_outputs: dict[int, Tensor] | None = None
+    edited_outputs: dict[int, tuple[Tensor, Tensor]] | None = None
     _spans: dict[Turns, PromptSpans | None] = field(default_factory=dict)
     _indices: dict[str, EditIndices | None] = field(default_factory=dict)
     _tokens: dict[str, EditIndices] = field(default_factory=dict)
@@ -123,24 +124,18 @@ class ForwardContext:
             )
         return bool(has_prompt)
 
-    def row_tokens(self, adapter: str, h_BTD: Tensor) -> EditIndices | None:
+    def row_tokens(self, adapter: str, device: torch.device) -> EditIndices | None:
         """Return the indices into B·T of all tokens in the adapter's rows; None where
-        it edits all rows. RuntimeError where hidden states are not of all tokens."""
+        it edits all rows."""
         if self.row_adapters is None:
             return None
-        states, (rows, width) = h_BTD.shape[:-1].numel(), self.shape
-        if states != rows * width:
-            raise RuntimeError(
-                f"adapter_names: an edited module got {states} vectors of a batch of "
-                f"{rows * width} tokens, as inside of experts, so that rows cannot be "
-                "told apart; run one adapter after the other"
-            )
         if adapter not in self._tokens:
+            width = self.shape[1]
             starts = [
                 n * width for n, a in enumerate(self.row_adapters) if a == adapter
             ]
-            starts_N1 = torch.tensor(starts, device=h_BTD.device).unsqueeze(1)
-            tokens_NT = starts_N1 + torch.arange(width, device=h_BTD.device)
+            starts_N1 = torch.tensor(starts, device=device).unsqueeze(1)
+            tokens_NT = starts_N1 + torch.arange(width, device=device)
             self._tokens[adapter] = EditIndices((tokens_NT.flatten(),))
         return self._tokens[adapter]
 
@@ -171,6 +166,7 @@ class ThreadState:
     generation: Generation | None = None
     adapter_names: Sequence[str] | None = None  # of a batch's rows
     context: ForwardContext | None = None
+    backbone: nn.Module | None = None  # whose forward made the context
 
 
 class _ThreadLocal(threading.local):
@@ -189,6 +185,7 @@ class ModelState:
 
     Attributes:
         adapters: settings of the adapters, by name.
+        layout: of the model's hidden states.
         layers: the edited layers, in the order of the model.
         stacks: stacked parameters that are kept in eval mode, by group of layers.
         find_answers: set by a trainer that gives the model no labels: maps the ids
@@ -198,7 +195,8 @@ class ModelState:
 
     find_answers: Callable[[Tensor], Tensor] | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         self.adapters: dict[str, AdapterSpec] = {}
         self.layers: list[LoreftDecoderLayer] = []
         self.stacks: dict[Hashable, StackCache] = {}

@@ -42,6 +42,7 @@ from axolotl_reft.tuner.context import (
     repeat_names,
 )
 from axolotl_reft.tuner.executor import prepare_edits
+from axolotl_reft.tuner.layout import layout_of
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -52,19 +53,26 @@ class ModelHooks:
     """Makes the :class:`ForwardContext` of every forward of a base model, with adapters
     whose parameters' names hold a prefix."""
 
-    def __init__(self, model: PreTrainedModel, prefix: str) -> None:
-        self.state = ModelState()
+    def __init__(self, model: PreTrainedModel, layers: str, prefix: str) -> None:
+        self.state = ModelState(layout_of(model.config.get_text_config()))
         self._conversations = Conversations()
         self._has_checked_first_batch = False
         # A classifier's labels are not tokens of an answer.
         self._labels_mark_answers = model.can_generate()
-        self._model, self._prefix, backbone = model, prefix, model.base_model
-        self._parameters = list(inspect.signature(backbone.forward).parameters)
+        self._model, self._prefix = model, prefix
         self._handles = [
-            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            backbone.register_forward_pre_hook(self._before_backbone, with_kwargs=True),
-            backbone.register_forward_hook(self._after_backbone, with_kwargs=True),
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         ]
+        self.backbones = backbones(model, layers)
+        for backbone in self.backbones:
+            names = list(inspect.signature(backbone.forward).parameters)
+            before, after = self._before_backbone, self._after_backbone
+            self._handles += [
+                backbone.register_forward_pre_hook(
+                    partial(before, names), with_kwargs=True
+                ),
+                backbone.register_forward_hook(partial(after, names), with_kwargs=True),
+            ]
         model.disable_input_require_grads()
         self._overrides: dict[str, Callable[..., Any]] = {
             "enable_input_require_grads": partial(self._enable_input_grads)
@@ -112,19 +120,26 @@ class ModelHooks:
             names = inspect.signature(module.forward).parameters
             labels = dict(zip(names, args, strict=False)).get("labels")
         thread = self.state.thread
+        thread.context = None  # of a forward that an exception ended
         thread.labels, thread.given = labels, kwargs.get(POSITIONS)
         if thread.given is None:
             return None
         return args, {key: kwargs[key] for key in kwargs if key != POSITIONS}
 
-    def _before_backbone(self, module: Any, args: Args, kwargs: Kwargs) -> None:
+    def _before_backbone(
+        self, names: list[str], module: Any, args: Args, kwargs: Kwargs
+    ) -> None:
+        thread = self.state.thread
+        is_within = thread.context is not None and thread.backbone is not module
+        if is_within and module is not self.backbones[0]:
+            return  # the context is that of the whole
         if getattr(module, "_is_replica", False):
             raise ValueError(
                 "LoReFT does not run under torch.nn.DataParallel, which transformers' "
                 "Trainer uses for several GPUs; start a process for each (accelerate "
                 "launch, torchrun), or show Python one of them (CUDA_VISIBLE_DEVICES=0)"
             )
-        inputs, thread = self._inputs(args, kwargs), self.state.thread
+        inputs = _named(names, args, kwargs)
         labels, given = thread.labels, thread.given
         thread.labels = thread.given = None
         context = self._context(inputs, labels, module.training)
@@ -139,16 +154,23 @@ class ModelHooks:
         # Rows that a trainer cut out of the collator's batch are found anew.
         elif given is not None and tuple(given["shape"]) == context.shape:
             context.given = given["indices"]
-        thread.context = context
+        thread.context, thread.backbone = context, module
         if not context.past:
             # Now, while the device is still at work on the step before.
             context.prepared = prepare_edits(self.state)
 
     def _after_backbone(
-        self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any
+        self,
+        names: list[str],
+        module: nn.Module,
+        args: Args,
+        kwargs: Kwargs,
+        output: Any,
     ) -> None:
         thread = self.state.thread
-        context, thread.context = thread.context, None
+        if thread.backbone is not module:
+            return
+        context, thread.context, thread.backbone = thread.context, None, None
         assert context is not None, "_before_backbone comes first"
         compiling = torch.compiler.is_compiling()
         if context.find_answers and not (self._has_checked_first_batch or compiling):
@@ -156,21 +178,16 @@ class ModelHooks:
             self._has_checked_first_batch = context.warn_without_prompt()
         edited, states = context.edited_outputs, getattr(output, "hidden_states", None)
         if edited and states is not None:
-            output.hidden_states = tuple(edited.get(id(h), h) for h in states)
+            output.hidden_states = tuple(edited.get(id(h), (h, h))[1] for h in states)
         # What generate puts into a cache is noted as a whole, when it has ended.
         if thread.generation is not None or compiling:
             return
-        ids_BT = self._inputs(args, kwargs).get("input_ids")
+        ids_BT = _named(names, args, kwargs).get("input_ids")
         cache = cache_of(output)
         if cache is not None and ids_BT is not None:
             # Asking a cache takes longer than the rest of this.
             past = context.past or _cached(cache) - ids_BT.shape[1]
             self._conversations.note_forward(cache, past, ids_BT)
-
-    def _inputs(self, args: Args, kwargs: Kwargs) -> Inputs:
-        if not args:
-            return kwargs
-        return dict(zip(self._parameters, args, strict=False)) | kwargs
 
     def _context(
         self, inputs: Inputs, labels: Tensor | None, training: bool
@@ -279,6 +296,24 @@ class ModelHooks:
         if any(layer.asks_for_prompts for layer in self.state.layers):
             prompt_sources.refuse_continuous_batching()
         return type(self._model).init_continuous_batching(self._model, *args, **kwargs)
+
+
+def backbones(model: PreTrainedModel, layers: str) -> list[PreTrainedModel]:
+    """Return the models within a model on the path to its list of layers, outermost
+    first: heads of some architectures call past the base model."""
+    base = model.base_model
+    names, module = layers.split("."), model
+    found = [base] if base is model else []
+    for name in names:
+        module = module.get_submodule(name)
+        if isinstance(module, PreTrainedModel) and (found or module is base):
+            found.append(module)
+    return found
+
+
+def _named(names: list[str], args: Args, kwargs: Kwargs) -> Inputs:
+    """Return a forward's inputs by the names of its parameters."""
+    return dict(zip(names, args, strict=False)) | kwargs if args else kwargs
 
 
 def _tokens(inputs: Inputs) -> Tensor:

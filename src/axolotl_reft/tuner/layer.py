@@ -5,7 +5,9 @@ Shapes: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -18,11 +20,12 @@ from transformers import PretrainedConfig
 
 from axolotl_reft.core.interventions import INTERVENTION_CLASSES, Intervention
 from axolotl_reft.prompts.spans import PromptSpans
-from axolotl_reft.settings.components import find_site
+from axolotl_reft.settings.components import find_site, is_inside_experts
 from axolotl_reft.settings.spec import AdapterSpec
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.context import BASE, ModelState
 from axolotl_reft.tuner.executor import edit_hidden_states
+from axolotl_reft.tuner.layout import Layout, TokenVectors, token_vectors
 from axolotl_reft.tuner.lora import LayerLora, linear_modules
 from axolotl_reft.tuner.replay import call_with_context
 
@@ -42,7 +45,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
 
     # pyreft's #0 and #1; the second is the suffix's, where that is untied.
     adapter_layer_names = ("intv_0", "intv_1", "intv_lora")
-    other_param_names = ("specs", "sites")
+    other_param_names = ("specs", "sites", "sizes")
 
     def __init__(
         self, base_layer: nn.Module, state: ModelState, text_config: PretrainedConfig
@@ -58,6 +61,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         self.text_config = text_config
         self.specs: dict[str, AdapterSpec] = {}
         self.sites: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}  # of the edited vectors
         self._handles: dict[str, RemovableHandle] = {}
         self._refresh()
 
@@ -78,16 +82,26 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         interventions, where the adapter adds LoRA alone."""
         lora = config.lora
         if rank is not None:
-            site, width = find_site(spec.component, self.base_layer, self.text_config)
+            site, size = find_site(spec.component, self.base_layer, self.text_config)
+            if not spec.positions.everywhere and is_inside_experts(
+                self.base_layer, site.rpartition(".")[0]
+            ):
+                raise ValueError(
+                    f"component: {spec.component!r} is inside of experts, which see "
+                    "the tokens in another order and not all of them, so that "
+                    f"positions: {spec.positions} cannot be found there; choose a "
+                    "component around the experts, such as mlp_output, or positions: "
+                    "all"
+                )
             for container in (self.intv_0, self.intv_1)[: spec.sides]:
                 container[name] = INTERVENTION_CLASSES[spec.kind.name](
-                    embed_dim=width,
+                    embed_dim=size,
                     low_rank_dimension=rank,
                     dropout=spec.dropout,
                     act_fn=spec.act_fn,
                 )
             self.specs[name] = self.state.adapters[name] = spec
-            self.sites[name] = site
+            self.sites[name], self.sizes[name] = site, size
         if lora is not None:
             sizes = linear_modules(self.base_layer, lora["target_modules"])
             self.intv_lora[name] = LayerLora(
@@ -211,38 +225,85 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     ) -> tuple[Any, Any]:
         if args:
             return (self._edit(args[0], site), *args[1:]), kwargs
-        edited_BTD = self._edit(kwargs["hidden_states"], site)
-        return args, kwargs | {"hidden_states": edited_BTD}
+        name = "hidden_states"
+        if name not in kwargs:  # such as "x"
+            target = self.base_layer if module is self else module
+            name = next(iter(inspect.signature(target.forward).parameters))
+        return args, kwargs | {name: self._edit(kwargs.get(name), site)}
 
     def _edit_output(self, site: str, module: nn.Module, args: Any, output: Any) -> Any:
-        h_BTD = output[0] if isinstance(output, tuple) else output
-        edited_BTD = self._edit(h_BTD, site)
-        if edited_BTD is h_BTD:
+        h = output
+        if type(output) in (tuple, list):
+            h = output[0]
+        elif isinstance(output, Mapping):
+            h = output.get("hidden_states")
+        edited = self._edit(h, site)
+        if edited is h:
             return output
         edited_outputs = self.state.context.edited_outputs
         if site == _OUTPUT and edited_outputs is not None:
-            edited_outputs[id(h_BTD)] = edited_BTD
-        return (edited_BTD, *output[1:]) if isinstance(output, tuple) else edited_BTD
+            edited_outputs[id(h)] = h, edited
+        if isinstance(output, tuple):
+            return edited, *output[1:]
+        if isinstance(output, list):
+            return [edited, *output[1:]]
+        if isinstance(output, Mapping):
+            new: Any = copy.copy(output)
+            new["hidden_states"] = edited
+            return new
+        return edited
 
-    def _edit(self, h_BTD: Tensor, site: str) -> Tensor:
+    def _edit(self, h: Any, site: str) -> Any:
         """Return hidden states edited by each adapter of this site, in turn."""
         for name in self._adapters():
             if self.sites.get(name) != site:
                 continue
-            context = self.state.context
-            if self.specs[name].positions.everywhere:
-                indices = context.row_tokens(name, h_BTD)
-            elif (indices := context.indices(name)) is None:
+            context, put_back = self.state.context, None
+            everywhere = self.specs[name].positions.everywhere
+            indices = None if everywhere else context.indices(name)
+            if indices is None and not everywhere:
                 continue
+            shape = (*context.shape, self.sizes[name])
+            if (
+                not isinstance(h, Tensor)
+                or h.shape != shape
+                or self.state.layout is Layout.TIME_FIRST
+            ):
+                all_vectors = everywhere and context.row_adapters is None
+                h, put_back = self._token_vectors(h, shape, site, all_vectors)
+            if everywhere:
+                indices = context.row_tokens(name, h.device)
             edit = None
             # A layer that is compiled alone makes its own edit, in its graph.
             if context.is_compiled or not is_compiling():
                 edit = context.prepared.pop((self, site, name), None)
             if edit is not None:
-                h_BTD = edit(h_BTD, indices)
+                h = edit(h, indices)
             else:
-                h_BTD = edit_hidden_states(h_BTD, indices, self.interventions(name))
-        return h_BTD
+                h = edit_hidden_states(h, indices, self.interventions(name))
+            if put_back is not None:
+                h = put_back(h)
+        return h
+
+    def _token_vectors(
+        self, h: Any, shape: tuple[int, int, int], site: str, all_vectors: bool
+    ) -> TokenVectors:
+        """Return the vectors of the batch's tokens, or all vectors inside of experts;
+        RuntimeError where they cannot be told."""
+        if isinstance(h, Tensor):
+            inside = is_inside_experts(self.base_layer, site.rpartition(".")[0])
+            if inside and all_vectors:
+                return TokenVectors(h, lambda new: new)
+            found = None if inside else token_vectors(h, shape, self.state.layout)
+            if found is not None:
+                return found
+        got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+        raise RuntimeError(
+            f"LoReFT edits a vector for each token, and the {site.strip('.')} of "
+            f"{type(self.base_layer).__name__} is {got}, where {shape} was expected "
+            f"for {shape[0]} rows of {shape[1]} tokens; choose a component that is of "
+            "this shape, such as mlp_output or attention_output"
+        )
 
     def outer_edits(self) -> Iterator[tuple[str, str, list[Intervention]]]:
         """Yield site, adapter and interventions of this forward's edits around the
@@ -262,9 +323,18 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         context, total = self.state.thread.context, output
         for name in self._adapters():
             lora = self.intv_lora[name] if name in self.intv_lora else None
-            if isinstance(lora, LayerLora) and path in lora.paths:
-                rows = context.row_tokens(name, output) if context else None
-                total = lora.add_to(total, path, args[0], rows)
+            if not isinstance(lora, LayerLora) or path not in lora.paths:
+                continue
+            if context is None or context.row_adapters is None:
+                total = lora.add_to(total, path, args[0], None)
+                continue
+            rows = context.row_tokens(name, total.device)
+            x_BTD, y_BTD = (
+                self._token_vectors(h, (*context.shape, h.shape[-1]), path, False)
+                for h in (args[0], total)
+            )
+            added_BTD = lora.add_to(y_BTD.h_BTD, path, x_BTD.h_BTD, rows)
+            total = y_BTD.put_back(added_BTD)
         return total.to(output.dtype)
 
 

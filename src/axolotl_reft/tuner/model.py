@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import _insert_adapter_name_into_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from axolotl_reft.core.tensors import check_complete
 from axolotl_reft.settings.components import check_list_of_layers
@@ -28,6 +29,9 @@ _BNB_PACKS_ON_CPU = "support_avx512bf16_for_cpu"
 _PARTS = {BASE, "base_model", "model", "base_layer", "modules_to_save"}
 _PARTS |= {"original_module", *LoreftDecoderLayer.adapter_layer_names}
 _PARTS |= {"rotation", "rotation_base", "weight", "bias", "proj_weight"}
+
+# Of the lists of layers in transformers.
+_NAMES_OF_LAYERS = ("layers", "layer", "h", "blocks")
 
 
 class LoreftModel(BaseTuner):
@@ -178,7 +182,8 @@ class LoreftModel(BaseTuner):
             disable_cpu_packing(model)
         if hooks_of(model) is None:
             # A plain attribute, of the model and not of this tuner: see hooks.py.
-            model.__dict__[_HOOKS] = ModelHooks(model, self.prefix)
+            layers, _ = find_decoder_layers(model)
+            model.__dict__[_HOOKS] = ModelHooks(model, layers, self.prefix)
 
     @staticmethod
     def _check_target_module_exists(peft_config: LoreftConfig, key: str) -> bool:
@@ -263,8 +268,9 @@ def hooks_of(model: nn.Module) -> ModelHooks | None:
 def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the path and the list of a transformers model's decoder layers.
 
-    It is the outermost ``nn.ModuleList`` with as many entries as the model's own config
-    counts hidden layers, so that no table of architectures is needed.
+    It is a ``nn.ModuleList`` with as many entries as the config of the text model
+    counts hidden layers, in a model with that config, so that no table of architectures
+    is needed, and no tower of another modality is taken.
 
     Raises:
         ValueError: not a transformers model, an encoder-decoder, or no such list.
@@ -280,15 +286,52 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"LoReFT edits models of one stack of layers, and {name} is an "
             "encoder-decoder; use a causal language model or an encoder"
         )
-    count = config.get_text_config().num_hidden_layers
-    lists = [
-        (path.count("."), path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if not lists:
+    text_config = config.get_text_config()
+    count = getattr(text_config, "num_hidden_layers", None)
+    # The decoder of an encoder-decoder as a model of its own keeps the whole's config.
+    count = getattr(text_config, "decoder_layers", count)
+    if getattr(text_config, "is_decoder", False):
+        count = getattr(text_config, "num_decoder_layers", count)
+    lists = list(_lists_of_modules(model, "", config, count))
+    for is_text in (lambda c: c is text_config, lambda c: type(c) is type(text_config)):
+        of_text = [found for found in lists if is_text(found.config)]
+        if of_text:
+            lists = of_text
+            break
+    best = min((found.rank for found in lists), default=None)
+    lists = [found for found in lists if found.rank == best]
+    if len(lists) != 1:
+        several = f", but {', '.join(found.path for found in lists)}" if lists else ""
         raise ValueError(
-            f"LoReFT found no list of {count} layers in {name}, and does not support it"
+            f"LoReFT found no list of {count} layers in {name}{several}, and does not "
+            "support it; use a model that is built of decoder layers"
         )
-    _, path, layers = min(lists, key=lambda found: found[:2])
-    return path, layers
+    return lists[0].path, lists[0].modules
+
+
+class _ListOfModules(NamedTuple):
+    path: str
+    modules: nn.ModuleList
+    config: Any  # of the transformers model that holds it
+
+    @property
+    def rank(self) -> tuple[bool, int, bool]:
+        """Sort by how sure it is that these are decoder layers."""
+        parents, _, name = self.path.rpartition(".")
+        layer = self.modules[0]
+        layer = getattr(layer, "base_layer", layer)
+        is_layer = isinstance(layer, GradientCheckpointingLayer)
+        return not is_layer, parents.count("."), name not in _NAMES_OF_LAYERS
+
+
+def _lists_of_modules(
+    module: nn.Module, path: str, config: Any, count: int
+) -> Iterator[_ListOfModules]:
+    """Yield the lists of so many modules, but none within a list: those are experts."""
+    for name, child in module.named_children():
+        child_path = f"{path}.{name}" if path else name
+        if not isinstance(child, nn.ModuleList):
+            inner = child.config if isinstance(child, PreTrainedModel) else config
+            yield from _lists_of_modules(child, child_path, inner, count)
+        elif len(child) == count:
+            yield _ListOfModules(child_path, child, config)
