@@ -74,27 +74,36 @@ class ModelHooks:
                 backbone.register_forward_hook(partial(after, names), with_kwargs=True),
             ]
         model.disable_input_require_grads()
-        self._overrides: dict[str, Callable[..., Any]] = {
-            "enable_input_require_grads": partial(self._enable_input_grads)
-        }
-        if self._labels_mark_answers:
-            self._overrides |= {
-                "generate": partial(self._generate),
-                "prepare_inputs_for_generation": partial(self._prepare_inputs),
-                "init_continuous_batching": partial(self._init_continuous_batching),
-            }
+        overrides: list[tuple[PreTrainedModel, str, Callable[..., Any]]] = [
+            (model, "enable_input_require_grads", self._enable_input_grads),
+            (model, "init_continuous_batching", self._init_continuous_batching),
+        ]
+        # Some architectures' generate calls that of a model within.
+        for module in dict.fromkeys([model, *self.backbones]):
+            overrides += [
+                (module, "generate", partial(self._generate, module)),
+                (
+                    module,
+                    "prepare_inputs_for_generation",
+                    partial(self._prepare_inputs, module),
+                ),
+            ]
         # Patch: generate tells its steps nowhere else; continuous batching is refused
         # before its own thread would hide the error; whoever checkpoints asks for input
         # gradients. Generate reads the signature of prepare_inputs_for_generation.
-        for name, override in self._overrides.items():
-            model.__dict__[name] = update_wrapper(override, getattr(model, name))
+        self._overridden: list[tuple[PreTrainedModel, str]] = []
+        for module, name, override in overrides:
+            if name == "enable_input_require_grads" or module.can_generate():
+                replaced = getattr(module, name)
+                module.__dict__[name] = update_wrapper(partial(override), replaced)
+                self._overridden.append((module, name))
 
     def detach(self) -> None:
         """Leave the model as it was."""
         for handle in self._handles:
             handle.remove()
-        for name in self._overrides:
-            self._model.__dict__.pop(name, None)
+        for module, name in self._overridden:
+            module.__dict__.pop(name, None)
 
     def _enable_input_grads(self) -> None:
         """Make the embeddings' output require a gradient where other parameters than
@@ -236,11 +245,11 @@ class ModelHooks:
 
     # --- generate ------------------------------------------------------------------
 
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         thread, generation = self.state.thread, self._begin(args, kwargs)
         outer, thread.generation = thread.generation, generation
         try:
-            output = type(self._model).generate(self._model, *args, **kwargs)
+            output = type(model).generate(model, *args, **kwargs)
         finally:
             thread.generation = outer
         sequences, ids_BP = getattr(output, "sequences", output), generation.ids_BP
@@ -283,9 +292,11 @@ class ModelHooks:
         generation.filled = keep
         return generation
 
-    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Kwargs:
-        prepare = type(self._model).prepare_inputs_for_generation
-        inputs: Kwargs = prepare(self._model, *args, **kwargs)
+    def _prepare_inputs(
+        self, model: PreTrainedModel, *args: Any, **kwargs: Any
+    ) -> Kwargs:
+        prepare = type(model).prepare_inputs_for_generation
+        inputs: Kwargs = prepare(model, *args, **kwargs)
         generation = self.state.thread.generation
         if generation is not None:
             tokens, has_cache = _tokens(inputs).shape[1], cache_of(inputs) is not None

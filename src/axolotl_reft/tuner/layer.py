@@ -5,9 +5,8 @@ Shapes: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -25,7 +24,14 @@ from axolotl_reft.settings.spec import AdapterSpec
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.context import BASE, ModelState
 from axolotl_reft.tuner.executor import edit_hidden_states
-from axolotl_reft.tuner.layout import Layout, TokenVectors, token_vectors
+from axolotl_reft.tuner.layout import (
+    Layout,
+    TokenVectors,
+    hidden_states_of,
+    not_told,
+    token_vectors,
+    with_hidden_states,
+)
 from axolotl_reft.tuner.lora import LayerLora, linear_modules
 from axolotl_reft.tuner.replay import call_with_context
 
@@ -232,26 +238,14 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         return args, kwargs | {name: self._edit(kwargs.get(name), site)}
 
     def _edit_output(self, site: str, module: nn.Module, args: Any, output: Any) -> Any:
-        h = output
-        if type(output) in (tuple, list):
-            h = output[0]
-        elif isinstance(output, Mapping):
-            h = output.get("hidden_states")
+        h = hidden_states_of(output)
         edited = self._edit(h, site)
         if edited is h:
             return output
         edited_outputs = self.state.context.edited_outputs
         if site == _OUTPUT and edited_outputs is not None:
             edited_outputs[id(h)] = h, edited
-        if isinstance(output, tuple):
-            return edited, *output[1:]
-        if isinstance(output, list):
-            return [edited, *output[1:]]
-        if isinstance(output, Mapping):
-            new: Any = copy.copy(output)
-            new["hidden_states"] = edited
-            return new
-        return edited
+        return with_hidden_states(output, edited)
 
     def _edit(self, h: Any, site: str) -> Any:
         """Return hidden states edited by each adapter of this site, in turn."""
@@ -290,20 +284,14 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
     ) -> TokenVectors:
         """Return the vectors of the batch's tokens, or all vectors inside of experts;
         RuntimeError where they cannot be told."""
-        if isinstance(h, Tensor):
-            inside = is_inside_experts(self.base_layer, site.rpartition(".")[0])
-            if inside and all_vectors:
-                return TokenVectors(h, lambda new: new)
-            found = None if inside else token_vectors(h, shape, self.state.layout)
-            if found is not None:
-                return found
-        got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-        raise RuntimeError(
-            f"LoReFT edits a vector for each token, and the {site.strip('.')} of "
-            f"{type(self.base_layer).__name__} is {got}, where {shape} was expected "
-            f"for {shape[0]} rows of {shape[1]} tokens; choose a component that is of "
-            "this shape, such as mlp_output or attention_output"
-        )
+        inside = is_inside_experts(self.base_layer, site.rpartition(".")[0])
+        if inside and all_vectors and h.shape[-1] == shape[-1]:
+            return TokenVectors(h, lambda new: new)
+        found = None if inside else token_vectors(h, shape, self.state.layout)
+        if found is None:
+            layer = type(self.base_layer).__name__
+            raise RuntimeError(not_told(h, shape, f"{site.strip('.')} of {layer}"))
+        return found
 
     def outer_edits(self) -> Iterator[tuple[str, str, list[Intervention]]]:
         """Yield site, adapter and interventions of this forward's edits around the

@@ -8,9 +8,10 @@ Shapes: B batch, T tokens, D size, C columns of which T are tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class TokenVectors(NamedTuple):
 
 
 def token_vectors(
-    h: Tensor, shape: tuple[int, int, int], layout: Layout
+    h: Any, shape: tuple[int, int, int], layout: Layout
 ) -> TokenVectors | None:
     """Return the vectors of a batch's tokens in a tensor inside of the model; None
     where they cannot be told.
@@ -56,6 +57,8 @@ def token_vectors(
     Args:
         shape: (B, T, D) of the batch and of what is edited.
     """
+    if not isinstance(h, Tensor):
+        return None
     rows, width, size = shape
     if h.ndim == 2 and h.shape[1] == size and h.shape[0] % rows == 0:
         sizes = (-1, rows) if layout is Layout.TIME_FIRST else (rows, -1)
@@ -80,3 +83,35 @@ def token_vectors(
     start = 0 if layout is Layout.TOKENS_FIRST else others
     before, h_BTD, after = h.split([start, width, others - start], 1)
     return TokenVectors(h_BTD, lambda new_BTD: torch.cat([before, new_BTD, after], 1))
+
+
+def not_told(h: Any, shape: tuple[int, int, int], what: str) -> str:
+    """Return what to tell where the vectors of a batch's tokens cannot be told."""
+    got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+    return (
+        f"LoReFT edits a vector for each token, and the {what} is {got}, where {shape} "
+        f"was expected for {shape[0]} rows of {shape[1]} tokens; choose a component "
+        "that is of this shape, such as mlp_output or attention_output"
+    )
+
+
+def hidden_states_of(output: Any) -> Any:
+    """Return the hidden states among what a module returns; else what it returns."""
+    if type(output) in (tuple, list):
+        return output[0]
+    if isinstance(output, Mapping) and "hidden_states" in output:
+        return output["hidden_states"]
+    return output
+
+
+def with_hidden_states(output: Any, h: Tensor) -> Any:
+    """Return what a module returns, with other hidden states."""
+    if isinstance(output, tuple):
+        return h, *output[1:]
+    if isinstance(output, list):
+        return [h, *output[1:]]
+    if isinstance(output, Mapping):
+        changed: Any = copy.copy(output)
+        changed["hidden_states"] = h
+        return changed
+    return h

@@ -325,7 +325,7 @@ class _ListOfModules(NamedTuple):
 
 
 def _lists_of_modules(
-    module: nn.Module, path: str, config: Any, count: int
+    module: nn.Module, path: str, config: Any, count: int | None
 ) -> Iterator[_ListOfModules]:
     """Yield the lists of so many modules, but none within a list: those are experts."""
     for name, child in module.named_children():
