@@ -10,8 +10,16 @@ from torch import nn
 from transformers import (
     BigBirdConfig,
     BigBirdForMaskedLM,
+    CpmAntConfig,
+    CpmAntForCausalLM,
+    GitConfig,
+    GitForCausalLM,
+    LayoutLMv3Config,
+    LayoutLMv3ForTokenClassification,
     LongformerConfig,
     LongformerForMaskedLM,
+    VisualBertConfig,
+    VisualBertForPreTraining,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -101,6 +109,59 @@ def test_rows_with_an_adapter_each(tokens, architecture):
         got = adapter(input_ids=ids, adapter_names=["__base__", "default"]).logits
         expected = torch.cat([base(ids[:1]).logits, adapter(ids[1:]).logits])
     assert torch.allclose(got, expected, atol=2e-5)
+
+
+IMAGES = {"image_size": 16, "patch_size": 8}
+TOWER = {key: ENCODER[key] for key in list(ENCODER)[1:5]}
+
+
+def build_with_other_vectors(architecture):
+    """A model that puts vectors beside the tokens', what it makes them of for two rows,
+    and the column of the first token."""
+    torch.manual_seed(0)
+    if architecture == "cpmant":
+        config = CpmAntConfig(
+            vocab_size=64, hidden_size=32, num_attention_heads=4, dim_head=8, dim_ff=48,
+            num_hidden_layers=2, prompt_length=4, prompt_types=4, segment_types=4,
+        )  # fmt: skip
+        base, extra, first = CpmAntForCausalLM(config), {}, 4
+        for parameter in base.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    elif architecture == "git":
+        base = GitForCausalLM(GitConfig(vision_config=TOWER | IMAGES, **ENCODER))
+        extra, first = {"pixel_values": torch.randn(2, 3, 16, 16)}, 5
+    elif architecture == "layoutlmv3":
+        boxes = {"coordinate_size": 6, "shape_size": 4, "input_size": 16}
+        config = LayoutLMv3Config(**ENCODER | boxes | {"patch_size": 8})
+        base, first = LayoutLMv3ForTokenClassification(config), 0
+        extra = {
+            "pixel_values": torch.randn(2, 3, 16, 16),
+            "bbox": torch.arange(72).view(2, 9, 4),
+        }
+    else:
+        config = VisualBertConfig(**ENCODER, visual_embedding_dim=16)
+        base, first = VisualBertForPreTraining(config), 0
+        extra = {"visual_embeds": torch.randn(2, 4, 16)}
+    return base.eval(), extra, first
+
+
+@pytest.mark.parametrize("positions", ["f2+l3", "all"])
+@pytest.mark.parametrize("architecture", ["cpmant", "git", "layoutlmv3", "visual_bert"])
+@torch.no_grad()
+def test_vectors_beside_those_of_the_tokens_are_left_alone(
+    tokens, architecture, positions
+):
+    base, extra, first = build_with_other_vectors(architecture)
+    adapter, ids = adapt(base, positions=positions), tokens(2, 9)
+    got = adapter(input_ids=ids, **extra)[0]
+
+    def place(token):
+        return slice(None), token + first
+
+    with edited_by_hand(base, adapter, edited_tokens(9, positions), place) as hand:
+        expected = hand(input_ids=ids, **extra)[0]
+    assert torch.allclose(got, expected, atol=2e-5)
+    assert not torch.allclose(got, base(input_ids=ids, **extra)[0], atol=0.1)
 
 
 class Wrapped(nn.Module):

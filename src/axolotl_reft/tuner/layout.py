@@ -31,7 +31,11 @@ class Layout(Enum):
 # apart; models that are not listed need TOKENS_ALONE.
 _LAYOUTS = {
     "big_bird": Layout.TOKENS_FIRST,  # padded inside to whole blocks
+    "cpmant": Layout.TOKENS_LAST,  # after a prompt of its own
+    "git": Layout.TOKENS_LAST,  # after those of the image
+    "layoutlmv3": Layout.TOKENS_FIRST,
     "longformer": Layout.TOKENS_FIRST,  # padded inside to whole windows
+    "visual_bert": Layout.TOKENS_FIRST,
     "xlnet": Layout.TIME_FIRST,
 }
 
