@@ -314,6 +314,21 @@ def test_answers_that_a_trainer_knows_are_told_apart(tmp_path, known):
     assert [line.split()[0] for line in text[2:]] == ["prompt", "answer"][: 1 + known]
 
 
+def test_a_head_that_calls_past_the_backbone(tmp_path):
+    """OPT's, of whose layers' models another hook tells the batch."""
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48}
+    config = OPTConfig(vocab_size=len(TOKENIZER), num_hidden_layers=2, **sizes)
+    model = build_adapter(OPTForCausalLM(config), positions="f2")
+    told = []
+    callback = FirstBatch(model, TOKENIZER, told.append)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    callback.on_train_begin(arguments, TrainerState(), None)
+    for _ in range(2):
+        row = {key: torch.as_tensor(value)[None] for key, value in sample().items()}
+        model.train()(**row)
+    assert lines(told)[1] == "sample 1: 12 tokens, 9 in prompts, 2 edited"
+
+
 def test_a_tokenizer_without_a_pad_token(tmp_path, monkeypatch):
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.pad_token = None
