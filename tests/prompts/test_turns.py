@@ -1,7 +1,5 @@
 """Conversations of several turns: training and inference edit the same tokens."""
 
-import copy
-
 import pytest
 import torch
 from axolotl.cli.chat import CausalTurnGenerator
@@ -15,7 +13,6 @@ from conftest import build_adapter, build_model
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
 from axolotl_reft import turn_markers
-from axolotl_reft.prompts.generation import Conversations
 from axolotl_reft.prompts.turns import Turns
 
 TOLERANCE = 2e-5
@@ -170,46 +167,6 @@ def test_played_token_by_token_without_generate(tokenizer, turns, taken_back):
 
 
 @torch.no_grad()
-def test_a_chunk_after_who_knows_what_is_not_edited(tokenizer):
-    model = adapted(tokenizer)
-    ids = prompt_ids(tokenizer, CONVERSATIONS[0][:1])
-    cache = model(ids[:, :6], use_cache=True).past_key_values
-    same = copy.deepcopy(cache)
-    got = model(ids[:, 6:], past_key_values=same).logits
-    with model.disable_adapter():
-        assert torch.equal(model(ids[:, 6:], past_key_values=cache).logits, got)
-
-
-def test_the_tokens_behind_a_cache():
-    ids, other = torch.arange(6)[None], torch.full((1, 1), 9)
-    conversations, cache = Conversations(), DynamicCache()
-    assert conversations.before(cache, 0, 1) is None
-    for past, chunk in [(0, ids[:, :3]), (3, ids[:, 3:4]), (4, other), (5, other)]:
-        conversations.note_forward(cache, past, chunk)
-    conversations.note_forward(cache, 4, ids[:, 4:])  # what was tried is taken back
-    known = conversations.before(cache, 6, 1)
-    assert known.ids_BW.tolist() == [[0, 1, 2, 3, 4, 5]]
-    assert known.answer_BW.tolist() == [[False, False, False, True, True, True]]
-    assert conversations.before(cache, 2, 1).ids_BW.tolist() == [[0, 1]]
-    for past, rows in [(7, 1), (6, 2)]:
-        assert conversations.before(cache, past, rows) is None
-    conversations.note_forward(cache, 6, other)
-    asked = torch.tensor([[0, 1, 2, 3, 4, 8, 9, 9]])
-    answered = [[False, False, False, True, True, False, False, False]]
-    assert conversations.answers(cache, asked).tolist() == answered
-    asked[:, 5] = 5
-    answered[0][5:7] = True, True
-    assert conversations.answers(cache, asked).tolist() == answered
-    assert conversations.answers(cache, asked.expand(2, -1)) is None
-    # What is not understood is forgotten: other rows, or tokens that nobody saw.
-    for past, chunk in [(6, other.expand(2, 1)), (9, other)]:
-        unclear = DynamicCache()
-        conversations.note_forward(unclear, 0, ids)
-        conversations.note_forward(unclear, past, chunk)
-        assert conversations.before(unclear, 6, 1) is None
-
-
-@torch.no_grad()
 def test_the_whole_conversation_in_one_forward_without_labels(tokenizer, turns):
     model = adapted(tokenizer, turns)
     ids, labels = tokenized(tokenizer, CONVERSATIONS[0])
@@ -278,27 +235,6 @@ def test_a_cache_that_ends_within_a_prompt_is_cut_back(tokenizer, turns, short):
     )  # fmt: skip
     for one, logits in zip(got.logits, expected.logits, strict=True):
         assert (one - logits).abs().max() < TOLERANCE
-
-
-@torch.no_grad()
-def test_a_cache_that_cannot_be_cut_back_is_refused(tokenizer, monkeypatch):
-    def refuse(count):
-        raise RuntimeError("past states are not kept")
-
-    model = adapted(tokenizer)
-    ids = prompt_ids(tokenizer, ["hi there"])[:, :-4]
-    cache = model(ids[:, :-2], use_cache=True).past_key_values
-    mask = torch.ones_like(ids)
-    with pytest.raises(ValueError, match="past_key_values: the cache ends within a p"):
-        model.generate(
-            input_ids=ids[:, -2:], attention_mask=mask, past_key_values=cache
-        )
-    monkeypatch.setattr(cache, "crop", refuse)
-    with pytest.raises(
-        ValueError,
-        match=r"DynamicCache cannot be cut back \(past states are not kept\); pass",
-    ):
-        model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache)
 
 
 @torch.no_grad()

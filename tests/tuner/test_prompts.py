@@ -11,7 +11,6 @@ from transformers import (
     GenerationConfig,
 )
 
-from axolotl_reft.prompts.generation import Conversations
 from benchmarks.tasks import Operations
 
 PROMPTS = (9, 4, 7)
@@ -304,18 +303,6 @@ def test_a_conversation_goes_on_as_it_was_trained(tokens, turns):
 
 def one_hot(column, scores):
     return torch.full_like(scores, -1e9).scatter(1, column[:, None], 0.0)
-
-
-@torch.no_grad()
-def test_a_cache_filled_by_who_knows_whom_is_not_edited_again(tokens):
-    model = build_adapter(build_model())
-    ids = tokens(1, 10)
-    with model.disable_adapter():
-        base = model(ids).logits[0, -1]
-        cache = model(ids[:, :6], use_cache=True).past_key_values
-    model.base_model.model.loreft_hooks._conversations = Conversations()
-    got = answers(model, ids, past_key_values=cache).logits[0][0]
-    assert_same([got], [base])
 
 
 @pytest.mark.usefixtures("one_thread")

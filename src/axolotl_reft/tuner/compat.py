@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from transformers import Cache
+
+# Caches of other classes: RWKV's, XLNet's, Reformer's, xLSTM's.
+_OTHER_CACHES = ("state", "mems", "past_buckets_states", "cache_params")
 
 # pyproject.toml declares the same, and says why.
 SUPPORTED = {"transformers": ">=5.16.1,<5.25", "peft": ">=0.20,<0.22"}
@@ -24,12 +28,17 @@ def check_versions() -> None:
             )
 
 
-def cache_of(holder: object) -> Cache | None:
-    """Return the key-value cache among a model's arguments or outputs, by its class:
-    transformers 5.24 calls it ``cache``, earlier releases ``past_key_values``."""
+def cache_of(holder: object) -> Any:
+    """Return the cache among a model's arguments or outputs: a ``Cache`` by its class,
+    which transformers 5.24 calls ``cache``, earlier releases ``past_key_values``; or
+    what some models have instead."""
     if isinstance(holder, Mapping):
-        holder = holder.values()
-    elif not isinstance(holder, tuple):
+        caches = (held for held in holder.values() if isinstance(held, Cache))
+        found = next(caches, None)
+        if found is None:
+            found = next((c for n in _OTHER_CACHES if (c := holder.get(n))), None)
+        return found
+    if not isinstance(holder, tuple):
         return None
     return next((held for held in holder if isinstance(held, Cache)), None)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from axolotl_reft.core.affine import StackCache
 from axolotl_reft.core.scatter import EditIndices
+from axolotl_reft.prompts.cached import Adapters, CacheRecord
 from axolotl_reft.prompts.generation import Generation
 from axolotl_reft.prompts.spans import PromptSpans, edit_indices
 from axolotl_reft.prompts.turns import Turns
@@ -55,6 +56,9 @@ class ForwardContext:
             each is taken once.
         edited_outputs: unedited and edited states by the id of the unedited, which
             transformers records; None where hidden states are not asked for.
+        is_prepared: ``generate`` prepared it as one of its steps.
+        record: makes the record of the cache that the forward fills; None where it
+            cannot be told.
     """
 
     shape: tuple[int, int]
@@ -68,6 +72,8 @@ class ForwardContext:
     given: Mapping[str, Sequence[Tensor]] | None = None
     prepared: dict[tuple[nn.Module, str, str], Edit] = field(default_factory=dict)
     edited_outputs: dict[int, tuple[Tensor, Tensor]] | None = None
+    is_prepared: bool = False
+    record: Callable[[], CacheRecord | None] | None = None
     _spans: dict[Turns, PromptSpans | None] = field(default_factory=dict)
     _indices: dict[str, EditIndices | None] = field(default_factory=dict)
     _tokens: dict[str, EditIndices] = field(default_factory=dict)
@@ -152,11 +158,6 @@ def repeat_names(names: Sequence[str], rows: int, expands: bool = True) -> list[
     return [name for name in names for _ in range(copies)]
 
 
-def prompt_turns(adapters: Mapping[str, AdapterSpec]) -> set[Turns]:
-    """Return the turns whose prompts these adapters ask for."""
-    return {spec.turns for spec in adapters.values() if not spec.positions.everywhere}
-
-
 @dataclass(eq=False)
 class ThreadState:
     """The state of a thread."""
@@ -164,6 +165,7 @@ class ThreadState:
     labels: Tensor | None = None  # of the model, for its backbone
     given: Mapping[str, Any] | None = None  # by a collator, under POSITIONS
     generation: Generation | None = None
+    step: Generation | None = None  # that it has prepared, for the next forward
     adapter_names: Sequence[str] | None = None  # of a batch's rows
     context: ForwardContext | None = None
     backbone: nn.Module | None = None  # whose forward made the context
@@ -186,6 +188,7 @@ class ModelState:
     Attributes:
         adapters: settings of the adapters, by name.
         layout: of the model's hidden states.
+        change_every_token: names of those that do not stop at prompt positions.
         layers: the edited layers, in the order of the model.
         stacks: stacked parameters that are kept in eval mode, by group of layers.
         find_answers: set by a trainer that gives the model no labels: maps the ids
@@ -198,6 +201,7 @@ class ModelState:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.adapters: dict[str, AdapterSpec] = {}
+        self.change_every_token: set[str] = set()
         self.layers: list[LoreftDecoderLayer] = []
         self.stacks: dict[Hashable, StackCache] = {}
         self._threads = _ThreadLocal()
@@ -205,6 +209,22 @@ class ModelState:
     @property
     def thread(self) -> ThreadState:
         return self._threads.state
+
+    def active_adapters(self, rows: int) -> Adapters:
+        """Return the adapters of the next forward in this thread."""
+        layer, names = self.layers[0], self.thread.adapter_names
+        if layer._disable_adapters:
+            return Adapters(())
+        if names is None:
+            # A list since set_adapter; PEFT's property makes two more calls.
+            return Adapters(tuple(layer._active_adapter))
+        expands = self.thread.generation is not None
+        return Adapters(tuple(repeat_names(names, rows, expands)), by_row=True)
+
+    def turns(self, adapters: Adapters) -> set[Turns]:
+        """Return the turns whose prompts these adapters edit."""
+        specs = [self.adapters[name] for name in {*adapters.names} - {BASE}]
+        return {spec.turns for spec in specs if not spec.positions.everywhere}
 
     @property
     def context(self) -> ForwardContext:

@@ -10,13 +10,12 @@ them, the marks tell its prompts, in training and at inference. Elsewhere,
   with ``turns: every`` the tokens between trained ones as well;
 - where a trainer that keeps the labels to itself has set ``find_answers``, the same of
   its answer tokens;
-- while ``generate`` runs, the prompt is its input, cached or not, at every step, except
-  what it had answered on the same cache before;
+- in a step of ``generate``, the prompt is its input, cached or not, except what it had
+  answered on the same cache before;
 - in any other forward without a cache, the whole sample;
-- with a filled cache, nothing.
+- with a filled cache, a token alone is an answer's (``on_cache.py``).
 
-Shapes: B batch, T tokens of this forward, P columns handed to ``generate``, W columns
-seen so far (the cache's and T).
+Shapes: B batch, T tokens of this forward.
 """
 
 from __future__ import annotations
@@ -28,21 +27,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from axolotl_reft.prompts.generation import Conversations, Generation, Tokens, crop
+from axolotl_reft.prompts.cached import CacheRecord
+from axolotl_reft.prompts.generation import Generation
 from axolotl_reft.tuner import prompt_sources
+from axolotl_reft.tuner.cached_edits import columns_in
 from axolotl_reft.tuner.compat import cache_of, pages_of
-from axolotl_reft.tuner.context import (
-    POSITIONS,
-    FindSpans,
-    ForwardContext,
-    ModelState,
-    prompt_turns,
-    repeat_names,
-)
+from axolotl_reft.tuner.context import POSITIONS, FindSpans, ForwardContext, ModelState
 from axolotl_reft.tuner.executor import prepare_edits
+from axolotl_reft.tuner.generating import GenerateHooks
 from axolotl_reft.tuner.layout import layout_of
+from axolotl_reft.tuner.on_cache import Record, new_record, read_on_cache
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -55,7 +51,7 @@ class ModelHooks:
 
     def __init__(self, model: PreTrainedModel, layers: str, prefix: str) -> None:
         self.state = ModelState(layout_of(model.config.get_text_config()))
-        self._conversations = Conversations()
+        self._has_compiled = False
         self._has_checked_first_batch = False
         # A classifier's labels are not tokens of an answer.
         self._labels_mark_answers = model.can_generate()
@@ -66,43 +62,40 @@ class ModelHooks:
         self.backbones = backbones(model, layers)
         for backbone in self.backbones:
             names = list(inspect.signature(backbone.forward).parameters)
-            before, after = self._before_backbone, self._after_backbone
+            before = partial(self._before_backbone, names)
             self._handles += [
-                backbone.register_forward_pre_hook(
-                    partial(before, names), with_kwargs=True
-                ),
-                backbone.register_forward_hook(partial(after, names), with_kwargs=True),
+                backbone.register_forward_pre_hook(before, with_kwargs=True),
+                backbone.register_forward_hook(self._after_backbone),
             ]
         model.disable_input_require_grads()
-        overrides: list[tuple[PreTrainedModel, str, Callable[..., Any]]] = [
-            (model, "enable_input_require_grads", self._enable_input_grads),
-            (model, "init_continuous_batching", self._init_continuous_batching),
-        ]
+        self._replaced: list[tuple[nn.Module, str]] = []
+        self._replace(model, "enable_input_require_grads", self._enable_input_grads)
         # Some architectures' generate calls that of a model within.
         for module in dict.fromkeys([model, *self.backbones]):
-            overrides += [
-                (module, "generate", partial(self._generate, module)),
-                (
-                    module,
-                    "prepare_inputs_for_generation",
-                    partial(self._prepare_inputs, module),
-                ),
-            ]
+            if module.can_generate():
+                hooks = GenerateHooks(module, self.state)
+                for name, method in hooks.methods().items():
+                    self._replace(module, name, method)
+
+    def _replace(
+        self, module: nn.Module, name: str, method: Callable[..., Any]
+    ) -> None:
         # Patch: generate tells its steps nowhere else; continuous batching is refused
         # before its own thread would hide the error; whoever checkpoints asks for input
-        # gradients. Generate reads the signature of prepare_inputs_for_generation.
-        self._overridden: list[tuple[PreTrainedModel, str]] = []
-        for module, name, override in overrides:
-            if name == "enable_input_require_grads" or module.can_generate():
-                replaced = getattr(module, name)
-                module.__dict__[name] = update_wrapper(partial(override), replaced)
-                self._overridden.append((module, name))
+        # gradients. Generate reads the signature of prepare_inputs_for_generation; a
+        # copy of annotations could not be pickled.
+        names = "__module__", "__name__", "__qualname__", "__doc__"
+        replaced = getattr(module, name)
+        module.__dict__[name] = update_wrapper(
+            partial(method), replaced, assigned=names
+        )
+        self._replaced.append((module, name))
 
     def detach(self) -> None:
         """Leave the model as it was."""
         for handle in self._handles:
             handle.remove()
-        for module, name in self._overridden:
+        for module, name in self._replaced:
             module.__dict__.pop(name, None)
 
     def _enable_input_grads(self) -> None:
@@ -149,17 +142,16 @@ class ModelHooks:
                 "launch, torchrun), or show Python one of them (CUDA_VISIBLE_DEVICES=0)"
             )
         inputs = _named(names, args, kwargs)
-        labels, given = thread.labels, thread.given
-        thread.labels = thread.given = None
-        context = self._context(inputs, labels, module.training)
+        labels, given, step = thread.labels, thread.given, thread.step
+        thread.labels = thread.given = thread.step = None
+        context = self._context(inputs, labels, step, module.training)
         asked = inputs.get("output_hidden_states")
         default = getattr(module.config, "output_hidden_states", False)
         if default if asked is None else asked:
             context.edited_outputs = {}
-        if thread.adapter_names is not None:
-            expands = thread.generation is not None
-            rows = repeat_names(thread.adapter_names, context.shape[0], expands)
-            context.row_adapters = rows
+        adapters = self.state.active_adapters(context.shape[0])
+        if adapters.by_row:
+            context.row_adapters = list(adapters.names)
         # Rows that a trainer cut out of the collator's batch are found anew.
         elif given is not None and tuple(given["shape"]) == context.shape:
             context.given = given["indices"]
@@ -168,14 +160,7 @@ class ModelHooks:
             # Now, while the device is still at work on the step before.
             context.prepared = prepare_edits(self.state)
 
-    def _after_backbone(
-        self,
-        names: list[str],
-        module: nn.Module,
-        args: Args,
-        kwargs: Kwargs,
-        output: Any,
-    ) -> None:
+    def _after_backbone(self, module: nn.Module, args: Args, output: Any) -> None:
         thread = self.state.thread
         if thread.backbone is not module:
             return
@@ -188,38 +173,43 @@ class ModelHooks:
         edited, states = context.edited_outputs, getattr(output, "hidden_states", None)
         if edited and states is not None:
             output.hidden_states = tuple(edited.get(id(h), (h, h))[1] for h in states)
+        if compiling:
+            self._has_compiled = True
         # What generate puts into a cache is noted as a whole, when it has ended.
-        if thread.generation is not None or compiling:
-            return
-        ids_BT = _named(names, args, kwargs).get("input_ids")
-        cache = cache_of(output)
-        if cache is not None and ids_BT is not None:
-            # Asking a cache takes longer than the rest of this.
-            past = context.past or _cached(cache) - ids_BT.shape[1]
-            self._conversations.note_forward(cache, past, ids_BT)
+        elif not context.is_prepared and (cache := cache_of(output)) is not None:
+            record = context.record and context.record()
+            CacheRecord.put(cache, record)
 
     def _context(
-        self, inputs: Inputs, labels: Tensor | None, training: bool
+        self,
+        inputs: Inputs,
+        labels: Tensor | None,
+        step: Generation | None,
+        training: bool,
     ) -> ForwardContext:
-        """Tell where this forward's prompts are read from."""
-        state, generation = self.state, self.state.thread.generation
-        tokens, past, packed = _tokens(inputs), 0, False
+        """Tell where this forward's prompts are read from; ``step`` is None where
+        ``generate`` did not prepare it."""
+        state = self.state
+        tokens, past, packed = prompt_sources.tokens_of(inputs), 0, False
         shape = rows, width = tokens.shape[0], tokens.shape[1]
         find_spans: FindSpans | None = None
         find_answers: Callable[[], Tensor] | None = None
+        record: Record | None = None
         if self._labels_mark_answers and labels is not None and labels.shape == shape:
             find_answers = partial(torch.ne, labels, -100)
-        elif generation is None and state.find_answers is not None:
+        elif step is None and state.find_answers is not None:
             find_answers = partial(state.find_answers, tokens)
-        if find_answers is None and generation is not None:
+        if step is not None:
             # A constant in decode steps: a graph would be specialised on each past.
-            past = 1 if generation.is_decode_step else generation.past
-            if not generation.is_decode_step:
+            past = 1 if step.is_decode_step else step.past
+            if not step.is_decode_step:
                 find_spans = partial(
-                    generation.step, rows=rows, tokens=width, device=tokens.device
+                    step.step, rows=rows, tokens=width, device=tokens.device
                 )
-        elif find_answers is None and (past := _cached(cache_of(inputs))):
-            find_spans = self._in_cache(inputs, past, rows)
+        elif past := columns_in(cache_of(inputs)):
+            find_spans, record = read_on_cache(
+                state, inputs, tokens, past, find_answers, self._has_compiled
+            )
         elif pages_of(inputs) is not None:
             find_spans = prompt_sources.refuse_continuous_batching
         else:
@@ -228,85 +218,17 @@ class ModelHooks:
             find_spans = partial(
                 prompt_sources.batch_spans, inputs, tokens, find_answers, trains
             )
+            record = partial(new_record, state, inputs, tokens, find_answers)
         return ForwardContext(
-            shape, state.adapters, find_spans, past, packed, find_answers
+            shape,
+            state.adapters,
+            find_spans,
+            past,
+            packed,
+            find_answers,
+            is_prepared=step is not None,
+            record=record,
         )
-
-    def _in_cache(self, inputs: Inputs, past: int, rows: int) -> FindSpans | None:
-        """Return what finds prompts on a filled cache, outside ``generate``."""
-        ids_BT, turns = inputs.get("input_ids"), prompt_turns(self.state.adapters)
-        if ids_BT is None or not any(turn.generation_prompts for turn in turns):
-            return None
-        known = self._conversations.before(cache_of(inputs), past, rows)
-        if known is None:
-            return None
-        mask = inputs.get("attention_mask")
-        return partial(prompt_sources.cached_spans, known, ids_BT, mask)
-
-    # --- generate ------------------------------------------------------------------
-
-    def _generate(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        thread, generation = self.state.thread, self._begin(args, kwargs)
-        outer, thread.generation = thread.generation, generation
-        try:
-            output = type(model).generate(model, *args, **kwargs)
-        finally:
-            thread.generation = outer
-        sequences, ids_BP = getattr(output, "sequences", output), generation.ids_BP
-        cache = cache_of(output) or cache_of(kwargs)
-        if cache is not None and ids_BP is not None and len(sequences) == len(ids_BP):
-            # Should the cache be gone on with, these are answers of the model's.
-            ids_BW = torch.cat([ids_BP[:, : generation.omitted], sequences], 1)
-            answer_BW, known_BP = torch.ones_like(ids_BW).bool(), generation.answer_BP
-            answer_BW[:, : generation.width] = False if known_BP is None else known_BP
-            self._conversations.note(cache, Tokens(ids_BW, answer_BW))
-        return output
-
-    def _begin(self, args: Args, kwargs: Kwargs) -> Generation:
-        """Read what ``generate`` is asked to go on with; cut an ill-fitting cache."""
-        names = ("inputs_embeds", "inputs", "input_ids")
-        given = [*args[:1], *(kwargs.get(name) for name in names)]
-        first = next((value for value in given if value is not None), None)
-        width = 1 if first is None else first.shape[1]
-        names_of_rows = self.state.thread.adapter_names
-        if names_of_rows is not None and first is not None:
-            repeat_names(names_of_rows, len(first), expands=False)  # for its check
-        ids_BP = first if first is not None and first.ndim == 2 else None
-        mask_BW, cache = _mask_2d(kwargs), cache_of(kwargs)
-        past = _cached(cache)
-        if not past:
-            return Generation(width, ids_BP, mask_BW=mask_BW)
-        omitted = 0 if mask_BW is None else max(mask_BW.shape[1] - width, 0)
-        if omitted and ids_BP is not None:
-            known = self._conversations.before(cache, omitted, ids_BP.shape[0])
-            ids_BP = None if known is None else torch.cat([known.ids_BW, ids_BP], 1)
-        answer_BP = None
-        if ids_BP is not None:
-            answer_BP = self._conversations.answers(cache, ids_BP)
-        width += omitted
-        generation = Generation(width, ids_BP, answer_BP, True, omitted, mask_BW)
-        turns = prompt_turns(self.state.adapters)
-        keep = min((generation.reusable(turn, past) for turn in turns), default=past)
-        if keep < past:
-            crop(cache, past, keep, bool(omitted))
-        generation.filled = keep
-        return generation
-
-    def _prepare_inputs(
-        self, model: PreTrainedModel, *args: Any, **kwargs: Any
-    ) -> Kwargs:
-        prepare = type(model).prepare_inputs_for_generation
-        inputs: Kwargs = prepare(model, *args, **kwargs)
-        generation = self.state.thread.generation
-        if generation is not None:
-            tokens, has_cache = _tokens(inputs).shape[1], cache_of(inputs) is not None
-            generation.prepare(_mask_2d(kwargs), tokens, has_cache)
-        return inputs
-
-    def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        if any(layer.asks_for_prompts for layer in self.state.layers):
-            prompt_sources.refuse_continuous_batching()
-        return type(self._model).init_continuous_batching(self._model, *args, **kwargs)
 
 
 def backbones(model: PreTrainedModel, layers: str) -> list[PreTrainedModel]:
@@ -325,18 +247,3 @@ def backbones(model: PreTrainedModel, layers: str) -> list[PreTrainedModel]:
 def _named(names: list[str], args: Args, kwargs: Kwargs) -> Inputs:
     """Return a forward's inputs by the names of its parameters."""
     return dict(zip(names, args, strict=False)) | kwargs if args else kwargs
-
-
-def _tokens(inputs: Inputs) -> Tensor:
-    """Return a forward's tokens (B, T), or their embeddings (B, T, D)."""
-    ids_BT: Tensor | None = inputs.get("input_ids")
-    return inputs["inputs_embeds"] if ids_BT is None else ids_BT
-
-
-def _mask_2d(kwargs: Inputs) -> Tensor | None:
-    mask = kwargs.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-
-def _cached(cache: Cache | None) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())

@@ -107,6 +107,9 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
                     act_fn=spec.act_fn,
                 )
             self.specs[name] = self.state.adapters[name] = spec
+            # A vocabulary's size is there where embeddings are trained.
+            if spec.positions.everywhere or lora or config.vocab_size:
+                self.state.change_every_token.add(name)
             self.sites[name], self.sizes[name] = site, size
         if lora is not None:
             sizes = linear_modules(self.base_layer, lora["target_modules"])
@@ -159,6 +162,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             if adapter_name in held:
                 del held[adapter_name]
         self.state.adapters.pop(adapter_name, None)
+        self.state.change_every_token.discard(adapter_name)
         self.state.stacks.clear()
         self._refresh()
 

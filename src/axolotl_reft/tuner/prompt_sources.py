@@ -1,6 +1,6 @@
-"""Finds a forward's prompts in its batch, or behind its cache.
+"""Finds a forward's prompts in its batch.
 
-Shapes: B batch, T tokens of this forward, W columns seen so far (the cache's and T).
+Shapes: B batch, T tokens of this forward.
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from axolotl_reft.prompts.batch import answered_spans, real_tokens, sample_starts
-from axolotl_reft.prompts.generation import Tokens
 from axolotl_reft.prompts.spans import PromptSpans
 from axolotl_reft.prompts.turns import Turns
+
+
+def tokens_of(inputs: Mapping[str, Any]) -> Tensor:
+    """Return a forward's tokens (B, T), or their embeddings (B, T, D)."""
+    ids_BT: Tensor | None = inputs.get("input_ids")
+    return inputs["inputs_embeds"] if ids_BT is None else ids_BT
 
 
 def batch_spans(
@@ -46,20 +51,6 @@ def batch_spans(
             stacklevel=2,
         )
     return turns.spans(real_BT, ids_BT, starts_BT)
-
-
-def cached_spans(
-    known: Tokens, ids_BT: Tensor, mask: Tensor | None, turns: Turns
-) -> PromptSpans | None:
-    """Find prompts by their marks, behind the known tokens of a cache; the attention
-    mask is 2-D (B, W)."""
-    if not turns.generation_prompts:
-        return None
-    seen = known.followed_by(ids_BT)
-    rows, width = seen.ids_BW.shape
-    real_BW = real_tokens(mask, (rows, width), ids_BT.device)
-    spans = turns.spans(real_BW, seen.ids_BW, None, seen.answer_BW)
-    return spans.columns(width - ids_BT.shape[1], width)
 
 
 def refuse_continuous_batching(*_: object) -> NoReturn:

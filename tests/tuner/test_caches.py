@@ -1,0 +1,330 @@
+"""The logits of a prompt are those without a cache, whichever cache it goes on with."""
+
+import copy
+import io
+
+import pytest
+import torch
+from conftest import build_adapter, build_model
+from transformers import (
+    DynamicCache,
+    StaticCache,
+)
+
+TOLERANCE = 1e-5
+PREFIX, PROMPT, TOTAL = 9, 14, 18  # columns of a shared prefix, a prompt, a sample
+POSITIONS = ("f2+l3", "f1", "l2", "f7+l7", "all")
+
+
+@pytest.fixture(params=POSITIONS)
+def positions(request):
+    return request.param
+
+
+@pytest.fixture
+def ids(tokens):
+    return tokens(1, TOTAL)
+
+
+def answer(model, ids, **settings):
+    """The logits of the next tokens, one row a step."""
+    output = model.generate(
+        input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0,
+        return_dict_in_generate=True, output_logits=True, **settings
+    )  # fmt: skip
+    return torch.stack(output.logits)
+
+
+def assert_same(got, expected):
+    assert (got - expected).abs().max() < TOLERANCE
+
+
+def filled(model, ids, **settings):
+    with torch.no_grad():
+        return model(ids, use_cache=True, **settings).past_key_values
+
+
+def filled_by_generate(model, ids):
+    return model.generate(
+        input_ids=ids, max_new_tokens=1, pad_token_id=0, return_dict_in_generate=True
+    ).past_key_values
+
+
+def filled_by_the_base_alone(model, ids):
+    with model.disable_adapter():
+        return filled(model, ids)
+
+
+def filled_by_another_model(model, ids):
+    return filled(build_model(), ids)
+
+
+def saved_and_loaded(model, ids):
+    held = io.BytesIO()
+    torch.save(filled(model, ids), held)
+    held.seek(0)
+    return torch.load(held, weights_only=False)
+
+
+def cropped(model, ids):
+    cache = filled(model, torch.cat([ids, ids], 1))
+    cache.crop(-ids.shape[1])
+    return cache
+
+
+def of_tensors(model, ids):
+    """Made from another cache's keys and values."""
+    made = DynamicCache()
+    for number, layer in enumerate(filled(model, ids).layers):
+        made.update(layer.keys, layer.values, number)
+    return made
+
+
+def of_embeddings(model, ids):
+    embeds = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        return model(inputs_embeds=embeds, use_cache=True).past_key_values
+
+
+def of_other_tokens(model, ids):
+    return filled(model, ids.roll(1, 1))
+
+
+def with_a_packed_row(model, ids):
+    half = torch.arange(ids.shape[1]) % 5
+    return filled(model, ids, position_ids=half[None])
+
+
+def under_another_adapter(model, ids):
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter("other")
+    cache = filled(model, ids)
+    model.base_model.set_adapter("default")
+    return cache
+
+
+def the_cache(model, ids):
+    return filled(model, ids)
+
+
+def a_copy(model, ids):
+    return copy.deepcopy(filled(model, ids))
+
+
+def a_copy_of_generates(model, ids):
+    return copy.deepcopy(filled_by_generate(model, ids))
+
+
+WAYS = [
+    the_cache, a_copy, filled_by_generate, a_copy_of_generates, saved_and_loaded,
+    cropped, filled_by_the_base_alone, filled_by_another_model, of_tensors,
+    of_embeddings, of_other_tokens, with_a_packed_row, under_another_adapter,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_shared_prefix_however_it_was_cached(ids, positions, way):
+    model = build_adapter(build_model(), positions=positions, tied_weights=False)
+    prompt = ids[:, :PROMPT]
+    expected = answer(model, prompt)
+    got = answer(model, prompt, past_key_values=way(model, prompt[:, :PREFIX]))
+    assert_same(got, expected)
+
+
+def test_a_prefix_repeated_for_a_batch(tokens, positions):
+    model = build_adapter(build_model(), positions=positions, tied_weights=False)
+    prefix, questions = tokens(1, PREFIX), tokens(3, 5, seed=1)
+    prompts = torch.cat([prefix.expand(3, -1), questions], 1)
+    cache = filled(model, prefix)
+    cache.batch_repeat_interleave(3)
+    expected = answer(model, prompts)
+    assert_same(answer(model, prompts, past_key_values=cache), expected)
+
+
+def test_rows_of_a_cache_in_another_order(tokens, positions):
+    model = build_adapter(build_model(), positions=positions, tied_weights=False)
+    prompts = tokens(2, PROMPT)
+    cache = filled(model, prompts[:, :PREFIX])
+    cache.reorder_cache(torch.tensor([1, 0]))
+    swapped = prompts.flip(0)
+    assert_same(answer(model, swapped, past_key_values=cache), answer(model, swapped))
+
+
+def test_only_the_columns_that_differ_are_computed_again(ids):
+    """Of l3 a prefix keeps all but its last three tokens."""
+    model = build_adapter(build_model(), positions="l3")
+    seen = []
+    layer = model.base_model.model.model.layers[0]
+    layer.register_forward_hook(lambda _, args, output: seen.append(output.shape[1]))
+    cache = filled(model, ids[:, :PREFIX])
+    answer(model, ids[:, :PROMPT], past_key_values=cache)
+    assert seen[:2] == [PREFIX, PROMPT - PREFIX + 3]
+
+
+def test_a_static_cache_is_computed_again(ids):
+    model = build_adapter(build_model())
+    cache = StaticCache(model.config, max_cache_len=32)
+    filled(model, ids[:, :PREFIX], past_key_values=cache)
+    expected = answer(model, ids[:, :PROMPT])
+    got = answer(model, ids[:, :PROMPT], past_key_values=cache)
+    assert_same(got, expected)
+
+
+def test_a_sliding_window_that_is_full_is_refused(ids):
+    model = build_adapter(build_model("mistral", sliding_window=4))
+    prompt = ids[:, :PROMPT]
+    cache = filled(model, prompt[:, :PREFIX])
+    before = [layer.keys for layer in cache.layers]
+    with pytest.raises(ValueError, match="a DynamicSlidingWindowLayer cannot be cut"):
+        model.generate(input_ids=prompt, past_key_values=cache)
+    assert all(
+        layer.keys is keys for layer, keys in zip(cache.layers, before, strict=True)
+    )
+
+
+def test_new_tokens_alone_on_a_cache_that_would_be_cut_are_refused(ids):
+    model = build_adapter(build_model())
+    prompt = ids[:, :PROMPT]
+    cache = filled(model, prompt[:, :PREFIX])
+    with pytest.raises(ValueError, match=r"the first 9 tokens were not passed again;"):
+        model.generate(
+            input_ids=prompt[:, PREFIX:],
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+        )
+
+
+# --- forwards outside of generate ---
+
+
+@pytest.fixture
+def labels(ids):
+    return ids.where(torch.arange(TOTAL) >= PROMPT, -100)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", [PROMPT, PROMPT + 1])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_labelled_answers_on_a_cached_prompt(ids, labels, positions, start, with_mask):
+    model = build_adapter(build_model(), positions=positions, tied_weights=False)
+    expected = model(ids, labels=labels).logits[:, start:]
+    cache = filled(model, ids[:, :start], labels=labels[:, :start])
+    mask = torch.ones_like(ids) if with_mask else None
+    for _ in range(2):  # other answers to the same prompt
+        got = model(
+            ids[:, start:], labels=labels[:, start:], attention_mask=mask,
+            past_key_values=copy.deepcopy(cache),
+        )  # fmt: skip
+        assert_same(got.logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["f2", "f2+l3", "l3"])
+def test_labels_on_a_cache_that_ends_within_the_prompt(ids, labels, positions):
+    """Right where the columns stay as they are, and otherwise refused."""
+    model = build_adapter(build_model(), positions=positions)
+    cache = filled(model, ids[:, :PREFIX])
+    settings = {"labels": labels[:, PREFIX:], "past_key_values": cache}
+    if positions == "f2":
+        expected = model(ids, labels=labels).logits[:, PREFIX:]
+        assert_same(model(ids[:, PREFIX:], **settings).logits, expected)
+        return
+    with pytest.raises(ValueError, match="columns from 6 on were edited for another"):
+        model(ids[:, PREFIX:], **settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["f2", "f2+l3", "l3", "all"])
+def test_several_tokens_that_may_be_prompt_or_answer(ids, positions):
+    model = build_adapter(build_model(), positions=positions)
+    cache = filled(model, ids[:, :PREFIX])
+    if "l" not in positions or positions == "all":
+        expected = model(ids).logits[:, PREFIX:]
+        got = model(ids[:, PREFIX:], past_key_values=cache).logits
+        assert_same(got, expected)
+        return
+    with pytest.raises(ValueError, match="9 tokens on a filled cache, and nothing te"):
+        model(ids[:, PREFIX:], past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("back", [1, 2, 5])
+def test_the_end_of_a_prompt_is_computed_again(ids, positions, back):
+    """As loops do that want the logits of a cached prompt."""
+    model = build_adapter(build_model(), positions=positions, tied_weights=False)
+    prompt = ids[:, :PROMPT]
+    expected = model(prompt).logits[:, -back:]
+    cache = filled(model, prompt)
+    cache.crop(-back)
+    got = model(prompt[:, -back:], past_key_values=cache)
+    assert_same(got.logits, expected)
+    step = model(ids[:, PROMPT : PROMPT + 1], past_key_values=cache).logits
+    once = filled(model, prompt)
+    assert_same(step, model(ids[:, PROMPT : PROMPT + 1], past_key_values=once).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "way", [filled_by_the_base_alone, filled_by_another_model, under_another_adapter]
+)
+def test_a_step_on_a_cache_that_was_edited_otherwise_is_refused(ids, positions, way):
+    model = build_adapter(build_model(), positions=positions)
+    cache = way(model, ids[:, :PROMPT])
+    with pytest.raises(ValueError, match="past_key_values: .*; pass a fresh cache"):
+        model(ids[:, PROMPT : PROMPT + 1], past_key_values=cache)
+    with model.disable_adapter():  # the base goes on with what it likes
+        model(ids[:, PROMPT : PROMPT + 1], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_loop_whose_prefill_was_compiled_goes_on(ids):
+    model = build_adapter(build_model())
+    cache = StaticCache(model.config, max_cache_len=32)
+    compiled = torch.compile(model, backend="eager")
+    compiled(ids[:, :PROMPT], past_key_values=cache)
+    got = model(ids[:, PROMPT : PROMPT + 1], past_key_values=cache).logits
+    loop = filled(model, ids[:, :PROMPT])
+    assert_same(got, model(ids[:, PROMPT : PROMPT + 1], past_key_values=loop).logits)
+
+
+@pytest.mark.parametrize("generates", [False, True])
+def test_a_model_is_saved_whole_after_it_saw_a_cache(ids, generates):
+    # Llama's own forward cannot be pickled where the package kernels is installed.
+    model, held = build_adapter(build_model("gpt2")), io.BytesIO()
+    cache = (filled_by_generate if generates else filled)(model, ids)
+    torch.save(model, held)
+    held.seek(0)
+    loaded = torch.load(held, weights_only=False)
+    assert_same(answer(loaded, ids), answer(model, ids))
+    assert copy.deepcopy(model) is not None and cache.get_seq_length() == TOTAL
+
+
+# --- other text while generate is under way ---
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_guidance_by_another_prompt_stands_for_itself(tokens, use_cache):
+    model = build_adapter(build_model())
+    prompt, negative, scale = tokens(1, 12), tokens(1, 7, seed=1), 1.5
+    got = model.generate(
+        input_ids=prompt, max_new_tokens=3, do_sample=False, pad_token_id=0,
+        guidance_scale=scale, negative_prompt_ids=negative, use_cache=use_cache,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    said = got.sequences[:, 12:]
+    with torch.no_grad():
+        ours, other = filled(model, prompt), filled(model, negative)
+        logits = model(prompt).logits[:, -1], model(negative).logits[:, -1]
+        for number, scores in enumerate(got.scores):
+            by, against = (x.log_softmax(-1) for x in logits)
+            assert_same(scores, scale * (by - against) + against)
+            word = said[:, number, None]
+            whole = torch.cat([negative, said[:, : number + 1]], 1)
+            logits = [
+                model(word, past_key_values=ours).logits[:, -1],
+                model(word, past_key_values=other).logits[:, -1]
+                if use_cache else model(whole).logits[:, -1],
+            ]  # fmt: skip
+
+
+# --- caches of other kinds ---
