@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import build_adapter, build_model
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     DynamicCache,
     StaticCache,
 )
@@ -328,3 +330,70 @@ def test_guidance_by_another_prompt_stands_for_itself(tokens, use_cache):
 
 
 # --- caches of other kinds ---
+
+
+RECURRENT = {
+    "mamba": {"state_size": 4, "time_step_rank": 4},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8,
+    },
+    "rwkv": {"attention_hidden_size": 32, "context_length": 64},
+}  # fmt: skip
+
+
+@pytest.fixture(params=list(RECURRENT))
+def recurrent(request, positions):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        request.param, vocab_size=64, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, pad_token_id=0, **RECURRENT[request.param],
+    )  # fmt: skip
+    config.initializer_range = 0.2
+    base = AutoModelForCausalLM.from_config(config).eval()
+    return build_adapter(base, positions=positions, tied_weights=False)
+
+
+def state_of(output):
+    names = ("past_key_values", "cache_params", "state")
+    return {name: output[name] for name in names if output.get(name) is not None}
+
+
+@torch.no_grad()
+def test_a_recurrent_state_goes_on_token_by_token(recurrent, ids):
+    prompt = ids[:, :PROMPT]
+    expected = answer(recurrent, prompt, use_cache=False)
+    assert_same(answer(recurrent, prompt), expected)
+    said = recurrent.generate(
+        input_ids=prompt, max_new_tokens=4, do_sample=False, pad_token_id=0
+    )[:, PROMPT:]
+    output, got = recurrent(prompt, use_cache=True), []
+    for column in range(4):
+        got.append(output.logits[:, -1])
+        word = said[:, column, None]
+        output = recurrent(word, use_cache=True, **state_of(output))
+    assert_same(torch.stack(got), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["f2+l3"])
+def test_several_tokens_on_a_recurrent_state_are_refused(recurrent, ids):
+    state = state_of(recurrent(ids[:, :PREFIX], use_cache=True))
+    with pytest.raises(ValueError, match="past_key_values: "):
+        recurrent(ids[:, PREFIX:], use_cache=True, **state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["f2+l3"])
+def test_a_prompt_on_a_recurrent_state_is_computed_anew_or_refused(recurrent, ids):
+    prompt = ids[:, :PROMPT]
+    state = state_of(recurrent(prompt[:, :PREFIX], use_cache=True))
+    if "state" in state:  # RWKV's list cannot be emptied
+        with pytest.raises(ValueError, match="a list cannot be cut back; pass a fresh"):
+            recurrent.generate(input_ids=prompt, **state)
+        return
+    assert_same(answer(recurrent, prompt, **state), answer(recurrent, prompt))
