@@ -1,5 +1,7 @@
 """Conversations of several turns: training and inference edit the same tokens."""
 
+import copy
+
 import pytest
 import torch
 from axolotl.cli.chat import CausalTurnGenerator
@@ -131,8 +133,9 @@ def test_prefilled_whole_and_then_answered(tokenizer, turns, positions):
         assert_agree(forced.logits, expected)
 
 
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("positions", ["f2+l3", "l1", "f40+l40", "all"])
-def test_played_turn_by_turn_on_a_reused_cache(tokenizer, turns, positions):
+def test_played_turn_by_turn_on_a_reused_cache(tokenizer, turns, positions, copies):
     model = adapted(tokenizer, turns, positions=positions)
     for texts in CONVERSATIONS:
         ids, labels = tokenized(tokenizer, texts)
@@ -140,6 +143,7 @@ def test_played_turn_by_turn_on_a_reused_cache(tokenizer, turns, positions):
         forced, cache = Forced(ids), DynamicCache(config=model.config)
         for begin, end in turn_ends(tokenizer, texts, labels):
             say(model, forced, ids[:, :begin], end, past_key_values=cache)
+            cache = copy.deepcopy(cache) if copies else cache
         assert_agree(forced.logits, expected)
 
 

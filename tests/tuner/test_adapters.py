@@ -10,7 +10,7 @@ from peft.utils.hotswap import hotswap_adapter
 from transformers import AutoModelForSequenceClassification
 
 from axolotl_reft import LoreftConfig
-from axolotl_reft.tuner.context import prompt_turns
+from axolotl_reft.prompts.cached import Adapters
 
 # As different as settings go: layers, positions, tying, rank, component, dropout.
 ADAPTERS = {
@@ -349,7 +349,8 @@ def test_what_a_deleted_adapter_asked_for_is_forgotten():
     state = layer.state
 
     def turns():
-        return {turns.every for turns in prompt_turns(state.adapters)}
+        every = Adapters(tuple(state.adapters))
+        return {turns.every for turns in state.turns(every)}
 
     assert layer._edits_every_token and not turns()
     settings = {"task_type": "CAUSAL_LM", "positions": "f1", "rank": 2}
