@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from axolotl_reft.core.tensors import check_complete
 from axolotl_reft.settings.components import check_list_of_layers
 from axolotl_reft.tuner import trained_modules
+from axolotl_reft.tuner.base_model import check_base_model, free_name
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.context import BASE, repeat_names
 from axolotl_reft.tuner.hooks import ModelHooks
@@ -48,6 +49,10 @@ class LoreftModel(BaseTuner):
     tuner_layer_cls = LoreftDecoderLayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check_base_model(model)
+        super().__init__(model, *args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for name in ("intervention_locations", "unit_locations"):
             if name in kwargs:
@@ -74,7 +79,7 @@ class LoreftModel(BaseTuner):
             raise ValueError(
                 f"adapter_name: {adapter_name!r} cannot be an adapter's name: PEFT or "
                 "torch would take it for something else; choose another, such as "
-                "'default'"
+                f"{free_name(taken)!r}"
             )
         # PEFT adds to an adapter of the same name; here it is replaced.
         for layer in hooks.state.layers if hooks else ():
@@ -172,6 +177,8 @@ class LoreftModel(BaseTuner):
         return peft_config
 
     def _check_tied_modules(self, model: nn.Module, peft_config: LoreftConfig) -> None:
+        if not peft_config.modules_to_save:
+            return  # some models name no embeddings, and would raise
         # PEFT's warns that each gets a copy of its own.
         tied = self._get_module_names_tied_with_embedding()
         trained_modules.tie_trained_embeddings(peft_config, self.model, tied)
@@ -273,14 +280,10 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     is needed, and no tower of another modality is taken.
 
     Raises:
-        ValueError: not a transformers model, an encoder-decoder, or no such list.
+        ValueError: an encoder-decoder, or no such list.
     """
-    config, name = getattr(model, "config", None), type(model).__name__
-    if config is None or not hasattr(model, "base_model"):
-        raise ValueError(
-            f"LoReFT needs a transformers model, and got a {name}; load it with "
-            "transformers' AutoModelForCausalLM"
-        )
+    config: Any = model.config
+    name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"LoReFT edits models of one stack of layers, and {name} is an "

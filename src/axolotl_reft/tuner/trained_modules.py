@@ -58,7 +58,8 @@ def tie_trained_embeddings(
 def fit_vocabulary(config: LoreftConfig, model: PreTrainedModel) -> None:
     """Note how many rows the trained embeddings have; give a plain base as many, which
     the saved ones replace."""
-    if not set(config.modules_to_save or ()) & set(_embedding_names(model)):
+    named = set(config.modules_to_save or ())
+    if not named or not named & set(_embedding_names(model)):
         return
     rows = model.get_input_embeddings().num_embeddings
     if config.vocab_size is None:
