@@ -11,6 +11,7 @@ Shapes: N rows, D hidden size, R rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -41,6 +42,7 @@ class Intervention(AdapterLeaf):
     """
 
     kind: InterventionKind
+    rotation_base: Tensor
     act_fn: Callable[[Tensor], Tensor]
     # Called with the hidden states before and after each edit.
     on_edit: Callable[[Tensor, Tensor], None] | None = None
@@ -77,17 +79,34 @@ class Intervention(AdapterLeaf):
         self.__dict__["act_fn"] = ACT2FN[act_fn or "linear"]
         self.is_linear = act_fn in (None, "linear")
         self._cache = StackCache()
-        # As pyreft starts: R uniformly, W, b and W₂ as nn.Linear.
+        kind = self.kind
+        if kind.has_rotation:
+            self.rotation = _parameter(size, rank)
+            base_DR = torch.empty(size, rank, dtype=torch.float32)
+            self.register_buffer("rotation_base", base_DR)
+        if kind.has_weight:
+            self.weight = _parameter(rank, size)
+        self.bias = _parameter(rank)
+        if not kind.has_rotation:
+            self.proj_weight = _parameter(rank, size)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start as pyreft does: R uniformly, W, b and W₂ as ``nn.Linear``; what is on
+        the meta device is left for whoever fills it."""
         if self.kind.has_rotation:
-            self.rotation = nn.Parameter(torch.zeros(size, rank, dtype=torch.float32))
-            self.register_buffer("rotation_base", random_base(size, rank))
+            self.rotation.zero_()
+            if not self.rotation_base.is_meta:
+                self.rotation_base.copy_(random_base(self.hidden_size, self.rank))
         if self.kind.has_weight:
-            linear = nn.Linear(size, rank, dtype=torch.float32)
-            self.weight, self.bias = linear.weight, linear.bias
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+            bound = self.hidden_size**-0.5
+            nn.init.uniform_(self.bias, -bound, bound)
         else:
-            self.bias = nn.Parameter(torch.rand(rank, dtype=torch.float32))
+            nn.init.uniform_(self.bias)
         if not self.kind.has_rotation:
-            self.proj_weight = nn.Linear(size, rank, dtype=torch.float32).weight
+            nn.init.kaiming_uniform_(self.proj_weight, a=math.sqrt(5))
 
     @property
     def is_affine(self) -> bool:
@@ -208,6 +227,10 @@ class LobireftIntervention(Intervention):
 
 INTERVENTION_CLASSES = {ours.kind.name: ours for ours in Intervention.__subclasses__()}
 extend_when_imported({c.kind.pyreft_class: c for c in INTERVENTION_CLASSES.values()})
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=torch.float32))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ PEFT only warns of missing tensors, which would keep their random start. Torch o
 from __future__ import annotations
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
@@ -110,14 +111,32 @@ def _by_adapter(keys: Iterable[str]) -> dict[str, set[str]]:
 
 class AdapterLeaf(nn.Module):
     """A module with its parameters directly on it, which stay in float32 under a cast,
-    and are checked when they are loaded."""
+    start anew where ``to_empty`` has dropped them, and are checked when they are
+    loaded."""
+
+    def reset_parameters(self) -> None:
+        """Fill the parameters and buffers with what a new adapter starts from."""
+        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def without_cast(tensor: Tensor) -> Tensor:
             out = fn(tensor)
             return out if out.dtype == tensor.dtype else tensor.to(out.device)
 
-        return super()._apply(without_cast, recurse)
+        had_values = not any(tensor.is_meta for tensor in self.parameters())
+        super()._apply(without_cast, recurse)
+        # A parent's to_empty is known by this function alone. It leaves what was in
+        # memory, and the weights loaded next may be the base's alone.
+        if getattr(fn, "__qualname__", "").startswith("Module.to_empty"):
+            self.reset_parameters()
+            if had_values:
+                warnings.warn(
+                    "LoReFT: to_empty drops the adapter's values, which start anew; "
+                    "make or load the adapter after it",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: object

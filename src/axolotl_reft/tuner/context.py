@@ -105,13 +105,14 @@ class ForwardContext:
             rows = self.row_adapters.count(adapter)
             has_it = [[name == adapter] for name in self.row_adapters]
             rows_B1 = torch.tensor(has_it, device=device)
-        # To count prompts the host waits for an accelerator, and a graph cannot: slots
-        # are reserved for as many as there may be.
-        compiling, most = torch.compiler.is_compiling(), None
-        if compiling or device.type != "cpu":
+        # To count prompts the host waits for an accelerator, and a graph and the meta
+        # device cannot: slots are reserved for as many as there may be.
+        cannot_count = torch.compiler.is_compiling() or device.type == "meta"
+        most = None
+        if cannot_count or device.type != "cpu":
             if not (self.packed or spec.turns.every):
                 most = rows
-            elif compiling:
+            elif cannot_count:
                 most = math.prod(self.shape)
         return edit_indices(spans, spec.positions, spec.tied, most, rows_B1)
 

@@ -45,11 +45,19 @@ class LayerLora(AdapterLeaf):
         self.r, self.scaling, self.dropout_p = r, alpha / r, dropout
         for path, (size_in, size_out) in sizes.items():
             a = nn.Parameter(torch.empty(r, size_in, dtype=torch.float32))
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            b = nn.Parameter(torch.zeros(size_out, r, dtype=torch.float32))
+            b = nn.Parameter(torch.empty(size_out, r, dtype=torch.float32))
             # Directly on the leaf for PEFT, so without dots.
             self.register_parameter(f"{path.replace('.', '_')}_A", a)
             self.register_parameter(f"{path.replace('.', '_')}_B", b)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("_A"):
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+            else:
+                parameter.zero_()
 
     def forward(self, path: str, x: Tensor) -> Tensor:
         """Return (α/r)·B·A·dropout(x) of the module at ``path`` for its input."""
