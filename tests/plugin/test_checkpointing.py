@@ -15,10 +15,12 @@ from axolotl.monkeypatch.selective_checkpointing import apply_selective_checkpoi
 from axolotl.utils.dict import DictDefault
 from conftest import LAYERS, build_adapter, build_model
 from torch import nn
-from transformers import GradientCheckpointingLayer
+from transformers import AutoConfig, GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from axolotl_reft.plugin import checkpointing
 from axolotl_reft.plugin.args import LoreftBlock
+from axolotl_reft.plugin.checkpointing import keep_shared_keys_and_values
 from axolotl_reft.plugin.plugin import LoreftPlugin
 
 ADAPTERS = {
@@ -186,3 +188,45 @@ def test_an_unloaded_base_is_as_before():
         .hidden_states[0]
         .requires_grad
     )
+
+
+@pytest.fixture
+def told(monkeypatch):
+    told = []
+    warning = lambda text, *values: told.append(text % values)  # noqa: E731
+    monkeypatch.setattr(checkpointing.LOG, "warning", warning)
+    return told
+
+
+def sharing(shared):
+    return AutoConfig.for_model("gemma3n_text", num_kv_shared_layers=shared)
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"use_reentrant": True}])
+def test_reentrant_checkpointing_is_turned_off_where_layers_share_keys(settings, told):
+    """It is axolotl's default; see tuner/test_checkpointing.py for what it loses."""
+    cfg = DictDefault(
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": settings}
+    )
+    keep_shared_keys_and_values(cfg, sharing(10))
+    assert cfg.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert "use_reentrant: false is used: the layers of gemma3n_text" in told[0]
+    keep_shared_keys_and_values(cfg, sharing(10))
+    assert len(told) == 1
+
+
+def test_reentrant_checkpointing_stays_elsewhere(told):
+    settings = {"use_reentrant": True}
+    cfg = DictDefault(
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": settings}
+    )
+    keep_shared_keys_and_values(cfg, sharing(0))
+    assert cfg.gradient_checkpointing_kwargs == settings and not told
+
+
+@pytest.mark.parametrize("offloading", ["legacy", "offload_disk"])
+def test_offloading_that_is_reentrant_is_refused_where_layers_share_keys(offloading):
+    settings = {"gradient_checkpointing": True, "activation_offloading": offloading}
+    with pytest.raises(ValueError, match=f"activation_offloading: {offloading}: the l"):
+        keep_shared_keys_and_values(DictDefault(settings), sharing(10))
+    keep_shared_keys_and_values(DictDefault(settings), sharing(0))

@@ -25,6 +25,7 @@ from axolotl_reft.core.interventions import INTERVENTION_CLASSES
 from axolotl_reft.plugin import quantised, running
 from axolotl_reft.plugin.against_base import check_against_base
 from axolotl_reft.plugin.args import check_as_written
+from axolotl_reft.plugin.checkpointing import keep_shared_keys_and_values
 from axolotl_reft.plugin.labels import complete_batches, expose_labels
 from axolotl_reft.plugin.prompt_forms import markers_of_data, warn_of_other_prompts
 from axolotl_reft.saved.card import keep_in_trainers_card
@@ -78,7 +79,9 @@ class LoreftPlugin(BasePlugin):
                 "no loreft: block in the config: positions: %s, rank: %s, layers: %s",
                 *(cfg.loreft[key] for key in ("positions", "rank", "layers")),
             )
-        check_against_base(cfg, load_model_config(cfg), training=not inference)
+        model_config = load_model_config(cfg)
+        check_against_base(cfg, model_config, training=not inference)
+        keep_shared_keys_and_values(cfg, model_config)
         quantised.fill_config(cfg)
         # Reentrant checkpointing warns of the frozen layers below the first edit.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")

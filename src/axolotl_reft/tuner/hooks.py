@@ -33,6 +33,7 @@ from axolotl_reft.prompts.cached import CacheRecord
 from axolotl_reft.prompts.generation import Generation
 from axolotl_reft.tuner import prompt_sources
 from axolotl_reft.tuner.cached_edits import columns_in
+from axolotl_reft.tuner.checkpointing import refuse_reentrant_checkpointing
 from axolotl_reft.tuner.compat import cache_of, pages_of
 from axolotl_reft.tuner.context import POSITIONS, FindSpans, ForwardContext, ModelState
 from axolotl_reft.tuner.executor import prepare_edits
@@ -50,6 +51,7 @@ class ModelHooks:
     whose parameters' names hold a prefix."""
 
     def __init__(self, model: PreTrainedModel, layers: str, prefix: str) -> None:
+        refuse_reentrant_checkpointing(model)
         self.state = ModelState(layout_of(model.config.get_text_config()))
         self._has_compiled = False
         self._has_checked_first_batch = False
@@ -70,6 +72,9 @@ class ModelHooks:
         model.disable_input_require_grads()
         self._replaced: list[tuple[nn.Module, str]] = []
         self._replace(model, "enable_input_require_grads", self._enable_input_grads)
+        self._replace(
+            model, "gradient_checkpointing_enable", self._enable_checkpointing
+        )
         # Some architectures' generate calls that of a model within.
         for module in dict.fromkeys([model, *self.backbones]):
             if module.can_generate():
@@ -110,6 +115,10 @@ class ModelHooks:
         named = self._model.named_parameters()
         if any(p.requires_grad and self._prefix not in name for name, p in named):
             type(self._model).enable_input_require_grads(self._model)
+
+    def _enable_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        type(self._model).gradient_checkpointing_enable(self._model, *args, **kwargs)
+        refuse_reentrant_checkpointing(self._model)
 
     # --- a forward -----------------------------------------------------------------
 
