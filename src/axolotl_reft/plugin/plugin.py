@@ -27,6 +27,7 @@ from axolotl_reft.plugin.against_base import check_against_base
 from axolotl_reft.plugin.args import check_as_written
 from axolotl_reft.plugin.checkpointing import keep_shared_keys_and_values
 from axolotl_reft.plugin.labels import complete_batches, expose_labels
+from axolotl_reft.plugin.packing import warn_of_packing
 from axolotl_reft.plugin.prompt_forms import markers_of_data, warn_of_other_prompts
 from axolotl_reft.saved.card import keep_in_trainers_card
 from axolotl_reft.training.edit_log import EditLog
@@ -89,6 +90,7 @@ class LoreftPlugin(BasePlugin):
     def post_model_build(self, cfg: DictDefault, model: PreTrainedModel) -> None:
         if cfg.adapter == "loreft":
             quantised.prepare_base(cfg, model, training=not running.is_inference())
+            warn_of_packing(cfg, model)
 
     def load_adapter(
         self,

@@ -40,6 +40,7 @@ from axolotl_reft.tuner.executor import prepare_edits
 from axolotl_reft.tuner.generating import GenerateHooks
 from axolotl_reft.tuner.layout import layout_of
 from axolotl_reft.tuner.on_cache import Record, new_record, read_on_cache
+from axolotl_reft.tuner.packing import warn_of_packed_samples, what_joins_samples
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -55,6 +56,7 @@ class ModelHooks:
         self.state = ModelState(layout_of(model.config.get_text_config()))
         self._has_compiled = False
         self._has_checked_first_batch = False
+        self._joins_samples = what_joins_samples(model)
         # A classifier's labels are not tokens of an answer.
         self._labels_mark_answers = model.can_generate()
         self._model, self._prefix = model, prefix
@@ -132,6 +134,11 @@ class ModelHooks:
             labels = dict(zip(names, args, strict=False)).get("labels")
         thread = self.state.thread
         thread.context = None  # of a forward that an exception ended
+        if self._joins_samples and kwargs.get("position_ids") is not None:
+            if not (thread.generation or torch.compiler.is_compiling()):
+                # Once: later batches must not wait for the answer.
+                warn_of_packed_samples(self._joins_samples, kwargs)
+                self._joins_samples = ""
         thread.labels, thread.given = labels, kwargs.get(POSITIONS)
         if thread.given is None:
             return None
