@@ -142,11 +142,13 @@ def test_only_packed_rows_are_warned_of(batch, says, tokens):
 
 
 def test_generation_is_not_taken_for_packed(tokens):
+    """Nor for the batch that is looked at."""
     model = get_peft_model(joining_base("lfm2"), LoreftConfig(task_type="CAUSAL_LM"))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
     settings = {"max_new_tokens": 2, "pad_token_id": 0}
     ids = tokens(1, 6)
     assert not told(lambda: model.generate(ids, attention_mask=mask, **settings))
+    assert told(lambda: model.eval()(**packed(tokens), use_cache=False))
 
 
 def test_flash_attention_is_told_by_position_ids():
