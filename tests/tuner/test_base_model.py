@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from conftest import build_adapter, build_model
+from packaging.version import Version
 from peft import (
     IA3Config,
     LoraConfig,
@@ -16,6 +18,7 @@ from peft import (
 )
 from torch import nn
 from transformers import AutoConfig, AutoModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from axolotl_reft import LoreftConfig
 from axolotl_reft.tuner.base_model import free_name
@@ -60,17 +63,18 @@ def test_a_module_that_is_not_transformers_is_refused(module, make, tmp_path):
 
 
 @pytest.mark.parametrize("make", list(MAKERS))
-def test_a_config_that_counts_no_layers_is_refused(make, tmp_path):
+def test_a_config_without_layers_of_one_width_is_refused(make, tmp_path):
     build_adapter(build_model()).save_pretrained(tmp_path)
-    message = "the config of ConvNextModel has no count of them .num_hidden_layers.; u"
+    message = "config of ConvNextModel has no (num_hidden_layers|hidden_size); use a ca"
     with pytest.raises(ValueError, match=message):
         MAKERS[make](timm_like(), tmp_path)
 
 
-def in_transformers(config):
-    model = build_model()
-    model.add_adapter(config)
-    return model
+# transformers 5.24 asks for a PEFT that is not out.
+TRANSFORMERS_OWN = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason="transformers' own adapters need a newer PEFT",
+)
 
 
 def prompt_learning(kind):
@@ -85,7 +89,7 @@ ADAPTED = {
     "PROMPT_TUNING": lambda: prompt_learning(PromptTuningConfig),
     "PREFIX_TUNING": lambda: prompt_learning(PrefixTuningConfig),
     "LORA, mixed": lambda: get_peft_model(build_model(), LORA, mixed=True),
-    "LORA, of add_adapter": lambda: in_transformers(LORA),
+    "LORA, injected": lambda: inject_adapter_in_model(LORA, build_model()),
     "LORA, unwrapped": lambda: get_peft_model(build_model(), LORA).get_base_model(),
     "LORA, tuner": lambda: get_peft_model(build_model(), LORA).base_model,
 }
@@ -106,8 +110,10 @@ def test_a_model_with_another_methods_adapter_is_refused(adapted, name):
     assert model.peft_config == before
 
 
+@TRANSFORMERS_OWN
 def test_transformers_cannot_add_it_beside_lora(tmp_path):
-    model = in_transformers(LORA)
+    model = build_model()
+    model.add_adapter(LORA)
     build_adapter(build_model()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM with 'default' \(LORA\)"):
         model.add_adapter(LoreftConfig(), "second")
@@ -148,10 +154,13 @@ def test_peft_refuses_lora_on_a_model_with_loreft(other, tmp_path):
         "LoRA loaded": lambda: model.load_adapter(tmp_path, "second"),
         "mixed": lambda: get_peft_model(build_model(), LoreftConfig(), mixed=True),
     }
-    with pytest.raises(ValueError, match="No modules were|Cannot combine|not compati"):
+    with pytest.raises(
+        ValueError, match="No modules|not found|Cannot combine|not comp"
+    ):
         ways[other]()
 
 
+@TRANSFORMERS_OWN
 @torch.no_grad()
 def test_transformers_own_adapters(tmp_path, tokens):
     """``model.add_adapter`` and ``load_adapter``, without a PeftModel."""

@@ -14,8 +14,8 @@ from axolotl_reft.tuner.layer import LoreftDecoderLayer
 
 
 def check_base_model(model: nn.Module) -> None:
-    """Raise ValueError for a module that is no transformers model with a count of its
-    layers, or that has an adapter of another PEFT method."""
+    """Raise ValueError for a module that is no transformers model with a number and a
+    width of layers, or that has an adapter of another PEFT method."""
     name = type(model).__name__
     is_wrapped = isinstance(model, (PeftModel, PeftMixedModel, BaseTuner))
     kinds = {type(m) for m in model.modules() if isinstance(m, BaseTunerLayer)}
@@ -41,11 +41,13 @@ def check_base_model(model: nn.Module) -> None:
             "AutoModelForCausalLM.from_pretrained, and make the adapter before the "
             "model is wrapped (torch.compile, DataParallel)"
         )
-    if getattr(model.config.get_text_config(), "num_hidden_layers", None) is None:
-        raise ValueError(
-            f"LoReFT edits a list of layers, and the config of {name} has no count of "
-            "them (num_hidden_layers); use a causal language model or an encoder"
-        )
+    config = model.config.get_text_config()
+    for setting in ("num_hidden_layers", "hidden_size"):
+        if getattr(config, setting, None) is None:
+            raise ValueError(
+                f"LoReFT edits a list of layers of one width, and the config of {name} "
+                f"has no {setting}; use a causal language model or an encoder"
+            )
 
 
 def free_name(taken: Collection[str]) -> str:
