@@ -46,8 +46,6 @@ def what_joins_samples(model: PreTrainedModel) -> str:
     if found:
         number = sum(types[name] for name in found)
         return f"{number} of {types.total()} layers ({', '.join(found)})"
-    if getattr(config, "index_topk", None):
-        return f"the attention of {kind}, which chooses tokens of the whole row"
     if kind in _RECURRENT:
         return f"the recurrent layers ({kind})"
     if "position_ids" not in inspect.signature(model.forward).parameters:
