@@ -65,26 +65,41 @@ class Turns:
             )
         return cls(turns == "every", tuple(map(tuple, prompts)), tuple(ends))
 
+    def ends(self, ids_BT: Tensor) -> Tensor:
+        """Return True for tokens that end an answer."""
+        ends_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+        for token in self.end_of_turn:
+            ends_BT = ends_BT | (ids_BT == token)
+        return ends_BT
+
     def answers(
         self, ids_BT: Tensor, starts_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Read from the marks which tokens are answers.
 
+        An end of turn within a generation prompt ends nothing: some templates announce
+        each part of an answer, such as its thought, anew.
+
         Returns:
             True for tokens of an answer: after a generation prompt, up to and with
-            the end of the turn; and True for every token of a sample with any
-            generation prompt in it. Of other samples nothing is known.
+            the end of the turn; and True where a generation prompt ends. Of samples
+            without any nothing is known.
         """
-        opens_BT = _ends_of(self.generation_prompts, ids_BT)
-        closes_BT = _ends_of([[token] for token in self.end_of_turn], ids_BT)
+        opens_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+        closes_BT = self.ends(ids_BT)
+        for mark in self.generation_prompts:
+            found_BT = _ends_of(mark, ids_BT)
+            opens_BT = opens_BT | found_BT
+            for behind, token in enumerate(reversed(mark)):
+                if token in self.end_of_turn:
+                    closes_BT = closes_BT > F.pad(found_BT, (-behind, behind))
         number_BT = opens_BT.long().cumsum(1)
         closed_BT = (number_BT * closes_BT).cummax(1).values
         # Both as they stood before the token itself.
         number_BT = number_BT - opens_BT.long()
         closed_BT = F.pad(closed_BT, (1, -1))
         opened_BT = count_in_sample(opens_BT, starts_BT) > opens_BT.long()
-        found_BT = any_in_sample(opens_BT, starts_BT)
-        return opened_BT & (number_BT > closed_BT), found_BT
+        return opened_BT & (number_BT > closed_BT), opens_BT
 
     def spans(
         self,
@@ -96,8 +111,9 @@ class Turns:
         """Return the prompts of a batch (:func:`prompt_spans`): by the marks where a
         sample has them, else by ``answer_BT``. Ids are None for embeddings."""
         if ids_BT is not None and self.generation_prompts:
-            marked_BT, found_BT = self.answers(ids_BT, starts_BT)
+            marked_BT, opens_BT = self.answers(ids_BT, starts_BT)
             if answer_BT is not None:
+                found_BT = any_in_sample(opens_BT, starts_BT)
                 marked_BT = marked_BT.where(found_BT, answer_BT)
             answer_BT = marked_BT
         return prompt_spans(real_BT, starts_BT, answer_BT, self.every)
@@ -109,12 +125,10 @@ def _are_ids(ids: Any) -> bool:
     return is_list and all(type(i) is int and 0 <= i < 2**31 for i in ids)
 
 
-def _ends_of(sequences: Sequence[Sequence[int]], ids_BT: Tensor) -> Tensor:
-    """Return True at the last token of each occurrence of one of the sequences."""
-    found_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
-    for first, *others in sequences:
-        match_BT = ids_BT == first
-        for token in others:
-            match_BT = F.pad(match_BT, (1, -1)) & (ids_BT == token)
-        found_BT = found_BT | match_BT
-    return found_BT
+def _ends_of(mark: Sequence[int], ids_BT: Tensor) -> Tensor:
+    """Return True at the last token of each occurrence of a mark."""
+    first, *others = mark
+    match_BT = ids_BT == first
+    for token in others:
+        match_BT = F.pad(match_BT, (1, -1)) & (ids_BT == token)
+    return match_BT
