@@ -11,6 +11,7 @@ from axolotl.prompt_strategies.chat_template import (
 )
 from axolotl.utils.chat_templates import get_chat_template
 from chat import CONVERSATIONS, EOS, build_chat_tokenizer
+from chat_templates import build_tokenizer_for, template_files
 from conftest import build_adapter, build_model
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
@@ -37,7 +38,7 @@ def turns(request):
 
 
 def adapted(tokenizer, turns="every", **settings):
-    base = build_model(vocab_size=len(tokenizer), max_position_embeddings=512)
+    base = build_model(vocab_size=len(tokenizer), max_position_embeddings=2048)
     defaults = {"positions": "f2+l3", "tied_weights": False}
     return build_adapter(
         base, turns=turns, turn_markers=turn_markers(tokenizer), **defaults | settings
@@ -131,6 +132,18 @@ def test_prefilled_whole_and_then_answered(tokenizer, turns, positions):
         for begin, end in turn_ends(tokenizer, texts, labels):
             say(model, forced, ids[:, :begin], end)
         assert_agree(forced.logits, expected)
+
+
+def test_an_answer_that_has_begun_goes_on(tokenizer, turns):
+    """As with `continue_final_message`: what is handed over of it is no prompt."""
+    model = adapted(tokenizer, turns)
+    texts = CONVERSATIONS[0]
+    ids, labels = tokenized(tokenizer, texts)
+    expected, forced = trained_logits(model, ids, labels), Forced(ids)
+    for begin, end in turn_ends(tokenizer, texts, labels):
+        say(model, forced, ids[:, : begin + 2], end)
+        expected = {c: y for c, y in expected.items() if c not in (begin, begin + 1)}
+    assert_agree(forced.logits, expected)
 
 
 @pytest.mark.parametrize("copies", [False, True])
@@ -281,7 +294,7 @@ def test_a_left_padded_batch_of_conversations(tokenizer, turns):
 
 @pytest.mark.parametrize(
     "options",
-    [{"train_on_eos": "last"}, {"train_on_eos": "none"}, {"roles_to_train": ["user"]}],
+    [{"train_on_eos": "last"}, {"train_on_eos": "none"}],
 )
 def test_what_is_trained_does_not_move_the_prompts(tokenizer, options):
     """Marks tell the turns, so labels of other tokens change no edit."""
@@ -292,6 +305,68 @@ def test_what_is_trained_does_not_move_the_prompts(tokenizer, options):
     with torch.no_grad():
         expected, got = (model(ids, labels=y).logits for y in (labels, others))
     assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+def test_trained_questions_are_refused_in_a_forward(tokenizer):
+    """Where no collator has seen them."""
+    model = adapted(tokenizer)
+    ids, labels = tokenized(tokenizer, CONVERSATIONS[0])
+    model(ids, labels=labels)
+    _, labels = tokenized(tokenizer, CONVERSATIONS[0], roles_to_train=["user"])
+    with pytest.raises(ValueError, match="turn_markers: the labels train"):
+        model(ids, labels=labels)
+
+
+TOOL_CALL = {
+    "type": "function",
+    "id": "call00001",
+    "function": {"name": "look", "arguments": {"at": "it"}},
+}
+WITH_TOOLS = (
+    {"role": "user", "content": "how is it?"},
+    {"role": "assistant", "content": "", "tool_calls": [TOOL_CALL]},
+    {"role": "tool", "content": "fine", "name": "look", "tool_call_id": "call00001"},
+    {"role": "assistant", "content": "ANSWER", "thinking": "THOUGHT"},
+    {"role": "user", "content": "and you?"},
+    {"role": "assistant", "content": "LAST", "thinking": "MORE"},
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("axolotl/mistral_v3_tekken", ["ANSWER</s>", "LAST</s>"]),
+        ("trl/glm4moe", ["ANSWER", "LAST"]),
+        ("trl/deepseekv3_training", ["ANSWER", "LAST"]),
+        (
+            "trl/gptoss",
+            [
+                "<|channel|>final<|message|>ANSWER<|end|>",
+                "<|channel|>analysis<|message|>MORE<|end|><|start|>assistant"
+                "<|channel|>final<|message|>LAST",
+            ],
+        ),
+    ],
+)
+def test_answers_after_tools_and_thoughts_are_played_as_trained(name, trained, turns):
+    tokenizer = build_tokenizer_for(template_files()[name].read_text())
+    model = adapted(tokenizer, turns, positions="f3+l4")
+    text = tokenizer.apply_chat_template(WITH_TOOLS, tokenize=False)
+    parts = [tokenizer(part, add_special_tokens=False).input_ids for part in trained]
+    found = tokenizer(text, add_special_tokens=False).input_ids
+    ids, labels = torch.tensor([found]), torch.full((1, len(found)), -100)
+    ends = []
+    for part in parts:
+        begin = next(
+            at for at in range(len(found)) if found[at : at + len(part)] == part
+        )
+        ends.append((begin, begin + len(part)))
+        labels[0, begin : begin + len(part)] = ids[0, begin : begin + len(part)]
+    expected, forced = trained_logits(model, ids, labels), Forced(ids)
+    for begin, end in ends:
+        say(model, forced, ids[:, :begin], end)
+    assert_agree(forced.logits, expected)
 
 
 def test_turns_differ_where_there_are_several(tokenizer):
@@ -328,11 +403,11 @@ def test_marks_reach_no_further_than_their_sample():
     ids = torch.tensor([[3, 9, 7, 8, 4, 4, 3, 9, 4, 7, 8, 4, 9, 3]])
     starts = torch.zeros_like(ids, dtype=torch.bool)
     starts[0, [0, 6]] = True
-    answer, found = turns.answers(ids, starts)
+    answer, opens = turns.answers(ids, starts)
     assert answer.long().tolist() == [[0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1, 1, 0]]
-    assert found.all()
-    answer, found = turns.answers(ids[:, :3], None)
-    assert not answer.any() and not found.any()
+    assert opens[0].nonzero().flatten().tolist() == [3, 10]
+    answer, opens = turns.answers(ids[:, :3], None)
+    assert not answer.any() and not opens.any()
 
 
 @pytest.mark.parametrize(

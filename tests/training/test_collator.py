@@ -201,3 +201,19 @@ def test_where_counting_must_be_avoided_slots_are_reserved(
     assert torch.equal(got[1], expected[1])
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("turns", ["every", "first"])
+def test_an_answer_that_no_mark_announces_stops_its_batch(tokens, turns):
+    """Not the first turn's prompt, which later answers do not move."""
+    markers = {"generation_prompts": [[5]], "end_of_turn": [2]}
+    model = build_adapter(build_model(), turns=turns, turn_markers=markers)
+    ids = torch.tensor([[7, 8, 5, 9, 2, 10, 11, 12, 13, 2, 7, 5, 9, 2]])
+    labels = torch.full_like(ids, -100)
+    labels[0, [3, 4, 7, 8, 9, 12, 13]] = 1
+    collate = PromptCounter.of(model, dict)
+    if turns == "every":
+        with pytest.raises(ValueError, match="turn_markers: the labels train tokens"):
+            collate(input_ids=ids, labels=labels)
+    else:
+        assert collate(input_ids=ids, labels=labels)[POSITIONS]["indices"]["default"]

@@ -329,6 +329,38 @@ def test_a_head_that_calls_past_the_backbone(tmp_path):
     assert lines(told)[1] == "sample 1: 12 tokens, 9 in prompts, 2 edited"
 
 
+# What announces an answer, and what ends one; a last answer that nothing announces.
+MARKERS = {"generation_prompts": [[5]], "end_of_turn": [2]}
+UNMARKED = {
+    "input_ids": torch.tensor([7, 8, 5, 9, 2, 10, 11, 12, 13, 2, 7, 5, 9, 2]),
+    "labels": torch.tensor([-100] * 7 + [12, 13, 2] + [-100] * 4),
+}
+
+
+def test_trained_answers_that_no_mark_announces_stop_before_the_first_step(tmp_path):
+    model = build_adapter(build_model(), positions="f1+l1", turn_markers=MARKERS)
+    before = [p.clone() for p in model.parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match="turn_markers: the labels train tokens that"):
+        train(model, tmp_path, data=[UNMARKED] * 4)
+    after = [p for p in model.parameters() if p.requires_grad]
+    assert all(map(torch.equal, before, after))
+
+
+def test_known_answers_that_no_mark_announces_are_shown_as_answers(tmp_path):
+    """As in preference training, whose answers end their rows."""
+    model = build_adapter(build_model(), positions="f1+l1", turn_markers=MARKERS)
+    known = UNMARKED["labels"][None] != -100
+    model.base_model.model.loreft_hooks.state.find_answers = lambda ids_BT: known
+    told = []
+    callback = FirstBatch(model, TOKENIZER, told.append)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    callback.on_train_begin(arguments, TrainerState(), None)
+    model.train()(input_ids=UNMARKED["input_ids"][None])
+    parts = [line.split()[0] for line in lines(told)[2:]]
+    # The others are marked, and nobody knows whether they are trained.
+    assert parts == ["prompt", "other", "prompt", "answer", "prompt", "other"]
+
+
 def test_a_tokenizer_without_a_pad_token(tmp_path, monkeypatch):
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.pad_token = None

@@ -90,6 +90,12 @@ def any_in_sample(mask_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
     return end_BT > start_BT
 
 
+def more_in_sample(mask_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
+    """Return whether a mask is True for any later token of the same sample."""
+    count_BT, _, end_BT = _counts(mask_BT, starts_BT)
+    return end_BT > count_BT
+
+
 def _counts(
     mask_BT: Tensor, starts_BT: Tensor | None
 ) -> tuple[Tensor, Tensor | int, Tensor]:

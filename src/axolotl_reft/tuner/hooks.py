@@ -4,7 +4,8 @@ They are the model's, since inner steps of ``generate``, and models from
 ``AutoModel.from_pretrained(adapter)``, pass over PEFT's tuner object.
 
 Where an adapter knows the marks of a chat template (``turn_markers``) and a sample has
-them, the marks tell its prompts, in training and at inference. Elsewhere,
+them, the marks tell its prompts, in training and at inference; but a trained token is
+never prompt. Elsewhere,
 
 - in a forward with labels, the prompt is everything before the first trained token, and
   with ``turns: every`` the tokens between trained ones as well;
@@ -211,8 +212,12 @@ class ModelHooks:
         find_spans: FindSpans | None = None
         find_answers: Callable[[], Tensor] | None = None
         record: Record | None = None
+        checks = False
         if self._labels_mark_answers and labels is not None and labels.shape == shape:
             find_answers = partial(torch.ne, labels, -100)
+            # An accelerator is waited for once; its collators look at each batch.
+            waits = labels.device.type != "cpu" and self._has_checked_first_batch
+            checks = not (waits or torch.compiler.is_compiling())
         elif step is None and state.find_answers is not None:
             find_answers = partial(state.find_answers, tokens)
         if step is not None:
@@ -232,7 +237,7 @@ class ModelHooks:
             packed = inputs.get("position_ids") is not None
             trains = training and torch.is_grad_enabled() and self._labels_mark_answers
             find_spans = partial(
-                prompt_sources.batch_spans, inputs, tokens, find_answers, trains
+                prompt_sources.batch_spans, inputs, tokens, find_answers, trains, checks
             )
             record = partial(new_record, state, inputs, tokens, find_answers)
         return ForwardContext(

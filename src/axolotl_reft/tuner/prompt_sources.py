@@ -27,6 +27,7 @@ def batch_spans(
     tokens: Tensor,
     find_answers: Callable[[], Tensor] | None,
     expects_labels: bool,
+    checks_marks: bool,
     turns: Turns,
 ) -> PromptSpans:
     """Find the prompts of whole samples, in a forward without a cache.
@@ -35,13 +36,16 @@ def batch_spans(
         tokens: ids (B, T), or embeddings (B, T, D).
         find_answers: returns the mask of the answers' tokens, where they are known.
         expects_labels: warn where they are not.
+        checks_marks: refuse marks that contradict them, and wait for the device.
     """
     shape, ids_BT = (tokens.shape[0], tokens.shape[1]), inputs.get("input_ids")
     real_BT = real_tokens(inputs.get("attention_mask"), shape, tokens.device)
     starts_BT = sample_starts(inputs, shape)
     if find_answers is not None:
         answer_BT = find_answers().expand(shape).to(tokens.device) != 0
-        return answered_spans(turns, ids_BT, real_BT, starts_BT, answer_BT)
+        return answered_spans(
+            turns, ids_BT, real_BT, starts_BT, answer_BT, checks_marks
+        )
     if expects_labels:
         warnings.warn(
             "LoReFT: a training forward without labels takes the whole input as the "
