@@ -64,6 +64,21 @@ def test_data_without_a_chat_template_has_no_marks(base, monkeypatch):
     assert prompt_forms.markers_of_data(config(base, alpaca)) is None
 
 
+def test_kinds_of_turns_without_marks_are_named(base, monkeypatch):
+    told = []
+    monkeypatch.setattr(prompt_forms.LOG, "info", lambda *message: told.append(message))
+    twice = "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
+    twice += "<|assistant|>{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    data = {**CHAT, "chat_template": "jinja", "chat_template_jinja": twice}
+    found = prompt_forms.markers_of_data(config(base, data))
+    tokenizer = build_chat_tokenizer("chatml")
+    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    assert found["generation_prompts"] == [[assistant]]
+    message = told[0][0] % told[0][1:]
+    assert "turn markers do not find the answers of" in message
+    assert "several answers in a row, an answer that begins" in message
+
+
 def test_a_template_without_marks_is_named(base, monkeypatch):
     told = []
     monkeypatch.setattr(

@@ -19,7 +19,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
 
-from axolotl_reft.prompts.templates import turn_markers
+from axolotl_reft.prompts.templates import find_markers
 
 LOG = get_logger(__name__)
 
@@ -42,7 +42,7 @@ def markers_of_data(cfg: DictDefault) -> dict[str, list] | None:
         template = get_chat_template_from_config(cfg, dataset, tokenizer)
         options = dataset.get("chat_template_kwargs") or cfg.chat_template_kwargs or {}
         try:
-            found = turn_markers(tokenizer, template, **options)
+            found, unmarked = find_markers(tokenizer, template, **options)
         except ValueError as error:
             LOG.warning(
                 "%s. Training finds turns by the labels; at inference only answers of "
@@ -51,6 +51,12 @@ def markers_of_data(cfg: DictDefault) -> dict[str, list] | None:
                 error,
             )
             continue
+        if unmarked:
+            LOG.info(
+                "the chat template's turn markers do not find the answers of %s; "
+                "training stops where the data has them trained",
+                ", ".join(unmarked),
+            )
         prompts += [ids for ids in found["generation_prompts"] if ids not in prompts]
         ends.update(found["end_of_turn"])
     if not prompts:
