@@ -373,6 +373,13 @@ def test_answers_of_columns_hold_for_their_width_alone():
         answers(torch.ones(2, 6))
 
 
+def test_what_tools_answer_within_completions_is_refused(build):
+    trainer, _ = build("grpo")
+    inputs = {"tool_mask": torch.ones(2, 3)}
+    with pytest.raises(ValueError, match="GRPO with tools, environments or a rollout"):
+        trainer.compute_loss(trainer.model, inputs)
+
+
 def test_another_trainer_is_refused():
     with pytest.raises(ValueError, match="does not know how SimpleNamespace tells"):
         note_answers(SimpleNamespace())

@@ -24,7 +24,9 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from axolotl_reft.plugin.labels import FindAnswers, note_answers_during, set_answers
+from axolotl_reft.tuner.context import prompt_turns
 from axolotl_reft.tuner.layer import interventions_of
+from axolotl_reft.tuner.model import hooks_of
 
 LOG = get_logger(__name__)
 
@@ -49,6 +51,10 @@ def note_answers(trainer: Trainer) -> None:
     elif isinstance(trainer, GRPOTrainer):
         for name in ("_get_per_token_logps_and_entropies", "_get_last_hidden_state"):
             note_answers_during(trainer, name, answers_in_columns)
+        hooks = hooks_of(trainer.model.get_base_model())
+        assert hooks is not None, "a model with a LoReFT adapter"
+        if prompt_turns(hooks.state.adapters):
+            note_answers_during(trainer, "compute_loss", _refuse_tools)
     else:
         raise ValueError(
             f"LoReFT does not know how {type(trainer).__name__} tells prompt from "
@@ -86,6 +92,18 @@ def answers_in_columns(
         return torch.arange(width, device=ids_BT.device)[None] >= width - count
 
     return find
+
+
+def _refuse_tools(model: Any, inputs: Mapping[str, Any], *_: Any) -> FindAnswers:
+    """Refuse GRPO's completions with what tools answered, which was a prompt when they
+    were generated: the policy's forward is told of columns alone."""
+    if "tool_mask" in inputs:
+        raise ValueError(
+            "GRPO with tools, environments or a rollout_func that returns env_mask: "
+            "LoReFT cannot tell the tools' results in a completion from its answers; "
+            "use positions: all, or rewards without tools"
+        )
+    return partial(_look_up, [])
 
 
 def _evaluate_tokenized_rows(trainer: Any) -> None:
