@@ -92,7 +92,7 @@ def test_making_an_adapter_brings_in_nothing_heavy():
         "peft.get_peft_model(base, config)\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "heavy = {'axolotl', 'pyreft', 'pyvene', 'matplotlib', 'pandas', 'pyarrow',"
-        " 'datasets', 'rich', 'triton'}\n"
+        " 'datasets', 'rich', 'triton', 'trl'}\n"
         "print(sorted(new & heavy))"
     )
     assert run(code).stdout.strip() == "[]"

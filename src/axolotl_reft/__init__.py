@@ -15,6 +15,7 @@ from axolotl_reft.prompts.templates import turn_markers
 from axolotl_reft.saved.card import extend_pefts_cards
 from axolotl_reft.training.collators import EditIndexCollator as PromptCounter
 from axolotl_reft.training.collators import LabelledLogits
+from axolotl_reft.training.trainers import prepare_every_trainer
 from axolotl_reft.tuner.config import LOREFT, LoreftConfig
 from axolotl_reft.tuner.model import LoreftModel
 from axolotl_reft.tuner.trained_modules import save_modules_once
@@ -45,6 +46,7 @@ if LOREFT not in PEFT_TYPE_TO_CONFIG_MAPPING:
     )
 extend_pefts_cards()
 save_modules_once()
+prepare_every_trainer()
 
 
 def __getattr__(name: str) -> Any:

@@ -16,12 +16,7 @@ from preferences import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from axolotl_reft.plugin.labels import set_answers
-from axolotl_reft.plugin.preference import (
-    answers_in_columns,
-    note_answers,
-    prepare_trainer,
-)
+from axolotl_reft.plugin.preference import prepare_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -160,10 +155,8 @@ def test_every_forward_is_that_of_prefill_and_decode(build, colon, method):
     trainer, batch = build(method)
     _, seen = forwards_of(trainer, lambda: loss_of(trainer, batch))
     forward = next(f for f in seen if f.edited)
-    model = trainer.model
-    find = set_answers(model, None)  # as at inference
+    model = trainer.model.eval()
     try:
-        model.eval()
         for row, (tokens, prompt) in enumerate(
             rows_of(forward.ids, forward.mask, colon)
         ):
@@ -177,7 +170,6 @@ def test_every_forward_is_that_of_prefill_and_decode(build, colon, method):
             got = forward.output.logits[row][forward.mask[row].bool()[-kept:]]
             assert (got[-len(expected) :] - expected).abs().max() < TOLERANCE
     finally:
-        set_answers(model, find)
         model.train()
 
 
@@ -338,7 +330,8 @@ def test_training_that_goes_on_keeps_its_start_as_the_reference(
     _, seen = forwards_of(trainer, lambda: loss_of(trainer, batch))
     assert all(forward.edited for forward in seen)
     reference = seen[0] if method == "grpo" else seen[-1]
-    set_answers(start, answers_after_the_colon(directory))
+    state = start.get_base_model().loreft_hooks.state
+    state.find_answers = answers_after_the_colon(directory)
     same = start(
         reference.ids,
         attention_mask=reference.mask,
@@ -366,13 +359,6 @@ def test_a_forward_of_unknown_ids_is_an_error(build, tokens):
         trainer.model(tokens(2, 9) % 30)
 
 
-def test_answers_of_columns_hold_for_their_width_alone():
-    answers = answers_in_columns(None, torch.ones(4, 7), None, 3)
-    assert answers(torch.ones(2, 7)).tolist() == [[False] * 4 + [True] * 3]
-    with pytest.raises(ValueError, match=r"batch of shape \(2, 6\)"):
-        answers(torch.ones(2, 6))
-
-
 def test_what_tools_answer_within_completions_is_refused(build):
     trainer, _ = build("grpo")
     inputs = {"tool_mask": torch.ones(2, 3)}
@@ -380,17 +366,12 @@ def test_what_tools_answer_within_completions_is_refused(build):
         trainer.compute_loss(trainer.model, inputs)
 
 
-def test_another_trainer_is_refused():
-    with pytest.raises(ValueError, match="does not know how SimpleNamespace tells"):
-        note_answers(SimpleNamespace())
-
-
-def test_dropout_is_off_where_trl_says_so(directory, caplog):
+def test_dropout_is_off_where_trl_says_so(directory):
     config = build_preference_workspace(
         directory, "simpo", loreft=POSITIONS | {"dropout": 0.4}
     )
-    trainer = build_trainer(config)
-    assert "dropout: 0.4 is not used" in caplog.text
+    with pytest.warns(UserWarning, match="the adapter's dropout is not used"):
+        trainer = build_trainer(config)
     trainer.model.train()
     batch = next(iter(trainer.get_train_dataloader()))
     losses = {loss_of(trainer, batch)[0].item() for _ in range(2)}
@@ -439,7 +420,6 @@ def test_a_seed_is_the_start_of_an_adapter_that_trl_makes(directory):
 def test_evaluation_of_rows_as_axolotl_hands_them_over(directory, saved, method):
     """They are not tokenized, which the trainers on pairs without a reference need."""
     trainer = build_trainer(build_preference_workspace(directory, method))
-    del trainer.__dict__["concatenated_inputs"]
     prepare_trainer(trainer, str(saved), evaluates=True)
     trainer.eval_dataset = trainer.train_dataset.select(range(4))
     raw = Dataset.from_list([{"prompt": "a :", "chosen": " m", "rejected": " n"}])

@@ -1,19 +1,12 @@
-"""Complete a trainer's batches, and make their labels known to the adapter.
-
-Label smoothing, EAFT and KD compute the loss themselves and take the labels, which
-separate prompt and answer, out of the batch first.
-"""
+"""Complete a trainer's batches with what the loss and the adapter need."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
 from axolotl.utils.logging import get_logger
-from peft import PeftModel
-from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
@@ -22,65 +15,14 @@ from axolotl_reft.training.collators import (
     LabelledLogits,
     why_all_logits,
 )
-from axolotl_reft.tuner.model import hooks_of
 
 LOG = get_logger(__name__)
 
-# Maps the ids (B, T) of a forward to the mask (B, T) or (1, T) of its answers.
-FindAnswers = Callable[[Tensor], Tensor]
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def set_answers(model: PeftModel, find: FindAnswers | None) -> FindAnswers | None:
-    """Set how an adapter finds the answers without labels; return what was set."""
-    hooks = hooks_of(model.get_base_model())
-    assert hooks is not None, "a model with a LoReFT adapter"
-    before, hooks.state.find_answers = hooks.state.find_answers, find
-    return before
-
-
-def note_answers_during(
-    trainer: Trainer, name: str, find: Callable[..., FindAnswers | None]
-) -> None:
-    """Set the answers while a trainer's method runs, found by its arguments."""
-    method = getattr(trainer, name)
-    signature = inspect.signature(method)
-
-    @wraps(method)
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).args
-        before = set_answers(trainer.model, find(*given))
-        try:
-            return method(*args, **kwargs)
-        finally:
-            set_answers(trainer.model, before)
-
-    # Patch: some methods do not tell the model which tokens are answers.
-    setattr(trainer, name, noted)
-
-
-def expose_labels(trainer: Trainer) -> None:
-    """Let the adapter find the prompts by the batch's labels in every loss."""
-
-    def find(model: Any, inputs: Mapping[str, Tensor], *_: Any) -> FindAnswers | None:
-        labels_BT = inputs.get("labels")
-        return None if labels_BT is None else partial(_answers_of, labels_BT)
-
-    note_answers_during(trainer, "compute_loss", find)
-
-
-def _answers_of(labels_BT: Tensor, ids_BT: Tensor) -> Tensor:
-    if labels_BT.shape != ids_BT.shape[:2]:
-        raise ValueError(
-            f"LoReFT: the labels of the batch are {tuple(labels_BT.shape)}, but the "
-            f"model got {tuple(ids_BT.shape[:2])} tokens; use positions: all, or a "
-            "trainer that leaves tokens as they are"
-        )
-    return labels_BT != -100
-
-
 def complete_batches(trainer: Trainer, labelled_logits: bool | None) -> None:
-    """Add to batches what the loss and the adapter need (``axolotl_reft.training``).
+    """Wrap the collators of a trainer's loaders (``axolotl_reft.training``).
 
     ``labelled_logits`` False computes all logits; True warns where the loss needs all.
     """
@@ -99,8 +41,12 @@ def _why_all_logits(trainer: Trainer) -> str | None:
     from axolotl.core.trainers import AxolotlTrainer
 
     left_to_model = (AxolotlTrainer.compute_loss, Trainer.compute_loss)
-    method = getattr(trainer.compute_loss, "__func__", None)
-    if method not in left_to_model or trainer.compute_loss_func:
+    # Beneath what notes the batch's answers.
+    method = getattr(trainer.compute_loss, "__wrapped__", trainer.compute_loss)
+    if (
+        getattr(method, "__func__", None) not in left_to_model
+        or trainer.compute_loss_func
+    ):
         return f"{type(trainer).__name__} computes the loss itself"
     if trainer.label_smoother:
         return "label_smoothing_factor has the trainer compute the loss"

@@ -26,7 +26,7 @@ from axolotl_reft.plugin import quantised, running
 from axolotl_reft.plugin.against_base import check_against_base
 from axolotl_reft.plugin.args import check_as_written
 from axolotl_reft.plugin.checkpointing import keep_shared_keys_and_values
-from axolotl_reft.plugin.labels import complete_batches, expose_labels
+from axolotl_reft.plugin.labels import complete_batches
 from axolotl_reft.plugin.packing import warn_of_packing
 from axolotl_reft.plugin.prompt_forms import markers_of_data, warn_of_other_prompts
 from axolotl_reft.saved.card import keep_in_trainers_card
@@ -162,7 +162,6 @@ class LoreftPlugin(BasePlugin):
                 trainer.model.print_trainable_parameters()
         elif cfg.adapter == "loreft" and not cfg.reward_model:
             complete_batches(trainer, cfg.loreft_labelled_logits)
-            expose_labels(trainer)
         return edit_callbacks(cfg, trainer)
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:

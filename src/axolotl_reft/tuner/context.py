@@ -195,9 +195,12 @@ class ModelState:
         find_answers: set by a trainer that gives the model no labels: maps the ids
             (B, T) of a forward to the mask (B, T) or (1, T) of its answers, and raises
             for unknown ids. Asked only where something of the forward is edited.
+        trainer: the name of a trainer that trains on answers alone, so that a training
+            forward without them is an error.
     """
 
     find_answers: Callable[[Tensor], Tensor] | None = None
+    trainer: str | None = None
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout

@@ -237,7 +237,8 @@ class ModelHooks:
             packed = inputs.get("position_ids") is not None
             trains = training and torch.is_grad_enabled() and self._labels_mark_answers
             find_spans = partial(
-                prompt_sources.batch_spans, inputs, tokens, find_answers, trains, checks
+                prompt_sources.batch_spans,
+                *(inputs, tokens, find_answers, trains, state.trainer, checks),
             )
             record = partial(new_record, state, inputs, tokens, find_answers)
         return ForwardContext(

@@ -26,7 +26,8 @@ def batch_spans(
     inputs: Mapping[str, Any],
     tokens: Tensor,
     find_answers: Callable[[], Tensor] | None,
-    expects_labels: bool,
+    expects_answers: bool,
+    trainer: str | None,
     checks_marks: bool,
     turns: Turns,
 ) -> PromptSpans:
@@ -35,7 +36,8 @@ def batch_spans(
     Args:
         tokens: ids (B, T), or embeddings (B, T, D).
         find_answers: returns the mask of the answers' tokens, where they are known.
-        expects_labels: warn where they are not.
+        expects_answers: warn where they are not.
+        trainer: whose training forwards have answers, so that it is an error instead.
         checks_marks: refuse marks that contradict them, and wait for the device.
     """
     shape, ids_BT = (tokens.shape[0], tokens.shape[1]), inputs.get("input_ids")
@@ -46,15 +48,26 @@ def batch_spans(
         return answered_spans(
             turns, ids_BT, real_BT, starts_BT, answer_BT, checks_marks
         )
-    if expects_labels:
+    if expects_answers and trainer is not None:
+        raise unknown_answers(tokens, trainer)
+    if expects_answers:
         warnings.warn(
             "LoReFT: a training forward without labels takes the whole input as the "
-            "prompt. If the input holds answers, pass the labels to the model; label "
-            "smoothing takes them out and cannot be used with prompt positions",
+            "prompt. If the input holds answers, pass the labels to the model",
             UserWarning,
             stacklevel=2,
         )
     return turns.spans(real_BT, ids_BT, starts_BT)
+
+
+def unknown_answers(tokens: Tensor, trainer: str = "the trainer") -> ValueError:
+    """Return the error for tokens (B, T) of a trainer that does not mark answers."""
+    return ValueError(
+        "LoReFT cannot tell prompt from answer in a batch of shape "
+        f"{tuple(tokens.shape[:2])}: {trainer} has neither labels nor a completion "
+        "mask for it. Pass the model labels, -100 at the tokens of prompts, or use "
+        "positions: all"
+    )
 
 
 def refuse_continuous_batching(*_: object) -> NoReturn:
