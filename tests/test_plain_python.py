@@ -57,16 +57,17 @@ def tiny(tmp_path_factory):
     return directory
 
 
-def test_there_are_four_snippets():
+def test_there_are_five_snippets():
     assert [title for title, _ in SNIPPETS] == [
         "transformers' Trainer",
         "TRL's SFTTrainer",
+        "TRL's other trainers",
         "Using it",
         "On a base in 4 bits",
     ]
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 def test_the_snippets_run(tiny, monkeypatch, number):
     monkeypatch.chdir(tiny)
     names = {}
@@ -74,8 +75,9 @@ def test_the_snippets_run(tiny, monkeypatch, number):
     # As the page says for a machine without a GPU.
     code = code.replace("num_train_epochs=3", "num_train_epochs=3, use_cpu=True")
     exec(code, names)
-    assert (tiny / "adapter/adapter_config.json").is_file()
-    if number == 3:
+    saved = "adapter-dpo" if number == 2 else "adapter"
+    assert (tiny / saved / "adapter_config.json").is_file()
+    if number == 4:
         kinds = {type(m).__name__ for m in names["base"].modules()}
         assert "Linear4bit" in kinds
         assert isinstance(names["model"], PeftModel)
