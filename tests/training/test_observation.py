@@ -10,7 +10,13 @@ import torch
 from axolotl.utils.dict import DictDefault
 from conftest import HIDDEN, LAYERS, build_adapter, build_model
 from tqdm import tqdm
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 from workspace import build_tokenizer
 
 from axolotl_reft.core.interventions import edit_sizes

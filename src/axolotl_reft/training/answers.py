@@ -47,8 +47,7 @@ def note_answers(trainer: Any) -> None:
     if in_trl:
         for state in states_of(trainer):
             state.trainer = type(trainer).__name__
-        _note_during(trainer, "compute_loss", partial(_refuse_tools, trainer))
-    by_batch = partial(_by_batch, refuses=in_trl)
+    by_batch = partial(_by_batch, trainer if in_trl else None)
     for names, find in ((_BY_BATCH, by_batch), (_BY_COLUMNS, answers_in_columns)):
         for name in names:
             if hasattr(trainer, name):
@@ -120,27 +119,29 @@ def _note_concatenated(trainer: Any) -> None:
     trainer.concatenated_inputs = noted
 
 
-def _by_batch(model: Any, inputs: Any, *_: Any, refuses: bool) -> FindAnswers | None:
+def _by_batch(trl: Any, model: Any, inputs: Any, *_: Any) -> FindAnswers | None:
     """Find the answers of a batch's ids, of which KTO has a second kind for its KL
-    term. Without any: refuse, or leave them to the model."""
+    term. Without any: refuse in a trainer of TRL's, or leave them to the model."""
     if not isinstance(inputs, Mapping):  # for a custom loss
         inputs = {}
+    if trl is not None and "tool_mask" in inputs:
+        _refuse_tools(trl)
     ids = [key for key in inputs if key.endswith("input_ids")]
     if not ids and {"prompt_ids", "completion_ids"} <= inputs.keys():
         parts = inputs["prompt_ids"] * 0, inputs["completion_ids"] * 0 + 1
         return partial(_look_up, [(None, torch.cat(parts, 1), 0)])
     kinds = [key.removesuffix("input_ids") for key in ids] or [""]
     batches = [_batch(inputs, kind) for kind in kinds]
-    if not refuses and all(mark is None for _, mark, _ in batches):
+    if trl is None and all(mark is None for _, mark, _ in batches):
         return None
     return partial(_look_up, batches)
 
 
-def _refuse_tools(trainer: Any, model: Any, inputs: Any, *_: Any) -> None:
+def _refuse_tools(trainer: Any) -> None:
     """Refuse completions with what tools answered, which was a prompt when they were
     generated: the policy's forward is told of columns alone."""
     specs = [spec for s in states_of(trainer) for spec in s.adapters.values()]
-    if "tool_mask" in inputs and any(not s.positions.everywhere for s in specs):
+    if not all(spec.positions.everywhere for spec in specs):
         raise ValueError(
             "GRPO with tools, environments or a rollout_func that returns env_mask: "
             "LoReFT cannot tell the tools' results in a completion from its answers; "
