@@ -321,9 +321,10 @@ def test_answers_that_a_trainer_knows_are_told_apart(tmp_path, known):
 
 
 def test_a_head_that_calls_past_the_backbone(tmp_path):
-    """OPT's, of whose layers' models another hook tells the batch."""
+    """The batch is the decoder's: the forward of the base model is not called."""
     sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48}
-    config = OPTConfig(vocab_size=len(TOKENIZER), num_hidden_layers=2, **sizes)
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OPTConfig(vocab_size=len(TOKENIZER), **sizes)
     model = build_adapter(OPTForCausalLM(config), positions="f2")
     told = []
     callback = FirstBatch(model, TOKENIZER, told.append)

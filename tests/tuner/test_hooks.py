@@ -174,26 +174,25 @@ def test_checkpointing_is_exact(tokens, architecture, component, use_reentrant):
     assert any(gradient.any() for gradient in expected)
 
 
+@pytest.mark.parametrize("failing", ["head", "base model", "decoder"])
 @torch.no_grad()
-def test_a_forward_after_one_that_failed_is_right(tokens):
+def test_a_forward_after_one_that_failed_is_right(tokens, failing):
     """The failed forward's context is still there, of whichever model began it."""
-    adapter = adapt(build("opt"))
-    ids, decoder = tokens(2, 9), adapter.base_model.model.model.decoder
-    expected = adapter(input_ids=ids).logits
-    states = decoder(input_ids=ids).last_hidden_state
+    adapter, ids = adapt(build("opt")), tokens(2, 9)
+    base_model = adapter.base_model.model.model
+    calls = {"head": adapter, "base model": base_model, "decoder": base_model.decoder}
+    succeeding = {"head": adapter, failing: calls[failing]}.values()
+    expected = [call(input_ids=ids)[0] for call in succeeding]
 
     def fail(module, args):
         raise InterruptedError
 
-    handle = decoder.layers[1].register_forward_pre_hook(fail)
-    for call in (adapter, decoder):
+    for call, result in zip(succeeding, expected, strict=True):
+        handle = base_model.decoder.layers[1].register_forward_pre_hook(fail)
         with pytest.raises(InterruptedError):
-            call(input_ids=tokens(2, 6))
+            calls[failing](input_ids=tokens(2, 6))
         handle.remove()
-        assert torch.equal(
-            call(input_ids=ids)[0], expected if call is adapter else states
-        )
-        handle = decoder.layers[1].register_forward_pre_hook(fail)
+        assert torch.equal(call(input_ids=ids)[0], result)
 
 
 @torch.no_grad()
