@@ -228,7 +228,7 @@ def test_names_that_cannot_be_are_refused(tokens):
             model.generate(ids, max_new_tokens=1, num_beams=2, adapter_names=names)
     with pytest.raises(TypeError, match="expected a list of str"):
         model(ids, adapter_names="default")
-    with pytest.raises(ValueError, match="when the model is in training mode"):
+    with pytest.raises(ValueError, match="`adapter_names` when .* training mode"):
         model.train()(ids, adapter_names=["default", "default"])
 
 
@@ -488,3 +488,26 @@ def test_names_that_contain_others_are_no_matter(tmp_path, tokens, name):
         loaded.load_adapter(tmp_path / name, name)
         loaded.set_adapter(name)
         assert torch.equal(loaded.eval()(ids).logits, expected)
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_loading_and_adding_freezes_what_pefts_lora_does(is_trainable, tmp_path):
+    def trained(config):
+        get_peft_model(build_model(), config).save_pretrained(tmp_path)
+        model = build_model()
+        model = PeftModel.from_pretrained(model, tmp_path, is_trainable=is_trainable)
+        yield model
+        model.load_adapter(tmp_path, "same", is_trainable=is_trainable)
+        yield model
+        model.load_adapter(tmp_path, "opposite", is_trainable=not is_trainable)
+        yield model
+        model.add_adapter("added", config)
+        yield model
+
+    def status(config):
+        return [model.get_model_status().requires_grad for model in trained(config)]
+
+    head = {"modules_to_save": ["lm_head"]}
+    loreft = status(LoreftConfig(tied_weights=False, **head))
+    assert loreft == status(peft.LoraConfig(target_modules=["q_proj"], **head))
+    assert loreft[0] == {"default": is_trainable}

@@ -114,7 +114,10 @@ class LoreftModel(BaseTuner):
         if not isinstance(names, (list, tuple)):
             raise TypeError(f"adapter_names: {type(names)}, expected a list of str")
         if self.training:
-            raise ValueError("adapter_names: not when the model is in training mode")
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call "
+                "model.eval() first"
+            )
         named = {name for name in names if name != BASE}
         if unknown := named - self.peft_config.keys():
             raise ValueError(
