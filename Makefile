@@ -2,6 +2,8 @@
 # make lint   ruff, codespell and mypy, in the environment as it is
 # make unit   the fast tests that need no axolotl, in the environment as it is
 # make test-axolotl, make test-slow   set up an environment and run those tests
+# make test-peft PEFT=path   PEFT's own tests with LoReFT, in the environment as it is;
+#                            path: PEFT's unpacked sdist, of the installed version
 # make demo   set it up and run the main job on a tiny model
 # make docs   draw the pictures and build the documentation's site in build/site
 # make bench  set it up and measure (benchmarks/README.md); SIZE=full takes hours
@@ -20,7 +22,7 @@ export TOKENIZERS_PARALLELISM := false
 # The models here are tiny: more threads wait for each other longer than they compute.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install lint unit test test-axolotl test-slow demo start-of-demo docs bench bench-environments clean
+.PHONY: install lint unit test test-axolotl test-slow test-peft demo start-of-demo docs bench bench-environments clean
 
 install: $(VENV)/installed
 
@@ -55,6 +57,9 @@ test-axolotl: install
 
 test-slow: install
 	$(PYTEST) -m slow
+
+test-peft:
+	python -m peft_suite $(PEFT)
 
 demo: start-of-demo install
 	python $(DEMO)/make_base.py

@@ -1,0 +1,1 @@
+"""PEFT's own generic tests, run with LoReFT (docs/peft-suite.md)."""
