@@ -505,9 +505,17 @@ def test_loading_and_adding_freezes_what_pefts_lora_does(is_trainable, tmp_path)
         yield model
 
     def status(config):
-        return [model.get_model_status().requires_grad for model in trained(config)]
+        return [
+            {
+                (name, parameter.requires_grad)
+                for path, parameter in model.named_parameters()
+                for name in model.peft_config
+                if f".{name}" in path
+            }
+            for model in trained(config)
+        ]
 
     head = {"modules_to_save": ["lm_head"]}
     loreft = status(LoreftConfig(tied_weights=False, **head))
     assert loreft == status(peft.LoraConfig(target_modules=["q_proj"], **head))
-    assert loreft[0] == {"default": is_trainable}
+    assert loreft[0] == {("default", is_trainable)}
