@@ -59,7 +59,7 @@ test-slow: install
 	$(PYTEST) -m slow
 
 test-peft:
-	python -m peft_suite $(PEFT)
+	python -m benchmarks.peft_suite $(PEFT)
 
 demo: start-of-demo install
 	python $(DEMO)/make_base.py

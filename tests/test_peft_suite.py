@@ -1,11 +1,11 @@
-"""The judge of PEFT's own tests (peft_suite/); these run outside CI."""
+"""The judge of PEFT's own tests (benchmarks/peft_suite/); these run outside CI."""
 
 import re
 
 import pytest
 
-from peft_suite.expected import EXPECTED, Expected, judge
-from peft_suite.plugin import Outcome
+from benchmarks.peft_suite.expected import EXPECTED, Expected, judge
+from benchmarks.peft_suite.plugin import Outcome
 
 LISTED = (Expected("merging is refused", "cannot be merged", (r"::test_merge\[",)),)
 MERGE = "test_a.py::T::test_merge[tied]"

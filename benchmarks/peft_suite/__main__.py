@@ -1,4 +1,4 @@
-"""Run PEFT's generic tests with LoReFT: ``python -m peft_suite CHECKOUT``.
+"""Run PEFT's generic tests with LoReFT: ``python -m benchmarks.peft_suite CHECKOUT``.
 
 CHECKOUT holds PEFT's sources and tests, such as its unpacked sdist. It must be of the
 version that is installed. More arguments are pytest's, such as ``-k merge``. Nothing is
@@ -25,16 +25,16 @@ import pytest
 import torch
 import transformers
 
-from peft_suite.expected import EXPECTED, judge
-from peft_suite.models import write_models
-from peft_suite.plugin import PACKAGE, LoreftPlugin, Outcome
-from peft_suite.replaced import REPLACED
+from benchmarks.peft_suite.expected import EXPECTED, judge
+from benchmarks.peft_suite.models import write_models
+from benchmarks.peft_suite.plugin import PACKAGE, LoreftPlugin, Outcome
+from benchmarks.peft_suite.replaced import REPLACED
 
 SHARED = ("testing_common", "testing_utils")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m peft_suite")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peft_suite")
     parser.add_argument("checkout", type=Path, help="PEFT's sources, with its tests")
     arguments, of_pytest = parser.parse_known_args()
     checkout = arguments.checkout.resolve()

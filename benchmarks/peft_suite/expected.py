@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from peft_suite.plugin import Outcome
+from benchmarks.peft_suite.plugin import Outcome
 
 
 class Expected(NamedTuple):

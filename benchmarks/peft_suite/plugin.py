@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from axolotl_reft import LoreftConfig
-from peft_suite.models import CustomModel
-from peft_suite.replaced import REPLACED
+from benchmarks.peft_suite.models import CustomModel
+from benchmarks.peft_suite.replaced import REPLACED
 
 PACKAGE = "peft_tests"  # The copy of PEFT's tests.
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from axolotl_reft import LoreftConfig
-from peft_suite.models import DECODERS
+from benchmarks.peft_suite.models import DECODERS
 
 VARIANTS = {"tied": True, "untied": False}
 
