@@ -59,13 +59,15 @@ class Generation:
         length of a static cache is on the device, so columns are counted here. Assisted
         decoding takes columns back, but none of the prompt.
         """
-        self.mask_BW = mask_BW
-        if mask_BW is not None:
-            self.past = mask_BW.shape[1] - tokens
-        else:
-            self.past = self.filled if has_cache else 0
-        self.filled = self.past + tokens
-        self.is_decode_step = self.past >= self.width
+        self.mask_BW, past = mask_BW, 0
+        if has_cache:
+            past = self.filled if mask_BW is None else mask_BW.shape[1] - tokens
+        self.go_to(past, tokens)
+
+    def go_to(self, past: int, tokens: int) -> None:
+        """Note a step of so many tokens T behind ``past`` columns."""
+        self.past, self.filled = past, past + tokens
+        self.is_decode_step = past >= self.width
 
     def prompts(self, turns: Turns, rows: int, device: torch.device) -> PromptSpans:
         """Return the prompts in all P columns, for as many rows as beams make."""

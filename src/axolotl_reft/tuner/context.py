@@ -165,6 +165,7 @@ class ThreadState:
 
     labels: Tensor | None = None  # of the model, for its backbone
     given: Mapping[str, Any] | None = None  # by a collator, under POSITIONS
+    mask: Any = None  # of the model, for a backbone that takes none
     generation: Generation | None = None
     step: Generation | None = None  # that it has prepared, for the next forward
     adapter_names: Sequence[str] | None = None  # of a batch's rows

@@ -97,6 +97,10 @@ class GenerateHooks:
         if thread.generation is not None:
             tokens, has_cache = tokens_of(inputs).shape[1], cache_of(inputs) is not None
             thread.generation.prepare(_mask_2d(kwargs), tokens, has_cache)
+            if "target_mapping" in inputs:
+                # XLNet has some tokens again, and its query in a column behind them.
+                ids_BW = args[0] if args else kwargs["input_ids"]
+                thread.generation.go_to(ids_BW.shape[1] + 1 - tokens, tokens)
             thread.step = thread.generation
         return inputs
 

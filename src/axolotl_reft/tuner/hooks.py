@@ -83,7 +83,8 @@ class ModelHooks:
             if module.can_generate():
                 hooks = GenerateHooks(module, self.state)
                 for name, method in hooks.methods().items():
-                    self._replace(module, name, method)
+                    if hasattr(module, name):
+                        self._replace(module, name, method)
 
     def _replace(
         self, module: nn.Module, name: str, method: Callable[..., Any]
@@ -128,11 +129,12 @@ class ModelHooks:
     def _before_model(
         self, module: nn.Module, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs] | None:
-        """Take what the backbone is not given: the labels, and a collator's indices."""
-        labels = kwargs.get("labels")
-        if labels is None and len(args) > 1:
+        """Take what the backbone is not given: the labels, a collator's indices, and of
+        some models the mask."""
+        inputs: Inputs = kwargs
+        if len(args) > 1:
             names = inspect.signature(module.forward).parameters
-            labels = dict(zip(names, args, strict=False)).get("labels")
+            inputs = dict(zip(names, args, strict=False)) | kwargs
         thread = self.state.thread
         thread.context = None  # of a forward that an exception ended
         if self._joins_samples and kwargs.get("position_ids") is not None:
@@ -140,7 +142,8 @@ class ModelHooks:
                 # Once: later batches must not wait for the answer.
                 warn_of_packed_samples(self._joins_samples, kwargs)
                 self._joins_samples = ""
-        thread.labels, thread.given = labels, kwargs.get(POSITIONS)
+        thread.labels, thread.given = inputs.get("labels"), kwargs.get(POSITIONS)
+        thread.mask = inputs.get("attention_mask")
         if thread.given is None:
             return None
         return args, {key: kwargs[key] for key in kwargs if key != POSITIONS}
@@ -159,8 +162,10 @@ class ModelHooks:
                 "launch, torchrun), or show Python one of them (CUDA_VISIBLE_DEVICES=0)"
             )
         inputs = _named(names, args, kwargs)
+        if thread.mask is not None and "attention_mask" not in names:
+            inputs = {**inputs, "attention_mask": thread.mask}
         labels, given, step = thread.labels, thread.given, thread.step
-        thread.labels = thread.given = thread.step = None
+        thread.labels = thread.given = thread.mask = thread.step = None
         context = self._context(inputs, labels, step, module.training)
         asked = inputs.get("output_hidden_states")
         default = getattr(module.config, "output_hidden_states", False)
