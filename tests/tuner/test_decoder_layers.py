@@ -73,5 +73,5 @@ def test_as_many_experts_as_layers_are_not_layers():
 def test_lists_beside_the_layers_are_passed_over():
     """Of norms, or projections for each layer, by names that come first."""
     model = build("MistralForCausalLM")
-    model.model.by_layer = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    model.model.h = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
     assert find_decoder_layers(model)[0] == "model.layers"
