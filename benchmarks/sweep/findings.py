@@ -1,0 +1,65 @@
+"""How a check ended, and the table's verdict of all of an architecture's."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# From the best to the worst.
+VERDICTS = ("right", "refused", "not compared", "not built", "WRONG")
+
+
+@dataclass
+class Finding:
+    """How one check of an architecture ended.
+
+    Attributes:
+        difference: the largest of the adapter's logits or gradients to the reference's,
+            over the largest; None where there was nothing to compare.
+        base: the same between two ways to run the base itself, where the check has two.
+    """
+
+    check: str
+    verdict: str
+    difference: float | None = None
+    base: float | None = None
+    message: str = ""
+
+
+@dataclass
+class Row:
+    """One architecture's row of the table."""
+
+    name: str
+    kind: str
+    model_type: str
+    findings: list[Finding] = field(default_factory=list)
+    note: str = ""
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        verdicts = {finding.verdict for finding in self.findings}
+        return max(verdicts, key=VERDICTS.index, default="not built")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def read(cls, saved: dict[str, Any]) -> Row:
+        findings = [Finding(**finding) for finding in saved["findings"]]
+        return cls(**saved | {"findings": findings})
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the package raised the error itself, and it is not a crash."""
+    if not isinstance(error, (ValueError, RuntimeError, TypeError)):
+        return False
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return "axolotl_reft" in last.filename and (last.line or "").startswith("raise")

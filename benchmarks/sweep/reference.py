@@ -1,0 +1,206 @@
+"""The plain reference: a copy of the bare base whose layers are edited by hooks.
+
+Its layers and positions are found without the package's code: the layers by watching
+which lists of modules a text runs through, the positions are written down by the check.
+
+Shapes: B batch, T tokens, D hidden size, R rank.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from axolotl_reft.core.interventions import Intervention
+
+# Two batches that tell the axes of hidden states: no two of the four are equal.
+_PROBES = (2, 29), (3, 42)
+Forward = Callable[[nn.Module, int, int], Any]
+
+
+class NotFound(Exception):
+    """The layers of the text model cannot be told from others by a text's way."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The list of layers that a text runs through.
+
+    Attributes:
+        path: of the list in the base.
+        calls: of each layer in one forward.
+        batch_axis: of the layers' outputs; None where rows are in one axis with tokens.
+        time_axis: likewise.
+        before: tokens that the model itself puts in front of the text.
+        shapes: of the outputs, for the two probes.
+    """
+
+    path: str
+    count: int
+    calls: tuple[int, ...]
+    batch_axis: int | None
+    time_axis: int
+    before: int
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def plain(self) -> bool:
+        return len(self.shapes[0]) == 3 and (self.batch_axis, self.time_axis) == (0, 1)
+
+    def note(self) -> str:
+        """Say what is unusual about the hidden states; empty where nothing is."""
+        notes = [] if self.plain else [f"hidden states {self.shapes[0]}"]
+        (_, tokens), (_, more) = _PROBES
+        sizes = [shape[self.time_axis] for shape in self.shapes]
+        if self.batch_axis is not None and sizes != [tokens, more]:
+            notes.append(f"{tokens} tokens are {sizes[0]} inside, {more} are {sizes[1]}")
+        if set(self.calls) != {1}:
+            notes.append(f"layers run {self.calls} times a forward")
+        return "; ".join(notes)
+
+
+def find_layers(base: PreTrainedModel, width: int, forward: Forward) -> Layers:
+    """Return the outermost list of modules all of which are called, and return hidden
+    states of this width, when the model reads a text."""
+    seen = [_watch(base, width, forward, *probe) for probe in _PROBES]
+    lists = [
+        (path.count("."), order, path, len(module))
+        for order, (path, module) in enumerate(base.named_modules())
+        if isinstance(module, nn.ModuleList) and len(module) > 1
+    ]
+    found = [
+        entry
+        for entry in lists
+        if all(f"{entry[2]}.{n}" in shapes for shapes in seen for n in range(entry[3]))
+    ]
+    if not found:
+        raise NotFound("no list of modules returns hidden states of the text")
+    _, _, path, count = min(found)
+    calls = tuple(len(seen[0][f"{path}.{n}"]) for n in range(count))
+    shapes = tuple(shapes[f"{path}.0"][0] for shapes in seen)
+    return Layers(path, count, calls, *_axes(*shapes), shapes)
+
+
+def _axes(first: Sequence[int], second: Sequence[int]) -> tuple[int | None, int, int]:
+    (rows, tokens), (more_rows, more_tokens) = _PROBES
+    batch = time = None
+    for axis, sizes in enumerate(zip(first, second, strict=True)):
+        if sizes == (rows, more_rows) and batch is None:
+            batch = axis
+        elif sizes == (rows * tokens, more_rows * more_tokens):
+            return None, axis, 0
+        elif sizes[0] != sizes[1]:
+            time = axis
+    if batch is None or time is None:
+        raise NotFound(f"hidden states of shape {first} and {second}")
+    extra = first[time] - tokens
+    before = extra if extra == second[time] - more_tokens else 0
+    return batch, time, before
+
+
+def _watch(
+    base: PreTrainedModel, width: int, forward: Forward, rows: int, tokens: int
+) -> dict[str, list[tuple[int, ...]]]:
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+
+    def note(path: str, output: Any) -> None:
+        h = _hidden_states(output)
+        if h is not None and h.shape[-1] == width:
+            shapes.setdefault(path, []).append(tuple(h.shape))
+
+    handles = [
+        module.register_forward_hook(lambda m, args, out, p=path: note(p, out))
+        for path, module in base.named_modules()
+    ]
+    try:
+        with torch.no_grad():
+            forward(base, rows, tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
+def _hidden_states(output: Any) -> Tensor | None:
+    if isinstance(output, dict):
+        output = next(iter(output.values()), None)
+    if isinstance(output, (tuple, list)):
+        output = output[0] if output else None
+    return output if isinstance(output, Tensor) and output.ndim > 1 else None
+
+
+class Reference:
+    """A copy of the base that edits the columns which it is told, in every layer.
+
+    Args:
+        interventions: of the adapter, one a layer; their parameters are used as they
+            are, so that gradients can be compared.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, layers: Layers, interventions: list[Intervention]
+    ) -> None:
+        self.model = copy.deepcopy(base)
+        self.model.requires_grad_(False)
+        self.layers = layers
+        self._columns: list[list[int]] | None = None
+        self._prompt = 0
+        modules = self.model.get_submodule(layers.path)
+        for module, intervention in zip(modules, interventions, strict=True):
+            module.register_forward_hook(self._hook(intervention))
+
+    @contextmanager
+    def editing(
+        self, columns: list[list[int]] | None, prompt: int = 0
+    ) -> Iterator[PreTrainedModel]:
+        """Edit these columns of each row in forwards of at least ``prompt`` tokens;
+        None edits every token of every forward."""
+        self._columns, self._prompt = columns, prompt
+        yield self.model
+
+    def _hook(self, intervention: Intervention) -> Callable[..., Any]:
+        def edit(module: nn.Module, args: Any, output: Any) -> Any:
+            h = _hidden_states(output)
+            assert h is not None
+            edited = self._edited(h, intervention)
+            if isinstance(output, Tensor):
+                return edited
+            if isinstance(output, dict):
+                output[next(iter(output))] = edited
+                return output
+            return type(output)([edited, *output[1:]])
+
+        return edit
+
+    def _edited(self, h: Tensor, intervention: Intervention) -> Tensor:
+        batch, time = self.layers.batch_axis, self.layers.time_axis
+        if batch is None:
+            rows = len(self._columns or [0])
+            h_BTD = h.unflatten(time, (rows, -1)).movedim((time, time + 1), (0, 1))
+        else:
+            h_BTD = h.movedim((batch, time), (0, 1))
+        if self._columns is None:
+            new_BTD = change(h_BTD, intervention)
+        else:
+            new_BTD = h_BTD.clone()
+            if h_BTD.shape[1] >= self._prompt:
+                for row, columns in enumerate(self._columns):
+                    at = [self.layers.before + column for column in columns]
+                    new_BTD[row, at] = change(h_BTD[row, at], intervention)
+        if batch is None:
+            return new_BTD.movedim((0, 1), (time, time + 1)).flatten(time, time + 1)
+        return new_BTD.movedim((0, 1), (batch, time))
+
+
+def change(h: Tensor, intervention: Intervention) -> Tensor:
+    """Return h + Rᵀ(Wh + b − Rh)."""
+    r_DR = intervention.rotate_layer.weight
+    source = intervention.learned_source
+    return h + (h @ source.weight.T + source.bias - h @ r_DR) @ r_DR.T

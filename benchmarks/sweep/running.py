@@ -1,0 +1,127 @@
+"""Runs the checks of architectures, each in a process of its own with a time limit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.sweep.architectures import Architecture
+from benchmarks.sweep.building import build
+from benchmarks.sweep.checks import CHECKS, Subject
+from benchmarks.sweep.findings import Finding, Row, first_line, is_refusal
+from benchmarks.sweep.reference import NotFound
+
+
+def check(architecture: Architecture) -> Row:
+    """Build an architecture and run every check of it."""
+    began = time.monotonic()
+    row = Row(architecture.name, architecture.kind, architecture.model_type)
+    row.findings += _findings(architecture, row)
+    row.seconds = round(time.monotonic() - began, 2)
+    return row
+
+
+def _findings(architecture: Architecture, row: Row) -> Iterator[Finding]:
+    try:
+        base = build(architecture)
+        base_config = base.config.get_text_config()
+        del base_config
+    except Exception as error:
+        yield Finding("build", "not built", message=first_line(error))
+        return
+    try:
+        subject = Subject(base, architecture.kind)
+        subject.adapter
+    except Exception as error:
+        yield _failed("adapter", error)
+        return
+    try:
+        with torch.no_grad():
+            subject.forward(base, 2, 29)
+    except Exception as error:
+        message = f"the base itself: {first_line(error)}"
+        yield Finding("base", "not compared", message=message)
+        return
+    try:
+        row.note = subject.layers.note()
+    except NotFound as error:
+        row.note = str(error)
+    for run in CHECKS:
+        try:
+            yield from run(subject)
+        except NotFound as error:
+            yield Finding(run.__name__, "not compared", message=str(error))
+            return
+        except Exception as error:
+            found = _failed(run.__name__, error)
+            yield found
+            if run is CHECKS[0]:
+                return
+
+
+def _failed(name: str, error: Exception) -> Finding:
+    if is_refusal(error):
+        return Finding(name, "refused", message=first_line(error))
+    return Finding(name, "WRONG", message=first_line(error))
+
+
+def _child(architecture: Architecture, connection: Connection) -> None:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    connection.send(json.dumps(check(architecture).to_dict()))
+    connection.close()
+
+
+def run(
+    chosen: list[Architecture],
+    jobs: int,
+    limit: float,
+    report: Callable[[Row], None],
+) -> list[Row]:
+    """Check each in a child process, so that a hang or a crash ends only its own."""
+    # Forked: importing transformers takes longer than the checks.
+    processes = multiprocessing.get_context("fork")
+    waiting, running, rows = list(reversed(chosen)), {}, []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            architecture = waiting.pop()
+            ours, theirs = processes.Pipe(duplex=False)
+            process = processes.Process(target=_child, args=(architecture, theirs))
+            process.start()
+            theirs.close()
+            running[ours] = architecture, process, time.monotonic()
+        done: list[Any] = wait(list(running), timeout=1)
+        for connection, (architecture, process, began) in list(running.items()):
+            late = time.monotonic() - began > limit
+            if connection not in done and not late:
+                continue
+            del running[connection]
+            row = _received(connection, architecture, process, late and connection not in done)
+            rows.append(row)
+            report(row)
+    return rows
+
+
+def _received(
+    connection: Connection, architecture: Architecture, process: Any, late: bool
+) -> Row:
+    try:
+        if not late:
+            return Row.read(json.loads(connection.recv()))
+        message = "not done in time"
+    except EOFError:
+        message = "the process crashed"
+    finally:
+        process.kill()
+        process.join()
+    finding = Finding("run", "WRONG", message=message)
+    return Row(architecture.name, architecture.kind, architecture.model_type, [finding])
