@@ -1,41 +1,70 @@
-"""``python -m benchmarks.sweep``: check every architecture, and write the table."""
+"""``python -m benchmarks.sweep``: check every architecture, and write the page."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import sys
+from collections import Counter
 from pathlib import Path
 
+from benchmarks.sweep import table
 from benchmarks.sweep.architectures import architectures
 from benchmarks.sweep.findings import Row
 from benchmarks.sweep.running import run
 
 
-def _report(row: Row) -> None:
-    worst = [f for f in row.findings if f.verdict == row.verdict]
-    why = ""
-    if row.verdict != "right":
-        why = "; ".join(
-            f"{f.check}" + (f" {f.difference:.1e}" if f.difference is not None else "")
-            + (f" (base {f.base:.1e})" if f.base is not None else "") + f" {f.message}"
-            for f in worst
-        )
-    print(f"{row.verdict:16} {row.name} [{row.kind}] {row.seconds}s {row.note} | {why}", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sweep",
+        description="Compare LoReFT on every architecture of the installed transformers "
+        "with a plain reference; exits with 1 where one is wrong.",
+    )
     parser.add_argument("names", nargs="*", help="model classes; all if left out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--limit", type=float, default=120, help="seconds for each")
-    parser.add_argument("--results", type=Path, default=Path("build/sweep.json"))
-    options = parser.parse_args()
-    chosen = [a for a in architectures() if not options.names or a.name in options.names]
+    parser.add_argument(
+        "--limit", type=float, default=120, help="seconds for each architecture"
+    )
+    parser.add_argument("--json", type=Path, help="where all findings go")
+    parser.add_argument(
+        "--write", action="store_true", help=f"write {table.PAGE.name}, of all"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="fail where the page has other results"
+    )
+    return parser
+
+
+def _report(row: Row) -> None:
+    line = f"{row.verdict:12} {row.kind:10} {row.name} {row.seconds:.1f} s"
+    print("  ".join(filter(None, [line, row.note, table.why(row)])), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    known = {architecture.name: architecture for architecture in architectures()}
+    if unknown := [name for name in options.names if name not in known]:
+        parser.error(f"transformers has no {', '.join(unknown)} that takes text")
+    if options.write and options.names:
+        parser.error("--write: the page has every architecture; leave the names out")
+    chosen = [known[name] for name in options.names] or list(known.values())
     rows = run(chosen, options.jobs, options.limit, _report)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps([row.to_dict() for row in rows]))
+    print(dict(Counter(row.verdict for row in rows)))
+    if options.json:
+        options.json.write_text(json.dumps([row.to_dict() for row in rows], indent=1))
+    if options.write:
+        table.PAGE.write_text(table.markdown(rows))
+    failed = any(row.verdict == "WRONG" for row in rows)
+    if options.check:
+        listed = table.verdicts(table.PAGE.read_text())
+        for row in rows:
+            if listed.get(row.name) != row.verdict:
+                failed = True
+                print(f"{row.name}: {row.verdict}, and the page has {listed.get(row.name)}")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

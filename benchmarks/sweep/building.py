@@ -23,7 +23,7 @@ _LARGEST = 20_000_000
 _SIZES: list[tuple[str, int]] = [
     (r"(num_hidden|num|n|encoder|decoder|conf_num_hidden|num_global|aligner_num_add"
      r"|num_encoder|num_decoder)_layers?|n_layer|depth|layers|resampler_depth"
-     r"|num_layers_per_stack", LAYERS),
+     r"|num_layers_per_stack|num_blocks", LAYERS),
     (r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|num_blocks_moe", 4),
     (r"num_experts_per_tok|moe_k|moe_top_?k|top_k|num_experts_per_token|topk_group"
      r"|n_group|num_shared_experts|n_shared_experts|moe_num_shared_experts", 2),
@@ -62,6 +62,7 @@ _SIZES: list[tuple[str, int]] = [
      r"|context_length|max_source_positions", 128),
     (r"image_size|resolution", 32),
     (r"patch_size", 8),
+    (r"mm_tokens_per_image", 4),
     (r"base_channels|latent_channels|enc_channels", 32),
     (r"num_kv_shared_layers", 2),
     (r"index_topk", 6),
@@ -130,6 +131,8 @@ class _Shrinking:
             if key in _LEFT_OUT or (key in plain and plain[key] == value):
                 continue
             small[key] = self._value(str(key), value, layers)
+        if "kv_lora_rank" in small:
+            small["num_key_value_heads"] = small["num_attention_heads"]
         return small
 
     def _value(self, key: str, value: Any, layers: int) -> Any:

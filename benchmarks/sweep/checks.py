@@ -9,6 +9,8 @@ import copy
 import inspect
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -19,12 +21,13 @@ from transformers import PreTrainedModel
 
 from axolotl_reft import LoreftConfig
 from axolotl_reft.core.interventions import Intervention
-from benchmarks.sweep.building import FIRST_SPECIAL
-from benchmarks.sweep.findings import Finding
-from benchmarks.sweep.reference import Layers, Reference, find_layers
+from benchmarks.sweep.findings import BaseFailed, Finding, failed, first_line
+from benchmarks.sweep.inputs import Inputs, others
+from benchmarks.sweep.reference import Layers, NotFound, Reference, find_layers
 
 TOLERANCE = 1e-4
-LENGTH, SHORTER, PROMPT, SHORTER_PROMPT = 37, 30, 21, 17
+# Of the text; tokens of images and sounds come before it.
+_LENGTH, _SHORTER, _PROMPT, _SHORTER_PROMPT = 37, 30, 21, 17
 NEW = 4
 _POSITIONS = "f2+l2"
 _RANK = 3
@@ -33,20 +36,21 @@ _RANK = 3
 class Subject:
     """An architecture's base, with what the checks make of it."""
 
-    def __init__(self, base: PreTrainedModel, kind: str) -> None:
-        self.base, self.kind = base, kind
-        self.generates = kind in ("causal", "multimodal") and base.can_generate()
+    def __init__(self, base: PreTrainedModel, kind: str, inputs: Inputs) -> None:
+        self.base, self.kind, self.inputs = base, kind, inputs
+        self.generates = base.can_generate()
         parameters = inspect.signature(base.forward).parameters
         self.takes_labels = "labels" in parameters and self.kind != "encoder"
         self.takes_mask = "attention_mask" in parameters
-        config = base.config.get_text_config()
-        self.width = config.hidden_size
+        count = inputs.count
+        self.length, self.shorter = _LENGTH + count, _SHORTER + count
+        self.prompt, self.shorter_prompt = _PROMPT + count, _SHORTER_PROMPT + count
+        self.width = base.config.get_text_config().hidden_size
 
     # --- inputs --------------------------------------------------------------------
 
     def ids(self, rows: int, tokens: int, seed: int = 0) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(5, FIRST_SPECIAL, (rows, tokens), generator=generator)
+        return self.inputs.ids(rows, tokens, seed)
 
     def padded(self, left: bool, lengths: tuple[int, int]) -> dict[str, Tensor]:
         """Return a batch of two rows, the second of which is shorter."""
@@ -63,9 +67,8 @@ class Subject:
 
     def batch(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> dict[str, Any]:
         mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
-        if not self.takes_mask:
-            return {"input_ids": ids_BT}
-        return {"input_ids": ids_BT, "attention_mask": mask_BT}
+        inputs = {"input_ids": ids_BT, **self.inputs.extras(ids_BT)}
+        return inputs | {"attention_mask": mask_BT} if self.takes_mask else inputs
 
     def forward(self, model: nn.Module, rows: int, tokens: int) -> Tensor:
         return output(model(**self.batch(self.ids(rows, tokens))))
@@ -122,6 +125,15 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """Tell errors of the base and the reference from the adapter's."""
+    try:
+        yield
+    except Exception as error:
+        raise BaseFailed(first_line(error)) from error
+
+
 def columns(*texts: tuple[int, int]) -> list[list[int]]:
     """Return the first two and the last two columns of texts from, to."""
     return [[begin, begin + 1, end - 2, end - 1] for begin, end in texts]
@@ -133,21 +145,36 @@ def finding(check: str, difference: float, base: float | None = None) -> Finding
     return Finding(check, verdict, difference, base)
 
 
+def checked(
+    run: Callable[[Subject], Iterator[Finding]], subject: Subject
+) -> Iterator[Finding]:
+    """Run a check; an error is a finding too."""
+    try:
+        yield from run(subject)
+    except NotFound as error:
+        yield Finding(run.__name__, "not compared", message=str(error))
+    except BaseFailed as error:
+        yield Finding(run.__name__, "base itself", message=str(error))
+    except Exception as error:
+        yield failed(run.__name__, error)
+
+
 # --- the checks ------------------------------------------------------------------------
 
 
 def one_row(subject: Subject) -> Iterator[Finding]:
     """One row's logits are the reference's."""
-    batch = subject.batch(subject.ids(1, LENGTH))
+    batch = subject.batch(subject.ids(1, subject.length))
     with torch.no_grad():
+        with by_itself():
+            plain = output(subject.base(**batch))
         got = output(subject.adapter(**batch))
-        plain = output(subject.base(**batch))
         count = len(interventions(subject.adapter))
         if count != subject.layers.count:
             message = f"edits {count} layers of {subject.layers.count}"
             yield Finding("one row", "WRONG", message=message)
             return
-        with subject.reference.editing(columns((0, LENGTH))) as model:
+        with subject.reference.editing(columns((0, subject.length))) as model:
             expected = output(model(**batch))
         if relative(expected, plain) < 10 * TOLERANCE:
             yield Finding("one row", "not compared", message="the edit has no effect")
@@ -166,15 +193,15 @@ def batches(subject: Subject) -> Iterator[Finding]:
     for name, left in sides.items():
         if left is not None and not subject.takes_mask:
             continue
-        shorter = LENGTH if left is None else SHORTER
-        batch = subject.padded(bool(left), (LENGTH, shorter))
-        begin = LENGTH - shorter if left else 0
+        shorter = subject.length if left is None else subject.shorter
+        batch = subject.padded(bool(left), (subject.length, shorter))
+        begin = subject.length - shorter if left else 0
         text = slice(begin, begin + shorter)
         alone = subject.batch(batch["input_ids"][1:, text])
         with torch.no_grad():
             got = output(subject.adapter(**batch))
             with subject.reference.editing(
-                columns((0, LENGTH), (begin, begin + shorter))
+                columns((0, subject.length), (begin, begin + shorter))
             ) as model:
                 expected = output(model(**batch))
             by_itself = output(subject.adapter(**alone))
@@ -194,7 +221,9 @@ def batches(subject: Subject) -> Iterator[Finding]:
 def labels(subject: Subject) -> Iterator[Finding]:
     """Loss and gradients are the reference's."""
     batch, where = training_batch(subject)
-    expected_loss, expected = gradients(subject, subject.reference.model, batch, where)
+    with by_itself():
+        loss_and_gradients = gradients(subject, subject.reference.model, batch, where)
+    expected_loss, expected = loss_and_gradients
     loss, got = gradients(subject, subject.adapter, batch, None)
     yield finding("loss", relative(loss, expected_loss))
     yield finding("gradients", _worst(got, expected))
@@ -203,17 +232,17 @@ def labels(subject: Subject) -> Iterator[Finding]:
 
 
 def training_batch(subject: Subject) -> tuple[dict[str, Tensor], list[list[int]]]:
-    batch = subject.padded(False, (LENGTH, SHORTER))
+    batch = subject.padded(False, (subject.length, subject.shorter))
     if not subject.takes_mask:
-        batch = subject.batch(subject.ids(2, LENGTH))
-    shorter = SHORTER if subject.takes_mask else LENGTH
-    where = columns((0, LENGTH), (0, shorter))
+        batch = subject.batch(subject.ids(2, subject.length))
+    shorter = subject.shorter if subject.takes_mask else subject.length
+    where = columns((0, subject.length), (0, shorter))
     if subject.takes_labels:
         labels_BT = batch["input_ids"].clone()
         labels_BT[1, shorter:] = -100
         if subject.generates:
-            labels_BT[0, :PROMPT] = labels_BT[1, :SHORTER_PROMPT] = -100
-            where = columns((0, PROMPT), (0, SHORTER_PROMPT))
+            labels_BT[0, :subject.prompt] = labels_BT[1, :subject.shorter_prompt] = -100
+            where = columns((0, subject.prompt), (0, subject.shorter_prompt))
         batch["labels"] = labels_BT
     return batch, where
 
@@ -258,8 +287,11 @@ def checkpointing(subject: Subject) -> Iterator[Finding]:
     batch, where = training_batch(subject)
     model = subject.reference.model.train()
     try:
-        _, expected = gradients(subject, model, batch, where)
-        _, again = gradients(subject, model, batch, where)
+        with by_itself():
+            _, expected = gradients(subject, model, batch, where)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            _, again = gradients(subject, model, batch, where)
+            model.gradient_checkpointing_disable()
         base = _worst(again, expected)
         for reentrant in (False, True):
             adapter = subject.adapter.train()
@@ -279,18 +311,19 @@ def caches(subject: Subject) -> Iterator[Finding]:
     """Greedy generation with a cache and without gives the reference's logits."""
     if not subject.generates:
         return
-    row = subject.batch(subject.ids(1, LENGTH, seed=3))
-    prompts = {"generate": (row, columns((0, LENGTH)))}
+    row = subject.batch(subject.ids(1, subject.length, seed=3))
+    prompts = {"generate": (row, columns((0, subject.length)))}
     if subject.takes_mask:
-        both = subject.padded(True, (LENGTH, SHORTER))
-        at = columns((0, LENGTH), (LENGTH - SHORTER, LENGTH))
+        both = subject.padded(True, (subject.length, subject.shorter))
+        at = columns((0, subject.length), (subject.length - subject.shorter, subject.length))
         prompts["generate, left padding"] = (both, at)
     for name, (batch, where) in prompts.items():
         found = {}
         for use_cache in (False, True):
-            with subject.reference.editing(where, LENGTH) as model:
-                expected = greedy(model, batch, use_cache)
-            plain = greedy(subject.base, batch, use_cache)
+            with by_itself():
+                with subject.reference.editing(where, subject.length) as model:
+                    expected = greedy(model, batch, use_cache)
+                plain = greedy(subject.base, batch, use_cache)
             got = greedy(subject.adapter, batch, use_cache)
             found[use_cache] = got, plain
             suffix = "" if use_cache else ", no cache"
@@ -332,12 +365,24 @@ def _agreement(got: Steps, expected: Steps) -> float:
 
 def reload(subject: Subject) -> Iterator[Finding]:
     """A saved adapter on a fresh base has the same logits."""
-    batch = subject.batch(subject.ids(2, LENGTH))
+    batch = subject.batch(subject.ids(2, subject.length))
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
         subject.adapter.save_pretrained(directory)
         loaded = PeftModel.from_pretrained(copy.deepcopy(subject.base), directory)
         expected = output(subject.adapter(**batch))
         yield finding("reload", relative(output(loaded.eval()(**batch)), expected))
+
+
+def other_inputs(subject: Subject) -> Iterator[Finding]:
+    """With images and sounds before the text, which no layer of theirs changes."""
+    if subject.kind != "multimodal" or subject.inputs.name != "text":
+        return
+    for inputs in others(subject.base):
+        with_others = Subject(subject.base, subject.kind, inputs)
+        with_others.adapter, with_others.layers = subject.adapter, subject.layers
+        for run in (one_row, batches, labels, caches):
+            for found in checked(run, with_others):
+                yield replace(found, check=f"{inputs.name}: {found.check}")
 
 
 CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
@@ -347,4 +392,5 @@ CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     caches,
     reload,
     checkpointing,
+    other_inputs,
 )

@@ -17,6 +17,8 @@ _SPARSE = {
     "ple_embed_dim": 64,
     "ngram_vocab_size_base": 200,
 }
+_QUERIES = {"num_query_tokens": 4, "image_token_index": 150}
+_PINPOINTS = {"image_grid_pinpoints": [[32, 32]]}
 _VOCABULARY_MAP = {"<image>": 100, "IMGIMGAZ": 101}
 _ZAMBA = {
     "attention_hidden_size": 128,
@@ -26,8 +28,36 @@ _ZAMBA = {
 _REFORMER = {"axial_pos_embds": False, "hash_seed": 0}
 _BIG_BIRD = {"block_size": 4, "num_random_blocks": 1}
 
+
+
+def _sections(*sizes: int) -> dict[str, Any]:
+    """Return parts of the rotary dimension for time, height and width."""
+    return {"text_config": {"rope_parameters": _ROPE | {"mrope_section": list(sizes)}}}
+
+
 # By model class; an ellipsis leaves a setting out, so that the config derives it.
 CHANGES: dict[str, dict[str, Any]] = {
+    "AriaForConditionalGeneration": {
+        "projector_patch_to_query_dict": {16: 4},
+        "max_value_projector_patch_to_query_dict": 4,
+    },
+    "Blip2ForConditionalGeneration": _QUERIES,
+    "InstructBlipForConditionalGeneration": _QUERIES,
+    "InstructBlipVideoForConditionalGeneration": {
+        "num_query_tokens": 4,
+        "video_token_index": 150,
+    },
+    "Kosmos2ForConditionalGeneration": {"latent_query_num": 4},
+    "Exaone4_5_ForConditionalGeneration": {"vision_config": {"window_size": 32}},
+    "GlmAsrForConditionalGeneration": {"audio_config": {"intermediate_size": 256}},
+    "VoxtralForConditionalGeneration": {
+        "audio_token_id": 150,
+        "audio_config": {"intermediate_size": 256},
+    },
+    "LlavaNextForConditionalGeneration": _PINPOINTS,
+    "LlavaNextVideoForConditionalGeneration": _PINPOINTS,
+    "LlavaOnevisionForConditionalGeneration": _PINPOINTS,
+    "VipLlavaForConditionalGeneration": {"vision_feature_layers": [-2, -3]},
     "ChameleonForConditionalGeneration": {"vocabulary_map": _VOCABULARY_MAP},
     "Cosmos3EdgeForConditionalGeneration": {
         "text_config": {"rope_parameters": {"mrope_section": [4, 2, 2]}}
@@ -67,11 +97,37 @@ CHANGES: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[1, 1]],
     },
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
+    "PerceiverForMaskedLM": {"num_blocks": 1},
+    "MobileBertForMaskedLM": {"normalization_type": "layer_norm"},
+    "MobileBertModel": {"normalization_type": "layer_norm"},
+    "Step3p7ForConditionalGeneration": {"text_config": {"sliding_window": 8}},
+    "Qwen2VLForConditionalGeneration": _sections(3, 3, 2),
+    "Qwen2_5_VLForConditionalGeneration": _sections(3, 3, 2)
+    | {"vision_config": {"window_size": 32}},
+    "PaddleOCRVLForConditionalGeneration": _sections(3, 3, 2),
+    "Glm4vForConditionalGeneration": _sections(2, 3, 3),
+    "Glm46VForConditionalGeneration": _sections(2, 3, 3),
+    "GlmOcrForConditionalGeneration": _sections(2, 3, 3),
+    "Glm4vMoeForConditionalGeneration": _sections(2, 1, 1),
+    "Qwen2_5OmniThinkerForConditionalGeneration": {"vision_start_token_id": 150}
+    | _sections(3, 3, 2),
+    "Qwen3OmniMoeThinkerForConditionalGeneration": {"vision_start_token_id": 150}
+    | _sections(3, 3, 2),
+    "Mistral4ForCausalLM": {"head_dim": 32},
+    "MllamaTextModel": {"cross_attention_layers": []},
+    "xLSTMForCausalLM": {"chunk_size": 16, "qk_dim_factor": 1.0},
+    "HunYuanVLForConditionalGeneration": _sections(2, 2, 2, 2),
     "HrmTextForCausalLM": {"num_hidden_layers": ...},
-    "DbrxForCausalLM": {"attn_config": {"rope_theta": 10000.0}},
+    "DbrxForCausalLM": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "BltForCausalLM": {"encoder_hash_byte_group_vocab": 100},
-    "GraniteSpeechForConditionalGeneration": {"encoder_config": {"hidden_dim": 64}},
-    "GraniteSpeechPlusForConditionalGeneration": {"encoder_config": {"hidden_dim": 64}},
+    "GraniteSpeechForConditionalGeneration": {
+        "encoder_config": {"hidden_dim": 64, "context_size": 16},
+        "window_size": 10,
+    },
+    "GraniteSpeechPlusForConditionalGeneration": {
+        "encoder_config": {"hidden_dim": 64, "context_size": 16},
+        "window_size": 10,
+    },
     "KyutaiSpeechToTextForConditionalGeneration": {
         "codec_config": {"upsample_groups": 64}
     },
@@ -88,7 +144,10 @@ CHANGES: dict[str, dict[str, Any]] = {
         "vision_config": {"embed_dim": [16, 32, 64, 64]}
     },
     "ZambaForCausalLM": _ZAMBA,
-    "Zamba2ForCausalLM": _ZAMBA | {"mamba_headdim": 16, "hybrid_layer_ids": [1, 3]},
+    "Zamba2ForCausalLM": _ZAMBA | {
+        "mamba_headdim": 32,
+        "hybrid_layer_ids": [1, 3],
+    },
     "Qwen3OmniMoeForConditionalGeneration": {"enable_audio_output": False},
     "XmodForCausalLM": {"default_language": "en_XX"},
     "XmodForMaskedLM": {"default_language": "en_XX"},
@@ -96,8 +155,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "MllamaForCausalLM": {"cross_attention_layers": []},
     "MllamaForConditionalGeneration": {"text_config": {"cross_attention_layers": [1]}},
     "BambaForCausalLM": {"attn_layer_indices": [1, 3]},
-    # Its encoder has other layers than its decoder.
-    "BlenderbotForCausalLM": {"encoder_layers": 2},
     "BigBirdForCausalLM": _BIG_BIRD,
     "BigBirdForMaskedLM": _BIG_BIRD,
     "BigBirdModel": _BIG_BIRD,

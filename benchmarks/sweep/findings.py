@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 # From the best to the worst.
-VERDICTS = ("right", "refused", "not compared", "not built", "WRONG")
+VERDICTS = ("base itself", "right", "refused", "not compared", "not built", "WRONG")
 
 
 @dataclass
@@ -26,6 +26,10 @@ class Finding:
     base: float | None = None
     message: str = ""
 
+    @property
+    def is_refused_input(self) -> bool:
+        return self.verdict == "refused" and ": " in self.check
+
 
 @dataclass
 class Row:
@@ -40,7 +44,8 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        verdicts = {finding.verdict for finding in self.findings}
+        # What is refused only with images or sounds is said in a note.
+        verdicts = {f.verdict for f in self.findings if not f.is_refused_input}
         return max(verdicts, key=VERDICTS.index, default="not built")
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,12 +57,22 @@ class Row:
         return cls(**saved | {"findings": findings})
 
 
+class BaseFailed(Exception):
+    """The base by itself, or the reference, does not do what is checked."""
+
+
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
-def is_refusal(error: BaseException) -> bool:
+def failed(check: str, error: Exception) -> Finding:
+    """Return the finding of a check that ended in an error of the adapter's."""
+    verdict = "refused" if _is_refusal(error) else "WRONG"
+    return Finding(check, verdict, message=first_line(error))
+
+
+def _is_refusal(error: BaseException) -> bool:
     """Whether the package raised the error itself, and it is not a crash."""
     if not isinstance(error, (ValueError, RuntimeError, TypeError)):
         return False

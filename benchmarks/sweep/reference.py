@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,28 +68,30 @@ class Layers:
 
 
 def find_layers(base: PreTrainedModel, width: int, forward: Forward) -> Layers:
-    """Return the outermost list of modules all of which are called, and return hidden
-    states of this width, when the model reads a text."""
+    """Return the outermost list of modules most of which are called, and return hidden
+    states of this width and of the text's length, when the model reads a text."""
     seen = [_watch(base, width, forward, *probe) for probe in _PROBES]
-    lists = [
-        (path.count("."), order, path, len(module))
-        for order, (path, module) in enumerate(base.named_modules())
-        if isinstance(module, nn.ModuleList) and len(module) > 1
-    ]
-    found = [
-        entry
-        for entry in lists
-        if all(f"{entry[2]}.{n}" in shapes for shapes in seen for n in range(entry[3]))
-    ]
+    found = []
+    for path, module in base.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1:
+            calls = tuple(len(seen[0].get(f"{path}.{n}", ())) for n in range(len(module)))
+            called = [n for n in range(len(module)) if calls[n]]
+            if 2 * len(called) <= len(module):
+                continue
+            shapes = tuple(shapes[f"{path}.{called[0]}"][0] for shapes in seen)
+            axes = _axes(*shapes, width)
+            if axes is not None:
+                found.append(Layers(path, len(module), calls, *axes, shapes))
     if not found:
         raise NotFound("no list of modules returns hidden states of the text")
-    _, _, path, count = min(found)
-    calls = tuple(len(seen[0][f"{path}.{n}"]) for n in range(count))
-    shapes = tuple(shapes[f"{path}.0"][0] for shapes in seen)
-    return Layers(path, count, calls, *_axes(*shapes), shapes)
+    return min(found, key=lambda layers: layers.path.count("."))
 
 
-def _axes(first: Sequence[int], second: Sequence[int]) -> tuple[int | None, int, int]:
+def _axes(
+    first: Sequence[int], second: Sequence[int], width: int
+) -> tuple[int | None, int, int] | None:
+    """Return the axes of rows and tokens, and the tokens in front of the text's; None
+    where a shape does not follow the text's."""
     (rows, tokens), (more_rows, more_tokens) = _PROBES
     batch = time = None
     for axis, sizes in enumerate(zip(first, second, strict=True)):
@@ -99,10 +102,9 @@ def _axes(first: Sequence[int], second: Sequence[int]) -> tuple[int | None, int,
         elif sizes[0] != sizes[1]:
             time = axis
     if batch is None or time is None:
-        raise NotFound(f"hidden states of shape {first} and {second}")
+        return None
     extra = first[time] - tokens
-    before = extra if extra == second[time] - more_tokens else 0
-    return batch, time, before
+    return batch, time, extra if extra == second[time] - more_tokens else 0
 
 
 def _watch(
@@ -110,22 +112,24 @@ def _watch(
 ) -> dict[str, list[tuple[int, ...]]]:
     shapes: dict[str, list[tuple[int, ...]]] = {}
 
-    def note(path: str, output: Any) -> None:
+    def note(path: str, output: Any) -> Any:
         h = _hidden_states(output)
-        if h is not None and h.shape[-1] == width:
+        if h is not None and width in h.shape:
             shapes.setdefault(path, []).append(tuple(h.shape))
+        return output
 
-    handles = [
-        module.register_forward_hook(lambda m, args, out, p=path: note(p, out))
-        for path, module in base.named_modules()
-    ]
-    try:
-        with torch.no_grad():
-            forward(base, rows, tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watched = copy.deepcopy(base)
+    for path, module in watched.named_modules():
+        _after(module, partial(note, path))
+    with torch.no_grad():
+        forward(watched, rows, tokens)
     return shapes
+
+
+def _after(module: nn.Module, change: Callable[[Any], Any]) -> None:
+    """Change what a module returns; not by a hook, which SqueezeBERT passes over."""
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: change(forward(*args, **kwargs))
 
 
 def _hidden_states(output: Any) -> Tensor | None:
@@ -154,7 +158,7 @@ class Reference:
         self._prompt = 0
         modules = self.model.get_submodule(layers.path)
         for module, intervention in zip(modules, interventions, strict=True):
-            module.register_forward_hook(self._hook(intervention))
+            _after(module, partial(self._edit_output, intervention))
 
     @contextmanager
     def editing(
@@ -165,27 +169,31 @@ class Reference:
         self._columns, self._prompt = columns, prompt
         yield self.model
 
-    def _hook(self, intervention: Intervention) -> Callable[..., Any]:
-        def edit(module: nn.Module, args: Any, output: Any) -> Any:
-            h = _hidden_states(output)
-            assert h is not None
-            edited = self._edited(h, intervention)
-            if isinstance(output, Tensor):
-                return edited
-            if isinstance(output, dict):
-                output[next(iter(output))] = edited
-                return output
-            return type(output)([edited, *output[1:]])
-
-        return edit
+    def _edit_output(self, intervention: Intervention, output: Any) -> Any:
+        h = _hidden_states(output)
+        assert h is not None
+        edited = self._edited(h, intervention)
+        if isinstance(output, Tensor):
+            return edited
+        if isinstance(output, dict):
+            return {**output, next(iter(output)): edited}
+        changed = [edited, *output[1:]]
+        # A named tuple takes its fields one by one.
+        if hasattr(output, "_fields"):
+            return type(output)(*changed)
+        return type(output)(changed)
 
     def _edited(self, h: Tensor, intervention: Intervention) -> Tensor:
         batch, time = self.layers.batch_axis, self.layers.time_axis
         if batch is None:
             rows = len(self._columns or [0])
-            h_BTD = h.unflatten(time, (rows, -1)).movedim((time, time + 1), (0, 1))
-        else:
-            h_BTD = h.movedim((batch, time), (0, 1))
+            h = h.unflatten(time, (rows, -1))
+            batch, time = time, time + 1
+        # The width is last, or it is the axis that is left, as in (B, D, T).
+        order = ((batch, time), (0, 1))
+        if time == h.ndim - 1:
+            order = ((batch, time, 3 - batch - time), (0, 1, 2))
+        h_BTD = h.movedim(*order)
         if self._columns is None:
             new_BTD = change(h_BTD, intervention)
         else:
@@ -194,9 +202,8 @@ class Reference:
                 for row, columns in enumerate(self._columns):
                     at = [self.layers.before + column for column in columns]
                     new_BTD[row, at] = change(h_BTD[row, at], intervention)
-        if batch is None:
-            return new_BTD.movedim((0, 1), (time, time + 1)).flatten(time, time + 1)
-        return new_BTD.movedim((0, 1), (batch, time))
+        new = new_BTD.movedim(order[1], order[0])
+        return new.flatten(batch, time) if self.layers.batch_axis is None else new
 
 
 def change(h: Tensor, intervention: Intervention) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import time
@@ -12,12 +13,24 @@ from typing import Any
 
 import torch
 import transformers
+from peft import get_peft_model
 
+from axolotl_reft import LoreftConfig
 from benchmarks.sweep.architectures import Architecture
 from benchmarks.sweep.building import build
-from benchmarks.sweep.checks import CHECKS, Subject
-from benchmarks.sweep.findings import Finding, Row, first_line, is_refusal
+from benchmarks.sweep.checks import CHECKS, Subject, checked
+from benchmarks.sweep.findings import (
+    BaseFailed,
+    Finding,
+    Row,
+    failed,
+    first_line,
+)
+from benchmarks.sweep.inputs import readable
 from benchmarks.sweep.reference import NotFound
+
+# Findings of the first check after which the others have nothing to say.
+_LAST = ("refused", "not compared")
 
 
 def check(architecture: Architecture) -> Row:
@@ -32,45 +45,28 @@ def check(architecture: Architecture) -> Row:
 def _findings(architecture: Architecture, row: Row) -> Iterator[Finding]:
     try:
         base = build(architecture)
-        base_config = base.config.get_text_config()
-        del base_config
     except Exception as error:
         yield Finding("build", "not built", message=first_line(error))
         return
     try:
-        subject = Subject(base, architecture.kind)
-        subject.adapter
+        get_peft_model(copy.deepcopy(base), LoreftConfig())
     except Exception as error:
-        yield _failed("adapter", error)
+        yield failed("adapter", error)
         return
     try:
-        with torch.no_grad():
-            subject.forward(base, 2, 29)
-    except Exception as error:
-        message = f"the base itself: {first_line(error)}"
-        yield Finding("base", "not compared", message=message)
+        subject = Subject(base, architecture.kind, readable(base))
+    except BaseFailed as error:
+        yield Finding("base", "not compared", message=f"the base itself: {error}")
         return
     try:
         row.note = subject.layers.note()
     except NotFound as error:
         row.note = str(error)
     for run in CHECKS:
-        try:
-            yield from run(subject)
-        except NotFound as error:
-            yield Finding(run.__name__, "not compared", message=str(error))
+        found = list(checked(run, subject))
+        yield from found
+        if run is CHECKS[0] and any(f.verdict in _LAST for f in found):
             return
-        except Exception as error:
-            found = _failed(run.__name__, error)
-            yield found
-            if run is CHECKS[0]:
-                return
-
-
-def _failed(name: str, error: Exception) -> Finding:
-    if is_refusal(error):
-        return Finding(name, "refused", message=first_line(error))
-    return Finding(name, "WRONG", message=first_line(error))
 
 
 def _child(architecture: Architecture, connection: Connection) -> None:
@@ -108,7 +104,8 @@ def run(
             row = _received(connection, architecture, process, late and connection not in done)
             rows.append(row)
             report(row)
-    return rows
+    order = {architecture.name: n for n, architecture in enumerate(chosen)}
+    return sorted(rows, key=lambda row: order[row.name])
 
 
 def _received(

@@ -1,0 +1,126 @@
+"""The page of the documentation with a row for each architecture."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.sweep.checks import TOLERANCE
+from benchmarks.sweep.findings import VERDICTS, Row
+from benchmarks.table import row as cells
+
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+_VERSIONS = ("transformers", "peft", "torch")
+_KINDS = {
+    "causal": "Causal language models",
+    "multimodal": "Multimodal models",
+    "masked": "Masked language models",
+    "encoder": "Encoders without a head",
+}
+_INTRODUCTION = """\
+# Architectures
+
+`python -m benchmarks.sweep` writes this page. It builds every architecture of transformers that
+takes text, tiny and with random weights, and compares LoReFT with a plain reference: hooks on the
+bare base, in the layers that a text runs through, that edit the expected tokens. Compared are one
+row with `f2+l2` and with `all`; batches of equal length and padded on either side, with each row
+alone; loss and gradients with labels; greedy generation with a cache and without; a saved and
+loaded adapter; gradients under both kinds of gradient checkpointing; and images or sounds before
+the text, where the base takes a form of them that the sweep knows.
+
+- *right*: in every check the largest difference is at most {tolerance:g} of the largest logit or
+  gradient, or at most ten times what the base itself is off there.
+- *refused*: an error says so when the adapter is made or at the first forward.
+- *not compared*: the base does not run on the sweep's inputs, or no list of layers returns hidden
+  states of the text; the row says which.
+- *not built*: transformers does not build it small or without another package.
+- *base itself off*: the base by itself, without any adapter, differs between the two ways to run it
+  (a row alone and padded, with a cache and without), or fails in this check.
+
+Run with {versions}.
+
+"""
+
+
+def versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in _VERSIONS)
+
+
+def markdown(rows: list[Row]) -> str:
+    """Return the whole page."""
+    parts = [_INTRODUCTION.format(tolerance=TOLERANCE, versions=versions())]
+    names = [v for v in VERDICTS if any(row.verdict == v for row in rows)]
+    parts.append(_table(["", *names], [_counts(t, k, rows, names) for k, t in _KINDS.items()]))
+    for kind, title in _KINDS.items():
+        found = [row for row in rows if row.kind == kind]
+        parts.append(f"\n## {title}\n\n")
+        header = ["architecture", "result", "base itself off", "note"]
+        parts.append(_table(header, [_row(row) for row in found]))
+    return "".join(parts)
+
+
+def _counts(title: str, kind: str, rows: list[Row], names: list[str]) -> list[str]:
+    counts = Counter(row.verdict for row in rows if row.kind == kind)
+    return [title, *(str(counts[name]) for name in names)]
+
+
+def _row(row: Row) -> list[str]:
+    return [f"`{row.name}`", row.verdict, base_off(row), _note(row)]
+
+
+def base_off(row: Row) -> str:
+    """Name the checks in which the base itself differs or fails."""
+    off = [
+        f"{finding.check} {finding.base:.0e}" if finding.base else finding.check
+        for finding in row.findings
+        if (finding.base or 0.0) > TOLERANCE or finding.verdict == "base itself"
+    ]
+    return ", ".join(off)
+
+
+def why(row: Row) -> str:
+    """Say what made the verdict, where that is not right."""
+    if row.verdict in ("right", "base itself"):
+        return ""
+    return "; ".join(
+        finding.check
+        + (f" {finding.difference:.1e}" if finding.difference is not None else "")
+        + (f" {finding.message}" if finding.message else "")
+        for finding in row.findings
+        if finding.verdict == row.verdict
+    )
+
+
+def _note(row: Row) -> str:
+    first = next((f for f in row.findings if f.verdict == row.verdict), None)
+    message = first.message if first and row.verdict != "right" else ""
+    # An error's class says nothing to a reader of the page.
+    message = re.sub(r"^(the base itself: )?\w+(Error|Found|Failed): ", r"\1", message)
+    refused = next((f.check for f in row.findings if f.is_refused_input), "")
+    if refused:
+        refused = f"{refused.partition(':')[0]} inputs refused"
+    notes = [part for part in (row.note, message, refused) if part]
+    return _escaped("; ".join(notes))[:220]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "/").replace("<", "&lt;").replace("*", "\\*")
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(cells(line) + "\n" for line in lines)
+
+
+def verdicts(page: str) -> dict[str, str]:
+    """Return the verdict of each architecture of a page."""
+    return dict(re.findall(r"^\| `(\w+)` \| ([\w ]+) \|", page, re.MULTILINE))
+
+
+def written_with(page: str, package: str) -> str:
+    """Return the version of a package that a page names."""
+    match = re.search(rf"{package} ([\w.]+)", page)
+    assert match is not None, f"the page names no version of {package}"
+    return match[1].rstrip(".")
