@@ -18,8 +18,8 @@ from benchmarks.sweep.running import run
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sweep",
-        description="Compare LoReFT on every architecture of the installed transformers "
-        "with a plain reference; exits with 1 where one is wrong.",
+        description="Compare LoReFT on every architecture of transformers with a plain "
+        "reference; exits with 1 where one is wrong.",
     )
     parser.add_argument("names", nargs="*", help="model classes; all if left out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         for row in rows:
             if listed.get(row.name) != row.verdict:
                 failed = True
-                print(f"{row.name}: {row.verdict}, and the page has {listed.get(row.name)}")
+                known_as = listed.get(row.name)
+                print(f"{row.name}: {row.verdict}, and the page has {known_as}")
     return int(failed)
 
 

@@ -24,7 +24,7 @@ _SIZES: list[tuple[str, int]] = [
     (r"(num_hidden|num|n|encoder|decoder|conf_num_hidden|num_global|aligner_num_add"
      r"|num_encoder|num_decoder)_layers?|n_layer|depth|layers|resampler_depth"
      r"|num_layers_per_stack|num_blocks", LAYERS),
-    (r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|num_blocks_moe", 4),
+    (r"num_(local_)?experts|n_routed_experts|moe_num_experts", 4),
     (r"num_experts_per_tok|moe_k|moe_top_?k|top_k|num_experts_per_token|topk_group"
      r"|n_group|num_shared_experts|n_shared_experts|moe_num_shared_experts", 2),
     (r"zero_expert_num", 2),
@@ -67,7 +67,9 @@ _SIZES: list[tuple[str, int]] = [
     (r"num_kv_shared_layers", 2),
     (r"index_topk", 6),
 ]  # fmt: skip
-_TOKEN = re.compile(r"(\w+_)?(token|index)(_id|_index)?|\w+_(bos|eos|bot|eot)_id|im_\w+_id")
+_TOKEN = re.compile(
+    r"(\w+_)?(token|index)(_id|_index)?|\w+_(bos|eos|bot|eot)_id|im_\w+_id"
+)
 _LEFT_OUT = {"transformers_version", "architectures", "label2id", "id2label"}
 _LEFT_OUT |= {"per_layer_config"}
 _FILLED = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}

@@ -29,7 +29,6 @@ _REFORMER = {"axial_pos_embds": False, "hash_seed": 0}
 _BIG_BIRD = {"block_size": 4, "num_random_blocks": 1}
 
 
-
 def _sections(*sizes: int) -> dict[str, Any]:
     """Return parts of the rotary dimension for time, height and width."""
     return {"text_config": {"rope_parameters": _ROPE | {"mrope_section": list(sizes)}}}
@@ -144,7 +143,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "vision_config": {"embed_dim": [16, 32, 64, 64]}
     },
     "ZambaForCausalLM": _ZAMBA,
-    "Zamba2ForCausalLM": _ZAMBA | {
+    "Zamba2ForCausalLM": _ZAMBA
+    | {
         "mamba_headdim": 32,
         "hybrid_layer_ids": [1, 3],
     },

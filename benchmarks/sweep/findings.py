@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-4
 # From the best to the worst.
 VERDICTS = ("base itself", "right", "refused", "not compared", "not built", "WRONG")
 
@@ -78,3 +84,34 @@ def _is_refusal(error: BaseException) -> bool:
         return False
     *_, last = traceback.extract_tb(error.__traceback__)
     return "axolotl_reft" in last.filename and (last.line or "").startswith("raise")
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """Tell errors of the base and the reference from the adapter's."""
+    try:
+        yield
+    except Exception as error:
+        raise BaseFailed(first_line(error)) from error
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """Return the largest difference over the largest value; not finite counts whole."""
+    got, expected = got.detach(), expected.detach()
+    if got.shape != expected.shape:
+        return float("inf")
+    finite = torch.isfinite(expected)
+    if not finite.any() or not torch.isfinite(got[finite]).all():
+        return float("nan")
+    got, expected = got[finite], expected[finite]
+    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def compared(
+    check: str, difference: float, base: float | None = None, edited: float = 0.0
+) -> Finding:
+    """Return the finding of a difference, where the base itself and the reference have
+    these between the same two ways to run them."""
+    allowed = max(TOLERANCE, 10 * max(base or 0.0, edited))
+    verdict = "right" if difference <= allowed else "WRONG"
+    return Finding(check, verdict, difference, base)

@@ -61,7 +61,8 @@ class Layers:
         (_, tokens), (_, more) = _PROBES
         sizes = [shape[self.time_axis] for shape in self.shapes]
         if self.batch_axis is not None and sizes != [tokens, more]:
-            notes.append(f"{tokens} tokens are {sizes[0]} inside, {more} are {sizes[1]}")
+            inside, more_inside = sizes
+            notes.append(f"{tokens} tokens are {inside}, and {more} {more_inside}")
         if set(self.calls) != {1}:
             notes.append(f"layers run {self.calls} times a forward")
         return "; ".join(notes)
@@ -74,21 +75,22 @@ def find_layers(base: PreTrainedModel, width: int, forward: Forward) -> Layers:
     found = []
     for path, module in base.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1:
-            calls = tuple(len(seen[0].get(f"{path}.{n}", ())) for n in range(len(module)))
+            names = [f"{path}.{number}" for number in range(len(module))]
+            calls = tuple(len(seen[0].get(name, ())) for name in names)
             called = [n for n in range(len(module)) if calls[n]]
             if 2 * len(called) <= len(module):
                 continue
-            shapes = tuple(shapes[f"{path}.{called[0]}"][0] for shapes in seen)
-            axes = _axes(*shapes, width)
+            first, second = (shapes[names[called[0]]][0] for shapes in seen)
+            axes = _axes(first, second)
             if axes is not None:
-                found.append(Layers(path, len(module), calls, *axes, shapes))
+                found.append(Layers(path, len(module), calls, *axes, (first, second)))
     if not found:
         raise NotFound("no list of modules returns hidden states of the text")
     return min(found, key=lambda layers: layers.path.count("."))
 
 
 def _axes(
-    first: Sequence[int], second: Sequence[int], width: int
+    first: Sequence[int], second: Sequence[int]
 ) -> tuple[int | None, int, int] | None:
     """Return the axes of rows and tokens, and the tokens in front of the text's; None
     where a shape does not follow the text's."""
@@ -190,18 +192,17 @@ class Reference:
             h = h.unflatten(time, (rows, -1))
             batch, time = time, time + 1
         # The width is last, or it is the axis that is left, as in (B, D, T).
-        order = ((batch, time), (0, 1))
+        order: tuple[tuple[int, ...], tuple[int, ...]] = ((batch, time), (0, 1))
         if time == h.ndim - 1:
             order = ((batch, time, 3 - batch - time), (0, 1, 2))
         h_BTD = h.movedim(*order)
+        new_BTD, before = h_BTD.clone(), self.layers.before
         if self._columns is None:
-            new_BTD = change(h_BTD, intervention)
-        else:
-            new_BTD = h_BTD.clone()
-            if h_BTD.shape[1] >= self._prompt:
-                for row, columns in enumerate(self._columns):
-                    at = [self.layers.before + column for column in columns]
-                    new_BTD[row, at] = change(h_BTD[row, at], intervention)
+            new_BTD[:, before:] = change(h_BTD[:, before:], intervention)
+        elif h_BTD.shape[1] >= self._prompt:
+            for row, columns in enumerate(self._columns):
+                at = [before + column for column in columns]
+                new_BTD[row, at] = change(h_BTD[row, at], intervention)
         new = new_BTD.movedim(order[1], order[0])
         return new.flatten(batch, time) if self.layers.batch_axis is None else new
 

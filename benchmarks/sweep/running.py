@@ -18,7 +18,7 @@ from peft import get_peft_model
 from axolotl_reft import LoreftConfig
 from benchmarks.sweep.architectures import Architecture
 from benchmarks.sweep.building import build
-from benchmarks.sweep.checks import CHECKS, Subject, checked
+from benchmarks.sweep.checks import CHECKS, checked
 from benchmarks.sweep.findings import (
     BaseFailed,
     Finding,
@@ -28,6 +28,7 @@ from benchmarks.sweep.findings import (
 )
 from benchmarks.sweep.inputs import readable
 from benchmarks.sweep.reference import NotFound
+from benchmarks.sweep.subject import Subject
 
 # Findings of the first check after which the others have nothing to say.
 _LAST = ("refused", "not compared")
@@ -86,7 +87,8 @@ def run(
     """Check each in a child process, so that a hang or a crash ends only its own."""
     # Forked: importing transformers takes longer than the checks.
     processes = multiprocessing.get_context("fork")
-    waiting, running, rows = list(reversed(chosen)), {}, []
+    waiting, rows = list(reversed(chosen)), []
+    running: dict[Any, tuple[Architecture, Any, float]] = {}
     while waiting or running:
         while waiting and len(running) < jobs:
             architecture = waiting.pop()
@@ -101,7 +103,8 @@ def run(
             if connection not in done and not late:
                 continue
             del running[connection]
-            row = _received(connection, architecture, process, late and connection not in done)
+            late = late and connection not in done
+            row = _received(connection, architecture, process, late)
             rows.append(row)
             report(row)
     order = {architecture.name: n for n, architecture in enumerate(chosen)}

@@ -7,8 +7,7 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.sweep.checks import TOLERANCE
-from benchmarks.sweep.findings import VERDICTS, Row
+from benchmarks.sweep.findings import TOLERANCE, VERDICTS, Row
 from benchmarks.table import row as cells
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -22,21 +21,23 @@ _KINDS = {
 _INTRODUCTION = """\
 # Architectures
 
-`python -m benchmarks.sweep` writes this page. It builds every architecture of transformers that
-takes text, tiny and with random weights, and compares LoReFT with a plain reference: hooks on the
-bare base, in the layers that a text runs through, that edit the expected tokens. Compared are one
-row with `f2+l2` and with `all`; batches of equal length and padded on either side, with each row
-alone; loss and gradients with labels; greedy generation with a cache and without; a saved and
-loaded adapter; gradients under both kinds of gradient checkpointing; and images or sounds before
-the text, where the base takes a form of them that the sweep knows.
+`python -m benchmarks.sweep --write` writes this page, in ten to twenty minutes. It
+builds every architecture of transformers that takes text, tiny and with random weights,
+and compares LoReFT with a plain reference: a copy of the bare base that edits the
+expected tokens in what each layer returns, in the layers that a text runs through.
+Compared are one row with `f2+l2` and with `all`; batches of equal length and padded on
+either side, also with each row alone; loss and gradients with labels; greedy generation
+with a cache and without; a saved and loaded adapter; gradients under both kinds of
+gradient checkpointing; and images or sounds before the text, where the sweep knows a
+form of them that the base takes.
 
-- *right*: in every check the largest difference is at most {tolerance:g} of the largest logit or
-  gradient, or at most ten times what the base itself is off there.
+- *right*: in every check the largest difference is at most {tolerance:g} of the largest
+  logit or gradient, or at most ten times what the base itself is off there.
 - *refused*: an error says so when the adapter is made or at the first forward.
-- *not compared*: the base does not run on the sweep's inputs, or no list of layers returns hidden
-  states of the text; the row says which.
-- *not built*: transformers does not build it small or without another package.
-- *base itself off*: the base by itself, without any adapter, differs between the two ways to run it
+- *not compared*: the base does not run on the inputs that the sweep has, or no list of
+  layers returns hidden states of the text; the note says which.
+- *not built*: transformers does not build it small, or not without another package.
+- *base itself off*: the base, without any adapter, differs between two ways to run it
   (a row alone and padded, with a cache and without), or fails in this check.
 
 Run with {versions}.
@@ -52,7 +53,8 @@ def markdown(rows: list[Row]) -> str:
     """Return the whole page."""
     parts = [_INTRODUCTION.format(tolerance=TOLERANCE, versions=versions())]
     names = [v for v in VERDICTS if any(row.verdict == v for row in rows)]
-    parts.append(_table(["", *names], [_counts(t, k, rows, names) for k, t in _KINDS.items()]))
+    counts = [_counts(title, kind, rows, names) for kind, title in _KINDS.items()]
+    parts.append(_table(["", *names], counts))
     for kind, title in _KINDS.items():
         found = [row for row in rows if row.kind == kind]
         parts.append(f"\n## {title}\n\n")

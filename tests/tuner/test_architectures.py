@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 
 from axolotl_reft import LoreftConfig
-from benchmarks.sweep import checks, table
+from benchmarks.sweep import subject, table
 from benchmarks.sweep.__main__ import main
 from benchmarks.sweep.architectures import architectures
 from benchmarks.sweep.findings import Row
@@ -42,7 +42,7 @@ def test_an_architecture(name, verdict):
 def test_a_wrong_edit_is_seen(monkeypatch):
     """Of one token more at the end of the prompt."""
     monkeypatch.setattr(
-        checks,
+        subject,
         "LoreftConfig",
         lambda positions, rank: LoreftConfig(
             positions=positions.replace("l2", "l3"), rank=rank
