@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from benchmarks.sweep.architectures import Architecture, config_class
-from benchmarks.sweep.exceptions import CHANGES
+from benchmarks.sweep.exceptions import CHANGES, NEEDED
 
 LAYERS = 4
 HIDDEN = 64
@@ -103,9 +104,10 @@ def build(architecture: Architecture, seed: int = 0) -> PreTrainedModel:
 def small_config(architecture: Architecture) -> PretrainedConfig:
     """Return the config with everything that costs made small."""
     found = config_class(architecture)
-    settings = found().to_dict()
-    changes = CHANGES.get(architecture.model_class, {})
-    made = found(**_merged(_Shrinking().settings(settings), changes))
+    name = architecture.model_class
+    settings = found(**copy.deepcopy(NEEDED.get(name, {}))).to_dict()
+    small = _Shrinking().settings(settings)
+    made = found(**_merged(small, copy.deepcopy(CHANGES.get(name, {}))))
     if architecture.kind == "causal" and hasattr(made, "is_decoder"):
         made.is_decoder = True
     return made
@@ -123,6 +125,8 @@ def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 
 
 class _Shrinking:
+    """Makes the settings of a config and of those within it small."""
+
     def __init__(self) -> None:
         self._special: dict[int, int] = {}
 

@@ -118,7 +118,7 @@ def other_inputs(subject: Subject) -> Iterator[Finding]:
         return
     for inputs in others(subject.base):
         with_others = Subject(subject.base, subject.kind, inputs)
-        with_others.adapter, with_others.layers = subject.adapter, subject.layers
+        with_others.adapter = subject.adapter
         for run in (one_row, batches, labels, caches):
             for found in checked(run, with_others):
                 yield replace(found, check=f"{inputs.name}: {found.check}")

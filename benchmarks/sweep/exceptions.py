@@ -34,6 +34,26 @@ def _sections(*sizes: int) -> dict[str, Any]:
     return {"text_config": {"rope_parameters": _ROPE | {"mrope_section": list(sizes)}}}
 
 
+# By model class, what its config cannot be made without, and is shrunk as the rest.
+NEEDED: dict[str, dict[str, Any]] = {
+    "DiffusionGemmaForBlockDiffusion": {
+        "vision_config": {"model_type": "gemma4_vision"}
+    },
+    "Gemma4AssistantForCausalLM": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 30,
+        }
+    },
+    "Gemma4UnifiedAssistantForCausalLM": {
+        "text_config": {"model_type": "gemma4_unified_text"}
+    },
+    "VisionEncoderDecoderModel": {
+        "encoder": {"model_type": "vit"},
+        "decoder": {"model_type": "gpt2"},
+    },
+}
 # By model class; an ellipsis leaves a setting out, so that the config derives it.
 CHANGES: dict[str, dict[str, Any]] = {
     "AriaForConditionalGeneration": {
@@ -128,7 +148,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "window_size": 10,
     },
     "KyutaiSpeechToTextForConditionalGeneration": {
-        "codec_config": {"upsample_groups": 64}
+        "codec_config": {"upsample_groups": 64, "num_filters": 4}
     },
     "MiniMaxM3SparseForConditionalGeneration": {
         "merged_hidden_size": 256,
