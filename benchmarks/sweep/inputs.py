@@ -40,18 +40,20 @@ class Inputs:
         extras: returns the model's other arguments for rows with these ids.
         token: that stands for a part of an image or a sound.
         count: of such tokens at the front of each row.
+        codebooks: rows of ids for one row of hidden states.
     """
 
     name: str = "text"
     extras: Extras = lambda ids_BT: {}
     token: int = 0
     count: int = 0
+    codebooks: int = 1
 
     def ids(self, rows: int, tokens: int, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         ids_BT = torch.randint(5, FIRST_SPECIAL, (rows, tokens), generator=generator)
         ids_BT[:, : self.count] = self.token
-        return ids_BT
+        return ids_BT.repeat_interleave(self.codebooks, 0)
 
 
 def others(base: PreTrainedModel) -> Iterator[Inputs]:
@@ -92,7 +94,8 @@ def _fitted(
             if match is not None and not inputs.count:
                 # Of features some models count the numbers.
                 features = int(match[1])
-                counts = [features // _ROWS, features // _ROWS // HIDDEN]
+                each = features // _ROWS
+                counts = [count for count in (each, each // HIDDEN) if count]
             elif match is None and not inputs.count and name == "image":
                 return None
         else:
@@ -139,14 +142,16 @@ def _first(config: Any, name: str, default: int) -> int:
     return value[0] if isinstance(value, (list, tuple)) else value
 
 
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(4))
+def _same(rows: int, shape: tuple[int, ...]) -> Tensor:
+    """Return random numbers that are the same in each row, alone and in a batch."""
+    row = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    return row.expand(rows, *shape).contiguous()
 
 
 def _pixels(shape: tuple[int, ...], size: int, parameters: Any) -> Extras:
     def pixels(ids_BT: Tensor) -> dict[str, Any]:
         rows = len(ids_BT)
-        extras: dict[str, Any] = {"pixel_values": _random(rows, *shape)}
+        extras: dict[str, Any] = {"pixel_values": _same(rows, shape)}
         if size:
             extras["image_sizes"] = torch.tensor([[size, size]] * rows)
         if "qformer_input_ids" in parameters:
@@ -165,7 +170,8 @@ def _patches(width: int) -> Extras:
     def patches(ids_BT: Tensor) -> dict[str, Any]:
         rows = len(ids_BT)
         grid = torch.tensor([[1, 4, 4]] * rows)
-        return {"pixel_values": _random(16 * rows, width), "image_grid_thw": grid}
+        pixels = _same(rows, (16, width)).flatten(0, 1)
+        return {"pixel_values": pixels, "image_grid_thw": grid}
 
     return patches
 
@@ -173,7 +179,7 @@ def _patches(width: int) -> Extras:
 def _sound(shape: tuple[int, int], mask: str | None, frames: int) -> Extras:
     def sound(ids_BT: Tensor) -> dict[str, Any]:
         rows = len(ids_BT)
-        extras: dict[str, Any] = {"input_features": _random(rows, *shape)}
+        extras: dict[str, Any] = {"input_features": _same(rows, shape)}
         if mask is not None:
             extras[mask] = torch.ones(rows, frames, dtype=torch.long)
         return extras
@@ -183,13 +189,16 @@ def _sound(shape: tuple[int, int], mask: str | None, frames: int) -> Extras:
 
 def readable(base: PreTrainedModel) -> Inputs:
     """Return text where the base reads it alone, and else what else it needs."""
-    plain = Inputs()
-    try:
-        with torch.no_grad():
-            base(input_ids=plain.ids(_ROWS, _TEXT))
-    except Exception as error:
-        found = next(others(base), None)
-        if found is None:
-            raise BaseFailed(first_line(error)) from error
-        return found
-    return plain
+    codebooks = getattr(base.config, "num_codebooks", 1)
+    for plain in (Inputs(), Inputs(codebooks=codebooks)):
+        try:
+            with torch.no_grad():
+                base(input_ids=plain.ids(_ROWS, _TEXT))
+        except Exception as error:
+            why = first_line(error)
+        else:
+            return plain
+    found = next(others(base), None)
+    if found is None:
+        raise BaseFailed(why)
+    return found

@@ -75,11 +75,15 @@ def _row(row: Row) -> list[str]:
 def base_off(row: Row) -> str:
     """Name the checks in which the base itself differs or fails."""
     off = [
-        f"{finding.check} {finding.base:.0e}" if finding.base else finding.check
+        _short(finding.check) + (f" {finding.base:.0e}" if finding.base else " fails")
         for finding in row.findings
         if (finding.base or 0.0) > TOLERANCE or finding.verdict == "base itself"
     ]
-    return ", ".join(off)
+    return "; ".join(off)
+
+
+def _short(check: str) -> str:
+    return check.removesuffix(", alone").removesuffix(" or not")
 
 
 def why(row: Row) -> str:
@@ -100,11 +104,13 @@ def _note(row: Row) -> str:
     message = first.message if first and row.verdict != "right" else ""
     # An error's class says nothing to a reader of the page.
     message = re.sub(r"^(the base itself: )?\w+(Error|Found|Failed): ", r"\1", message)
-    refused = next((f.check for f in row.findings if f.is_refused_input), "")
-    if refused:
-        refused = f"{refused.partition(':')[0]} inputs refused"
-    notes = [part for part in (row.note, message, refused) if part]
-    return _escaped("; ".join(notes))[:220]
+    inputs: dict[str, str] = {}
+    for finding in row.findings:
+        name, colon, _ = finding.check.partition(": ")
+        if colon and inputs.get(name) != "refused":
+            inputs[name] = finding.verdict if finding.verdict == "refused" else "too"
+    more = [f"{name} {result}" for name, result in inputs.items()]
+    return _escaped("; ".join(filter(None, [row.note, message, *more])))[:220]
 
 
 def _escaped(text: str) -> str:
