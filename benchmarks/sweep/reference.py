@@ -23,6 +23,7 @@ from axolotl_reft.core.interventions import Intervention
 
 # Two batches that tell the axes of hidden states: no two of the four are equal.
 _PROBES = (2, 29), (3, 42)
+Probes = tuple[tuple[int, int], ...]
 Forward = Callable[[nn.Module, int, int], Any]
 
 
@@ -41,6 +42,7 @@ class Layers:
         time_axis: likewise.
         before: tokens that the model itself puts in front of the text.
         shapes: of the outputs, for the two probes.
+        probes: rows and tokens of the two.
     """
 
     path: str
@@ -50,6 +52,7 @@ class Layers:
     time_axis: int
     before: int
     shapes: tuple[tuple[int, ...], ...]
+    probes: Probes
 
     @property
     def plain(self) -> bool:
@@ -58,7 +61,7 @@ class Layers:
     def note(self) -> str:
         """Say what is unusual about the hidden states; empty where nothing is."""
         notes = [] if self.plain else [f"hidden states {self.shapes[0]}"]
-        (_, tokens), (_, more) = _PROBES
+        (_, tokens), (_, more) = self.probes
         sizes = [shape[self.time_axis] for shape in self.shapes]
         if self.batch_axis is not None and sizes != [tokens, more]:
             inside, more_inside = sizes
@@ -68,10 +71,14 @@ class Layers:
         return "; ".join(notes)
 
 
-def find_layers(base: PreTrainedModel, width: int, forward: Forward) -> Layers:
+def find_layers(
+    base: PreTrainedModel, width: int, forward: Forward, count: int
+) -> Layers:
     """Return the outermost list of modules most of which are called, and return hidden
-    states of this width and of the text's length, when the model reads a text."""
-    seen = [_watch(base, width, forward, *probe) for probe in _PROBES]
+    states of this width and of the text's length, when the model reads a text with
+    ``count`` tokens before it."""
+    probes = tuple((rows, tokens + count) for rows, tokens in _PROBES)
+    seen = [_watch(base, width, forward, *probe) for probe in probes]
     found = []
     for path, module in base.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1:
@@ -81,20 +88,22 @@ def find_layers(base: PreTrainedModel, width: int, forward: Forward) -> Layers:
             if 2 * len(called) <= len(module):
                 continue
             first, second = (shapes[names[called[0]]][0] for shapes in seen)
-            axes = _axes(first, second)
+            axes = _axes(first, second, probes)
             if axes is not None:
-                found.append(Layers(path, len(module), calls, *axes, (first, second)))
+                found.append(
+                    Layers(path, len(module), calls, *axes, (first, second), probes)
+                )
     if not found:
         raise NotFound("no list of modules returns hidden states of the text")
     return min(found, key=lambda layers: layers.path.count("."))
 
 
 def _axes(
-    first: Sequence[int], second: Sequence[int]
+    first: Sequence[int], second: Sequence[int], probes: Probes
 ) -> tuple[int | None, int, int] | None:
     """Return the axes of rows and tokens, and the tokens in front of the text's; None
     where a shape does not follow the text's."""
-    (rows, tokens), (more_rows, more_tokens) = _PROBES
+    (rows, tokens), (more_rows, more_tokens) = probes
     batch = time = None
     for axis, sizes in enumerate(zip(first, second, strict=True)):
         if sizes == (rows, more_rows) and batch is None:

@@ -88,7 +88,7 @@ class Subject:
 
     @cached_property
     def layers(self) -> Layers:
-        return find_layers(self.base, self.width, self.forward)
+        return find_layers(self.base, self.width, self.forward, self.inputs.count)
 
     def reference_of(self, adapter: PeftModel) -> Reference:
         return Reference(self.base, self.layers, interventions(adapter))

@@ -55,7 +55,7 @@ def test_a_wrong_edit_is_seen(monkeypatch):
 
 def test_a_hang_ends_its_own_row_alone():
     rows: list[Row] = []
-    names = ["LlamaForCausalLM", "AlbertModel"]
+    names = ["LlamaForCausalLM", "MistralForCausalLM"]
     found = run([KNOWN[name] for name in names], 1, 0.01, rows.append)
     assert [row.name for row in found] == [row.name for row in rows] == names
     assert {row.verdict for row in found} == {"WRONG"}
