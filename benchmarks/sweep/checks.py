@@ -52,14 +52,13 @@ def one_row(subject: Subject) -> Iterator[Finding]:
             message = f"edits {count} layers of {subject.layers.count}"
             yield Finding("one row", "WRONG", message=message)
             return
-        with subject.reference.editing(columns((0, subject.length))) as model:
-            expected = output(model(**batch))
+        model = subject.reference.edit(columns((0, subject.length)))
+        expected = output(model(**batch))
         if relative(expected, plain) < 10 * TOLERANCE:
             yield Finding("one row", "not compared", message="the edit has no effect")
         yield compared("one row", relative(got, expected))
         everywhere = subject.adapted("all")
-        with subject.reference_of(everywhere).editing(None) as model:
-            expected = output(model(**batch))
+        expected = output(subject.reference_of(everywhere).edit(None)(**batch))
         yield compared("every token", relative(output(everywhere(**batch)), expected))
 
 
@@ -81,10 +80,9 @@ def batches(subject: Subject) -> Iterator[Finding]:
             got_alone = output(subject.adapter(**alone))
             where = columns((0, subject.length), (begin, begin + shorter))
             with by_itself():
-                with subject.reference.editing(where) as model:
-                    expected = output(model(**batch))
-                with subject.reference.editing(columns((0, shorter))) as model:
-                    expected_alone = output(model(**alone))
+                expected = output(subject.reference.edit(where)(**batch))
+                model = subject.reference.edit(columns((0, shorter)))
+                expected_alone = output(model(**alone))
                 plain = output(subject.base(**batch))[1:, text]
                 plain_alone = output(subject.base(**alone))
         yield compared(

@@ -9,8 +9,7 @@ Shapes: B batch, T tokens, D hidden size, R rank.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -171,14 +170,11 @@ class Reference:
         for module, intervention in zip(modules, interventions, strict=True):
             _after(module, partial(self._edit_output, intervention))
 
-    @contextmanager
-    def editing(
-        self, columns: list[list[int]] | None, prompt: int = 0
-    ) -> Iterator[PreTrainedModel]:
-        """Edit these columns of each row in forwards of at least ``prompt`` tokens;
-        None edits every token of every forward."""
+    def edit(self, columns: list[list[int]] | None, prompt: int = 0) -> PreTrainedModel:
+        """Return the model that edits these columns of each row, in forwards of at
+        least ``prompt`` tokens; None for every token of every forward."""
         self._columns, self._prompt = columns, prompt
-        yield self.model
+        return self.model
 
     def _edit_output(self, intervention: Intervention, output: Any) -> Any:
         h = _hidden_states(output)

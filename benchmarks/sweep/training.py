@@ -53,8 +53,7 @@ def gradients(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the loss and the gradients of every parameter of the adapter."""
     if where is not None:
-        subject.reference._columns = where
-        subject.reference._prompt = 0
+        subject.reference.edit(where)
     parameters = [p for p in subject.adapter.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = None
