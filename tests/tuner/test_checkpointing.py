@@ -32,7 +32,8 @@ SHARING = {
 LORA = {"target_modules": ["k_proj", "v_proj"], "init_lora_weights": False}
 ADAPTERS = {
     "LoRA": partial(LoraConfig, task_type="CAUSAL_LM", **LORA),
-    "LoReFT": partial(LoreftConfig, task_type="CAUSAL_LM"),
+    # A layer of Gemma 3n returns several residual streams.
+    "LoReFT": partial(LoreftConfig, task_type="CAUSAL_LM", component="mlp_output"),
 }
 REENTRANT, NOT = {"use_reentrant": True}, {"use_reentrant": False}
 

@@ -205,7 +205,8 @@ def test_packed_samples_are_edited_as_alone(tokens):
     layer.register_forward_hook(
         lambda *_: found.append(layer.state.context.indices("default").all_N)
     )
-    adapter(input_ids=ids, position_ids=places)
+    with pytest.warns(UserWarning, match="packed samples are not kept apart"):
+        adapter(input_ids=ids, position_ids=places)
     (packed,) = found
     first, second = ([sorted(t) for t in edited_tokens(n)] for n in (5, 4))
     both = [*first[0], *(t + 5 for t in second[0])]
@@ -221,11 +222,15 @@ def test_it_compiles_to_one_graph(tokens):
         if type(module).__name__ == "LoreftIntervention":
             module.train()
     batches = [tokens(2, 9, seed) for seed in (0, 1)]
-    expected = [model(input_ids=ids, labels=ids, use_cache=False)[1] for ids in batches]
+    batches = [
+        {"input_ids": ids, "labels": ids.where(torch.arange(9) > 6, -100)}
+        for ids in batches
+    ]
+    expected = [model(**batch, use_cache=False)[1] for batch in batches]
     counter = CompileCounterWithBackend("aot_eager")
     model.compile(backend=counter, fullgraph=True)
-    for ids, logits in zip(batches, expected, strict=True):
-        got = model(input_ids=ids, labels=ids, use_cache=False)[1]
+    for batch, logits in zip(batches, expected, strict=True):
+        got = model(**batch, use_cache=False)[1]
         assert torch.allclose(got, logits, atol=1e-5)
     assert counter.frame_count == 1
     torch._dynamo.reset()

@@ -81,6 +81,7 @@ def test_each_row_is_edited_at_its_tokens(tokens, architecture, rows, positions)
         assert torch.allclose(h[:1], other, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:LoReFT. a training forward without labels")
 @pytest.mark.parametrize("architecture", list(TOKENS_BESIDE))
 def test_gradients_are_those_of_the_rows_alone(tokens, architecture):
     base, width = build(architecture), TOKENS_BESIDE[architecture]

@@ -144,7 +144,7 @@ def test_what_to_empty_leaves_is_a_new_adapter(way, settings, recwarn):
 @pytest.mark.parametrize("turns", ["every", "first"])
 def test_shapes_are_found_on_meta(positions, turns, tokens):
     settings = {"task_type": "CAUSAL_LM", "positions": positions, "turns": turns}
-    logits = on_meta(settings)(tokens(2, 9).to("meta")).logits
+    logits = on_meta(settings).eval()(tokens(2, 9).to("meta")).logits
     assert logits.is_meta and logits.shape[:2] == (2, 9)
 
 
