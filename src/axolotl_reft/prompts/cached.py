@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -137,7 +138,7 @@ class CacheRecord:
             self._columns = self._columns.followed_by(later)
         return self._columns
 
-    @property
+    @cached_property
     def is_packed(self) -> bool:
         """Whether a row holds several samples."""
         if self._starts_BW is None:
