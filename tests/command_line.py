@@ -16,8 +16,13 @@ from workspace import ANSWER
 LAST_STEP = 96
 
 
-def axolotl(command, config, *options, text=None, check=True):
-    """Run ``axolotl command config``; the environment's own scripts come first."""
+def axolotl(command, config, *options, text=None, check=True, launcher="python"):
+    """Run ``axolotl command config``; the environment's own scripts come first.
+
+    axolotl's own launcher, accelerate, starts two more processes, in 15 s.
+    """
+    if command != "preprocess":
+        options = (*options, "--launcher", launcher)
     scripts = str(Path(sys.executable).parent)
     environment = os.environ | {"PATH": scripts + os.pathsep + os.environ["PATH"]}
     done = subprocess.run(

@@ -97,7 +97,7 @@ def run(
             process.start()
             theirs.close()
             running[ours] = architecture, process, time.monotonic()
-        done: list[Any] = wait(list(running), timeout=1)
+        done: list[Any] = wait(list(running), timeout=min(limit, 1))
         for connection, (architecture, process, began) in list(running.items()):
             late = time.monotonic() - began > limit
             if connection not in done and not late:

@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
     preprocess = axolotl("preprocess", config)
     assert "Success! Preprocessed data path" in preprocess
     assert DATA_IS_READ in preprocess
-    output = axolotl("train", config)
+    output = axolotl("train", config, launcher="accelerate")
     assert BASE_IS_LOADED in output
     # 3 layers, 2 sides, 2·r·d + r
     assert f"trainable params: {3 * 2 * (2 * 4 * 64 + 4):,} ||" in output

@@ -162,7 +162,7 @@ class ModelHooks:
                 "launch, torchrun), or show Python one of them (CUDA_VISIBLE_DEVICES=0)"
             )
         inputs = _named(names, args, kwargs)
-        if thread.mask is not None and "attention_mask" not in names:
+        if thread.mask is not None and inputs.get("attention_mask") is None:
             inputs = {**inputs, "attention_mask": thread.mask}
         labels, given, step = thread.labels, thread.given, thread.step
         thread.labels = thread.given = thread.mask = thread.step = None

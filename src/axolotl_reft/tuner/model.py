@@ -287,11 +287,6 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     config: Any = model.config
     name = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"LoReFT edits models of one stack of layers, and {name} is an "
-            "encoder-decoder; use a causal language model or an encoder"
-        )
     text_config = config.get_text_config()
     count = getattr(text_config, "num_hidden_layers", None)
     # The decoder of an encoder-decoder as a model of its own keeps the whole's config.
@@ -299,7 +294,15 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if getattr(text_config, "is_decoder", False):
         count = getattr(text_config, "num_decoder_layers", count)
     lists = list(_lists_of_modules(model, "", config, count))
-    for is_text in (lambda c: c is text_config, lambda c: type(c) is type(text_config)):
+    kind = type(text_config)
+    parts = {p for f in lists if type(f.config) is kind for p in f.path.split(".")}
+    # Some are encoder-decoders without saying so in the config.
+    if getattr(config, "is_encoder_decoder", False) or parts >= {"encoder", "decoder"}:
+        raise ValueError(
+            f"LoReFT edits models of one stack of layers, and {name} is an "
+            "encoder-decoder; use a causal language model or an encoder"
+        )
+    for is_text in (lambda c: c is text_config, lambda c: type(c) is kind):
         of_text = [found for found in lists if is_text(found.config)]
         if of_text:
             lists = of_text
