@@ -295,7 +295,8 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         count = getattr(text_config, "num_decoder_layers", count)
     lists = list(_lists_of_modules(model, "", config, count))
     kind = type(text_config)
-    parts = {p for f in lists if type(f.config) is kind for p in f.path.split(".")}
+    texts = [f.path for f in lists if type(f.config.get_text_config()) is kind]
+    parts = {part for path in texts for part in path.split(".")}
     # Some are encoder-decoders without saying so in the config.
     if getattr(config, "is_encoder_decoder", False) or parts >= {"encoder", "decoder"}:
         raise ValueError(
