@@ -2,20 +2,26 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
 from conftest import build_adapter, build_model
+from plain_reference import edited_tokens
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
+    RwkvConfig,
     StaticCache,
+    XLNetConfig,
 )
+
+from axolotl_reft.tuner.layer import interventions_of
 
 TOLERANCE = 1e-5
 PREFIX, PROMPT, TOTAL = 9, 14, 18  # columns of a shared prefix, a prompt, a sample
-POSITIONS = ("f2+l3", "f1", "l2", "f7+l7", "all")
+POSITIONS = ("f2+l3", "l2", "all")
 
 
 @pytest.fixture(params=POSITIONS)
@@ -399,3 +405,50 @@ def test_a_prompt_on_a_recurrent_state_is_computed_anew_or_refused(recurrent, id
         return
     got, expected = answer(recurrent, prompt, **state), answer(recurrent, prompt)
     assert_same(got, expected, RECURRENT_TOLERANCE)
+
+
+def test_tokens_that_xlnet_passes_again_are_edited_again(tokens):
+    """Each step has the two tokens before it once more, and a query behind them."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+    config = XLNetConfig(vocab_size=64, pad_token_id=0, **sizes)
+    base = AutoModelForCausalLM.from_config(config).eval()
+    model = build_adapter(base, tied_weights=False)
+    prompt, steps = tokens(1, 9), []
+    got = answer(model, prompt)
+    sides = {}
+    for found in interventions_of(model, "default"):
+        sides.setdefault(found.layer, []).append(found.intervention)
+
+    def edit(layer, module, args, output):
+        columns = range(10) if len(output[0]) == 10 else range(6 + len(steps), 99)
+        h_TBD = output[0].clone()
+        for place in range(len(h_TBD)):
+            for intervention, side in zip(sides[layer], edited_tokens(9), strict=True):
+                if columns[place] in side:
+                    h_TBD[place] = intervention(h_TBD[place])
+        return (h_TBD, *output[1:])
+
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    plain.load_state_dict(model.unload().state_dict())
+    plain.register_forward_pre_hook(lambda *_: steps.append(None))
+    for number, layer in enumerate(plain.transformer.layer):
+        layer.register_forward_hook(partial(edit, number))
+    with torch.no_grad():
+        assert_same(got, answer(plain, prompt))
+
+
+@torch.no_grad()
+def test_a_mask_that_the_backbone_is_not_given(tokens, positions):
+    """RWKV's head takes one, and its backbone is called without."""
+    torch.manual_seed(0)
+    config = RwkvConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, context_length=64
+    )
+    base = AutoModelForCausalLM.from_config(config).eval()
+    model = build_adapter(base, positions=positions, tied_weights=False)
+    ids, mask = tokens(1, 9), torch.ones(1, 12, dtype=torch.long)
+    mask[:, 9:] = 0
+    padded = torch.cat([ids, torch.zeros(1, 3).long()], 1)
+    got = model(padded, attention_mask=mask).logits[:, :9]
+    assert_same(got, model(ids).logits)

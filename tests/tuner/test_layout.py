@@ -270,7 +270,7 @@ def test_experts_as_a_whole_are_edited_at_the_prompts_tokens(tokens):
 
 
 def test_prompts_inside_of_experts_are_refused_when_the_adapter_is_made():
-    with pytest.raises(ValueError, match="inside of experts.*choose a component"):
+    with pytest.raises(ValueError, match="inside of experts.*; edit mlp_output"):
         adapt(build_model("qwen3_moe"), component=INSIDE)
 
 

@@ -94,10 +94,8 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             ):
                 raise ValueError(
                     f"component: {spec.component!r} is inside of experts, which see "
-                    "the tokens in another order and not all of them, so that "
-                    f"positions: {spec.positions} cannot be found there; choose a "
-                    "component around the experts, such as mlp_output, or positions: "
-                    "all"
+                    f"tokens in another order: positions: {spec.positions} cannot be "
+                    "found there; edit mlp_output, or use positions: all"
                 )
             for container in (self.intv_0, self.intv_1)[: spec.sides]:
                 container[name] = INTERVENTION_CLASSES[spec.kind.name](
@@ -262,11 +260,8 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             if indices is None and not everywhere:
                 continue
             shape = (*context.shape, self.sizes[name])
-            if (
-                not isinstance(h, Tensor)
-                or h.shape != shape
-                or self.state.layout is Layout.TIME_FIRST
-            ):
+            is_transposed = self.state.layout is Layout.TIME_FIRST
+            if is_transposed or not isinstance(h, Tensor) or h.shape != shape:
                 all_vectors = everywhere and context.row_adapters is None
                 h, put_back = self._token_vectors(h, shape, site, all_vectors)
             if everywhere:
