@@ -202,6 +202,23 @@ def test_new_tokens_alone_on_a_cache_that_would_be_cut_are_refused(ids):
         )
 
 
+def test_what_an_error_leaves_in_a_cache_is_not_trusted(ids):
+    """Of f7 a prompt of 9 tokens has 4 edited, and one of 14 all 7."""
+    model = build_adapter(build_model(), positions="f7")
+    cache = filled(model, ids[:, :PREFIX])
+
+    def stop(module, args, output):
+        raise KeyboardInterrupt
+
+    handle = model.base_model.model.model.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        answer(model, ids[:, :PROMPT], past_key_values=cache, prefill_chunk_size=2)
+    handle.remove()
+    assert cache.get_seq_length() == 6  # of which 4 were kept
+    got = answer(model, ids[:, :PREFIX], past_key_values=cache)
+    assert_same(got, answer(model, ids[:, :PREFIX]))
+
+
 # --- forwards outside of generate ---
 
 
