@@ -58,7 +58,7 @@ def message(role, text, calls=(), thought=None, answers=None):
 THOUGHTS = {"Amuse", "Aponder"}
 WORDS = THOUGHTS | {
     "Qsystem", "Qask", "Qplease", "Qmore", "Qsunny", "Qrainy",
-    "Asay", "Aagain", "Aparis", "Arome", "Alook", "Aalso", "Ahello",
+    "Asay", "Atwice", "Aparis", "Arome", "Alook", "Aalso", "Ahello",
 }  # fmt: skip
 ONE, TWO = "callone01", "calltwo02"
 # By the names of the kinds. Texts of answers begin with A, of others with Q.
@@ -66,7 +66,7 @@ CONVERSATIONS = {
     "a system message": [
         message("system", "Qsystem"), message("user", "Qask"),
         message("assistant", "Asay"), message("user", "Qmore"),
-        message("assistant", "Aagain"),
+        message("assistant", "Atwice"),
     ],
     "a tool's result": [
         message("user", "Qask"), message("assistant", "", [(ONE, "Aparis")]),
@@ -87,7 +87,7 @@ CONVERSATIONS = {
     "a question after a tool's result": [
         message("user", "Qask"), message("assistant", "", [(ONE, "Aparis")]),
         message("tool", "Qsunny", answers=ONE), message("assistant", "Asay"),
-        message("user", "Qmore"), message("assistant", "Aagain"),
+        message("user", "Qmore"), message("assistant", "Atwice"),
     ],
     "a call beside text": [
         message("user", "Qask"), message("assistant", "Alook", [(ONE, "Aparis")]),
@@ -95,7 +95,7 @@ CONVERSATIONS = {
     ],
     "a thought": [
         message("user", "Qask"), message("assistant", "Asay", thought="Amuse"),
-        message("user", "Qmore"), message("assistant", "Aagain", thought="Aponder"),
+        message("user", "Qmore"), message("assistant", "Atwice", thought="Aponder"),
     ],
     "a thought before a call": [
         message("user", "Qask"),
@@ -106,12 +106,12 @@ CONVERSATIONS = {
     "several questions in a row": [
         message("user", "Qask"), message("user", "Qplease"),
         message("assistant", "Asay"), message("user", "Qmore"),
-        message("assistant", "Aagain"),
+        message("assistant", "Atwice"),
     ],
     IN_A_ROW: [
         message("user", "Qask"), message("assistant", "Asay"),
         message("assistant", "Aalso"), message("user", "Qmore"),
-        message("assistant", "Aagain"),
+        message("assistant", "Atwice"),
     ],
     BEGINS: [
         message("assistant", "Ahello"), message("user", "Qask"),

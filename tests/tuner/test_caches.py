@@ -268,7 +268,7 @@ def test_several_tokens_that_may_be_prompt_or_answer(ids, positions):
         got = model(ids[:, PREFIX:], past_key_values=cache).logits
         assert_same(got, expected)
         return
-    with pytest.raises(ValueError, match="9 tokens on a filled cache, and nothing te"):
+    with pytest.raises(ValueError, match="9 tokens on a filled cache, and nothing"):
         model(ids[:, PREFIX:], past_key_values=cache)
 
 
