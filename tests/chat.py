@@ -1,7 +1,7 @@
 """A byte-level tokenizer with the special tokens of several chat templates."""
 
 from axolotl.utils.chat_templates import get_chat_template
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from chat_templates import build_byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 # What ends an answer.
@@ -30,17 +30,5 @@ def build_chat_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """For a template, ``without`` some special tokens, which are spelled then."""
     specials = [token for token in SPECIALS if token not in without]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*specials, *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token) for token in specials])
-    end = EOS[template]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>" if end in without else end,
-        chat_template=get_chat_template(template),
-    )
+    end = "</s>" if EOS[template] in without else EOS[template]
+    return build_byte_tokenizer(specials, end, get_chat_template(template))

@@ -28,10 +28,9 @@ def template_files() -> dict[str, Path]:
     return files
 
 
-def build_tokenizer_for(template: str) -> PreTrainedTokenizerFast:
-    """Build a byte-level tokenizer with every special token that a template writes."""
-    found = set(_SPECIAL.findall(template)) | {"<｜end▁of▁sentence｜>"}  # noqa: RUF001
-    specials = ["<pad>", "<s>", "</s>", *sorted(found - {"<pad>", "<s>", "</s>"})]
+def build_byte_tokenizer(
+    specials: list[str], eos_token: str, chat_template: str
+) -> PreTrainedTokenizerFast:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*specials, *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -42,6 +41,13 @@ def build_tokenizer_for(template: str) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
-        eos_token="</s>",
-        chat_template=template,
+        eos_token=eos_token,
+        chat_template=chat_template,
     )
+
+
+def build_tokenizer_for(template: str) -> PreTrainedTokenizerFast:
+    """Build a byte-level tokenizer with every special token that a template writes."""
+    found = set(_SPECIAL.findall(template)) | {"<｜end▁of▁sentence｜>"}  # noqa: RUF001
+    specials = ["<pad>", "<s>", "</s>", *sorted(found - {"<pad>", "<s>", "</s>"})]
+    return build_byte_tokenizer(specials, "</s>", template)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from optional_packages import TESTS, missing, needed
 from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_reft import LoreftConfig
@@ -98,11 +99,16 @@ def build_adapter(
     defaults = {"task_type": "CAUSAL_LM", "positions": "f2+l3"}
     config = LoreftConfig(**defaults | settings)
     model = get_peft_model(base, config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+    move_parameters(model, 0.2)
     return model
+
+
+@torch.no_grad()
+def move_parameters(model: nn.Module, scale: float) -> None:
+    """Move every trained parameter at random."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter) * scale)
 
 
 @pytest.fixture
@@ -158,3 +164,16 @@ def tokens() -> Callable[..., torch.Tensor]:
 @pytest.fixture(params=list(ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def batch(tokens):
+    """Two rows of a prompt of 7 tokens and an answer of 5."""
+    ids = tokens(2, 12)
+    return {"input_ids": ids, "labels": ids.where(torch.arange(12) >= 7, -100)}
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    """A model in training."""
+    return build_adapter(build_model(), positions="f2+l3").train()

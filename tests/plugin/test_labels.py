@@ -8,7 +8,6 @@ from axolotl.integrations.kd.kernels.liger import LigerFusedLinearKLTopKLogprobL
 from axolotl.integrations.kd.trainer import AxolotlKDTrainer
 from axolotl.monkeypatch.loss.eaft import eaft_loss
 from axolotl.utils.dict import DictDefault
-from conftest import build_adapter, build_model
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
@@ -18,18 +17,6 @@ from axolotl_reft.plugin.plugin import LoreftPlugin
 from axolotl_reft.training.answers import note_answers
 from axolotl_reft.training.collators import LabelledLogits
 from axolotl_reft.tuner.context import POSITIONS
-
-
-@pytest.fixture
-def batch(tokens):
-    ids = tokens(2, 12)
-    return {"input_ids": ids, "labels": ids.where(torch.arange(12) >= 7, -100)}
-
-
-@pytest.fixture
-def model():
-    return build_adapter(build_model(), positions="f2+l3").train()
-
 
 LOSSES = {
     "label smoothing": (

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import move_parameters
 from datasets import Dataset
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
@@ -65,10 +66,7 @@ def build(directory, base):
 
 def disturb(model):
     torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
+    move_parameters(model, 0.3)
 
 
 def forwards_of(trainer, run):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import build_adapter, build_model
+from conftest import build_adapter
 from transformers import (
     AutoModelForTokenClassification,
     LlamaConfig,
@@ -36,17 +36,6 @@ LOSSES = {
     "compute_loss_func": (Trainer, {}, {"compute_loss_func": cross_entropy}),
     "compute_loss": (OwnLoss, {}, {}),
 }
-
-
-@pytest.fixture
-def batch(tokens):
-    ids = tokens(2, 12)
-    return {"input_ids": ids, "labels": ids.where(torch.arange(12) >= 7, -100)}
-
-
-@pytest.fixture
-def model():
-    return build_adapter(build_model(), positions="f2+l3").train()
 
 
 @pytest.fixture

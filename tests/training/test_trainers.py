@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import build_adapter, build_model
+from conftest import build_adapter, build_model, move_parameters
 from peft.utils import get_peft_model_state_dict
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from trl_trainers import TRAINERS, build_trainer
@@ -18,10 +18,7 @@ SUPPORTED = [name for name in TRAINERS if name not in REFUSED]
 
 def disturb(model):
     torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
+    move_parameters(model, 0.3)
 
 
 def forwards_during(trainer, run):
