@@ -21,7 +21,7 @@ _KINDS = {
 _INTRODUCTION = """\
 # Architectures
 
-`python -m benchmarks.sweep --write` writes this page, in ten to twenty minutes. It
+`python -m benchmarks.sweep --write` writes this page, in ten minutes on two cores. It
 builds every architecture of transformers that takes text, tiny and with random weights,
 and compares LoReFT with a plain reference: a copy of the bare base that edits the
 expected tokens in what each layer returns, in the layers that a text runs through.

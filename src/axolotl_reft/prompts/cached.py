@@ -154,12 +154,18 @@ class CacheRecord:
         self._known = self.computed = past + ids_BT.shape[1]
 
     def read_on(
-        self, past: int, seen: Columns, adapters: Adapters, computed: int
+        self,
+        past: int,
+        seen: Columns,
+        adapters: Adapters,
+        computed: int,
+        known: Columns | None = None,
     ) -> CacheRecord:
         """Return the record with columns that were computed after the first ``past``,
-        with prompts as they are seen now."""
+        with prompts as they are seen now; ``known`` has later columns, too."""
         readings = [reading for reading in self.readings if reading.start < past]
-        return CacheRecord([*readings, Reading(past, seen, adapters)], computed, seen)
+        readings.append(Reading(past, seen, adapters))
+        return CacheRecord(readings, computed, known or seen)
 
     def of_rows(self, rows: int) -> CacheRecord | None:
         """Return the record of so many rows, repeated from one; None where the rows of

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from axolotl_reft.prompts.cached import Adapters, CacheRecord, Columns, Reading
+from axolotl_reft.prompts.cached import Adapters, CacheRecord, Columns
 from axolotl_reft.prompts.spans import PromptSpans
 from axolotl_reft.prompts.turns import Turns
 
@@ -114,10 +114,8 @@ class Generation:
         prompt = Columns(self.ids_BP, answer_BP, real_BP)
         answer_BT = torch.ones_like(new_ids_BT, dtype=torch.bool)
         columns = prompt.followed_by(Columns(new_ids_BT, answer_BT, answer_BT))
-        readings = self.record.readings if self.record else []
-        readings = [reading for reading in readings if reading.start < self.kept]
-        readings.append(Reading(self.kept, prompt, self.adapters))
-        return CacheRecord(readings, self.filled, columns)
+        record = self.record or CacheRecord([], 0, prompt)
+        return record.read_on(self.kept, prompt, self.adapters, self.filled, columns)
 
     def step(
         self, turns: Turns, rows: int, tokens: int, device: torch.device

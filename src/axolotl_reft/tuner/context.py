@@ -57,7 +57,7 @@ class ForwardContext:
         edited_outputs: unedited and edited states by the id of the unedited, which
             transformers records; None where hidden states are not asked for.
         is_prepared: ``generate`` prepared it as one of its steps.
-        record: makes the record of the cache that the forward fills; None where it
+        make_record: makes the record of the cache that the forward fills; None where it
             cannot be told.
     """
 
@@ -73,7 +73,7 @@ class ForwardContext:
     prepared: dict[tuple[nn.Module, str, str], Edit] = field(default_factory=dict)
     edited_outputs: dict[int, tuple[Tensor, Tensor]] | None = None
     is_prepared: bool = False
-    record: Callable[[], CacheRecord | None] | None = None
+    make_record: Callable[[], CacheRecord | None] | None = None
     _spans: dict[Turns, PromptSpans | None] = field(default_factory=dict)
     _indices: dict[str, EditIndices | None] = field(default_factory=dict)
     _tokens: dict[str, EditIndices] = field(default_factory=dict)

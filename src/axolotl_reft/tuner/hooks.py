@@ -40,7 +40,7 @@ from axolotl_reft.tuner.context import POSITIONS, FindSpans, ForwardContext, Mod
 from axolotl_reft.tuner.executor import prepare_edits
 from axolotl_reft.tuner.generating import GenerateHooks
 from axolotl_reft.tuner.layout import layout_of
-from axolotl_reft.tuner.on_cache import Record, new_record, read_on_cache
+from axolotl_reft.tuner.on_cache import MakeRecord, new_record, read_on_cache
 from axolotl_reft.tuner.packing import warn_of_packed_samples, what_joins_samples
 
 Args = tuple[Any, ...]
@@ -171,8 +171,8 @@ class ModelHooks:
         default = getattr(module.config, "output_hidden_states", False)
         if default if asked is None else asked:
             context.edited_outputs = {}
-        adapters = self.state.active_adapters(context.shape[0])
-        if adapters.by_row:
+        if thread.adapter_names is not None:
+            adapters = self.state.active_adapters(context.shape[0])
             context.row_adapters = list(adapters.names)
         # Rows that a trainer cut out of the collator's batch are found anew.
         elif given is not None and tuple(given["shape"]) == context.shape:
@@ -199,8 +199,8 @@ class ModelHooks:
             self._has_compiled = True
         # What generate puts into a cache is noted as a whole, when it has ended.
         elif not context.is_prepared and (cache := cache_of(output)) is not None:
-            record = context.record and context.record()
-            CacheRecord.put(cache, record)
+            make_record = context.make_record
+            CacheRecord.put(cache, make_record() if make_record else None)
 
     def _context(
         self,
@@ -216,7 +216,7 @@ class ModelHooks:
         shape = rows, width = tokens.shape[0], tokens.shape[1]
         find_spans: FindSpans | None = None
         find_answers: Callable[[], Tensor] | None = None
-        record: Record | None = None
+        make_record: MakeRecord | None = None
         checks = False
         if self._labels_mark_answers and labels is not None and labels.shape == shape:
             find_answers = partial(torch.ne, labels, -100)
@@ -233,7 +233,7 @@ class ModelHooks:
                     step.step, rows=rows, tokens=width, device=tokens.device
                 )
         elif past := columns_in(cache_of(inputs)):
-            find_spans, record = read_on_cache(
+            find_spans, make_record = read_on_cache(
                 state, inputs, tokens, past, find_answers, self._has_compiled
             )
         elif pages_of(inputs) is not None:
@@ -245,7 +245,7 @@ class ModelHooks:
                 prompt_sources.batch_spans,
                 *(inputs, tokens, find_answers, trains, state.trainer, checks),
             )
-            record = partial(new_record, state, inputs, tokens, find_answers)
+            make_record = partial(new_record, state, inputs, tokens, find_answers)
         return ForwardContext(
             shape,
             state.adapters,
@@ -254,7 +254,7 @@ class ModelHooks:
             packed,
             find_answers,
             is_prepared=step is not None,
-            record=record,
+            make_record=make_record,
         )
 
 

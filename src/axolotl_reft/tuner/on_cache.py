@@ -25,9 +25,9 @@ from axolotl_reft.tuner.compat import cache_of
 from axolotl_reft.tuner.context import FindSpans, ModelState
 
 # Makes the record of the cache when the forward has ended.
-Record = Callable[[], CacheRecord | None]
+MakeRecord = Callable[[], CacheRecord | None]
 
-ANEW = (
+_ANEW = (
     "pass a fresh cache and the whole conversation; generate takes the whole "
     "conversation with the cache too, and computes anew what must be"
 )
@@ -40,7 +40,7 @@ def read_on_cache(
     past: int,
     find_answers: Callable[[], Tensor] | None,
     may_be_compiled: bool,
-) -> tuple[FindSpans | None, Record | None]:
+) -> tuple[FindSpans | None, MakeRecord | None]:
     """Find the prompts in a forward on a filled cache.
 
     Args:
@@ -68,7 +68,7 @@ def read_on_cache(
         if adapters.names and (keeps_records or (turns and not is_step)):
             raise ValueError(
                 "past_key_values: how the columns of this cache were edited is "
-                f"unknown, since this model did not fill it; {ANEW}"
+                f"unknown, since this model did not fill it; {_ANEW}"
             )
         return None, None
     last = record.readings[-1]
@@ -154,18 +154,18 @@ class _Forward:
         real_BW = real_tokens(self.mask_BW, (shape[0], seen.width), device)
         return replace(seen, real_BW=real_BW)
 
-    def checked(self, seen: Columns) -> tuple[FindSpans, Record]:
+    def checked(self, seen: Columns) -> tuple[FindSpans, MakeRecord]:
         """Return what finds prompts in columns as they are seen; ValueError where the
         cached ones were edited for others."""
         keep = self._fitting(self.record, seen, self.past)
         if keep < self.past:
             raise ValueError(
                 f"past_key_values: the cached columns from {keep} on were edited for "
-                f"another prompt or adapter; {ANEW}"
+                f"another prompt or adapter; {_ANEW}"
             )
         return self._spans_in(seen), lambda: self._record(seen)
 
-    def checked_both_ways(self) -> tuple[FindSpans | None, Record]:
+    def checked_both_ways(self) -> tuple[FindSpans | None, MakeRecord]:
         """Return what finds prompts whether the tokens answer or go on with a prompt;
         ValueError where that is not the same."""
         answered, asked = self.read(is_answer=True), self.read(is_answer=False)
