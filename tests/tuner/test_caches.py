@@ -149,6 +149,19 @@ def test_a_prefix_repeated_for_a_batch(tokens, positions):
     assert_same(answer(model, prompts, past_key_values=cache), expected)
 
 
+@torch.no_grad()
+def test_a_repeated_cache_is_known_to_be_filled_by_the_adapter(tokens, positions):
+    model = build_adapter(build_model(), positions=positions, tied_weights=False)
+    prompt, words = tokens(1, PROMPT), tokens(3, 1, seed=1)
+    expected = [
+        model(word[None], past_key_values=filled(model, prompt)).logits
+        for word in words
+    ]
+    cache = filled(model, prompt)
+    cache.batch_repeat_interleave(3)
+    assert_same(model(words, past_key_values=cache).logits, torch.cat(expected))
+
+
 def test_rows_of_a_cache_in_another_order(tokens, positions):
     model = build_adapter(build_model(), positions=positions, tied_weights=False)
     prompts = tokens(2, PROMPT)
