@@ -1,0 +1,132 @@
+"""Rows of a step's hidden states that are edited, in buffers that stay where they are.
+
+A captured graph replays its kernels and none of Python, so a step writes its rows where
+the kernels look for them. The operation is one for eager, compiled and captured layers.
+
+Shapes: T tokens of a step, N edited rows, E edits that are loaded (two sides for each
+of the server's adapters at once), D hidden size, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from axolotl_reft.serving.edited_tokens import Places
+
+
+class EditedRows:
+    """The edited rows of a step, by the edit they get.
+
+    Attributes:
+        rows_T: N rows in the order of their edits, ascending within one.
+        edits_T: their edits.
+        starts_E1: where each edit's rows begin; the last is N.
+    """
+
+    def __init__(self, tokens: int, edits: int, device: torch.device) -> None:
+        self.rows_T = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self.edits_T = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self.starts_E1 = torch.zeros(edits + 1, dtype=torch.int64, device=device)
+        self._is_empty = True
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rows_T, self.edits_T, self.starts_E1
+
+    def set(self, found: Iterable[tuple[int, Places]]) -> None:
+        """Write the rows that each edit changes in the next step."""
+        found = [(edit, rows) for edit, rows in found if rows.size]
+        if not found and self._is_empty:
+            return
+        self._is_empty = not found
+        counts_E = np.zeros(self.starts_E1.shape[0] - 1, dtype=np.int64)
+        for edit, rows in found:
+            counts_E[edit] += rows.size
+        self.starts_E1[1:].copy_(torch.from_numpy(counts_E.cumsum()))
+        if not found:
+            return
+        # The sort is stable: requests come in the order of their rows.
+        found.sort(key=lambda edit_and_rows: edit_and_rows[0])
+        rows_N = np.concatenate([rows for _, rows in found])
+        edits_N = counts_E.nonzero()[0].repeat(counts_E[counts_E > 0])
+        self.rows_T[: rows_N.size].copy_(torch.from_numpy(rows_N))
+        self.edits_T[: rows_N.size].copy_(torch.from_numpy(edits_N))
+
+
+def edit_rows(
+    hidden: Tensor,
+    residual: Tensor | None,
+    m_ERD: Tensor,
+    b_ER: Tensor,
+    p_ERD: Tensor,
+    rows_T: Tensor,
+    edits_T: Tensor,
+    starts_E1: Tensor,
+) -> None:
+    """Replace x by x + Pᵀ(Mx + b) in the rows of :class:`EditedRows`, in place.
+
+    x is the sum of ``hidden`` and ``residual`` (T, D), in their dtype, which a layer
+    leaves to the next one's norm: the edited sum takes the place of ``residual``, and
+    zero that of ``hidden``. Without ``residual``, x is ``hidden``.
+    """
+    torch.ops.axolotl_reft.edit_rows(
+        hidden, residual, m_ERD, b_ER, p_ERD, rows_T, edits_T, starts_E1
+    )
+
+
+def _edit_by_operations(
+    hidden: Tensor,
+    residual: Tensor | None,
+    m_ERD: Tensor,
+    b_ER: Tensor,
+    p_ERD: Tensor,
+    rows_T: Tensor,
+    edits_T: Tensor,
+    starts_E1: Tensor,
+) -> None:
+    starts = starts_E1.tolist()
+    if not starts[-1]:
+        return
+    hidden = hidden.flatten(0, -2)
+    for edit, (start, stop) in enumerate(pairwise(starts)):
+        if start == stop:
+            continue
+        rows_N = rows_T[start:stop]
+        first, last = int(rows_N[0]), int(rows_N[-1])
+        is_slice = last - first + 1 == stop - start
+        rows = slice(first, last + 1) if is_slice else rows_N
+        # Of a slice these are views, and the sums below are made in place.
+        sums, zeroed = hidden[rows], None
+        if residual is not None:
+            zeroed, sums = sums, residual[rows]
+            sums.add_(zeroed)
+        x_ND = sums.float()
+        source_NR = torch.addmm(b_ER[edit], x_ND, m_ERD[edit].T)
+        x_ND.addmm_(source_NR, p_ERD[edit])
+        written = hidden if residual is None else residual
+        if x_ND is not sums or not is_slice:
+            written[rows] = x_ND.to(written.dtype)
+        if zeroed is not None:
+            hidden[rows] = 0
+
+
+def _edit_by_kernel(hidden: Tensor, residual: Tensor | None, *tensors: Tensor) -> None:
+    from axolotl_reft.kernels.serving import launch_edit
+
+    launch_edit(hidden.flatten(0, -2), residual, *tensors)
+
+
+# Not torch.library.custom_op, whose calls cost ten times as much.
+_library = torch.library.Library("axolotl_reft", "DEF")
+_library.define(
+    "edit_rows(Tensor(a!) hidden, Tensor(b!)? residual, Tensor m, Tensor b, Tensor p, "
+    "Tensor rows, Tensor edits, Tensor starts) -> ()"
+)
+_library.impl("edit_rows", _edit_by_operations, "CPU")
+_library.impl("edit_rows", _edit_by_kernel, "CUDA")
+_library.impl("edit_rows", lambda *tensors: None, "Meta")

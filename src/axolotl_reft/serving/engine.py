@@ -1,0 +1,93 @@
+"""Settings of an engine that LoReFT adapters can be served with.
+
+Each row of the table was either run, or is refused here before the model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from axolotl_reft.serving.adapters import ServedBase
+from axolotl_reft.serving.layers import LAYERS
+
+# Among --lora-target-modules, turns LoReFT on. It is no module's name, so that no
+# layer of LoRA is made for it.
+TARGET = "loreft"
+
+
+def serves_loreft(vllm_config: Any) -> bool:
+    """Return whether an engine was asked to serve LoReFT adapters."""
+    lora_config = vllm_config.lora_config
+    return lora_config is not None and TARGET in (lora_config.target_modules or ())
+
+
+def served_base(vllm_config: Any) -> ServedBase:
+    """Return what adapters must fit."""
+    model_config = vllm_config.model_config
+    return ServedBase(
+        model_config.model,
+        model_config.get_hidden_size(),
+        model_config.hf_text_config.num_hidden_layers,
+        vllm_config.lora_config.max_lora_rank,
+    )
+
+
+def layer_class(vllm_config: Any) -> str:
+    """Return the class of the model's decoder layers; ``ValueError`` for a model whose
+    layers were not compared."""
+    architecture = vllm_config.model_config.hf_config.architectures[0]
+    if architecture not in LAYERS:
+        raise ValueError(
+            f"LoReFT: {architecture} cannot be served with LoReFT adapters, only "
+            f"{', '.join(LAYERS)}; use generate of transformers, or serve the base "
+            "without --lora-target-modules loreft"
+        )
+    return LAYERS[architecture]
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Raise ``ValueError`` for settings with which edits would be lost or moved, or
+    that nobody has run with LoReFT."""
+    layer_class(vllm_config)
+    refused = [
+        f"{setting}: {reason}" for setting, reason in _refused_settings(vllm_config)
+    ]
+    if refused:
+        raise ValueError(
+            f"LoReFT adapters (--lora-target-modules {TARGET}) cannot be served with "
+            f"{'; '.join(refused)}"
+        )
+
+
+def _refused_settings(vllm_config: Any) -> Iterator[tuple[str, str]]:
+    """Yield each refused setting with the reason and the remedy."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    compilation = vllm_config.compilation_config
+    untested = "it was never run with them; leave it out"
+    if vllm_config.device_config.device_type == "cuda":
+        if compilation.cudagraph_mode.name != "NONE":
+            yield "CUDA graphs", "no GPU has proven them yet; add --enforce-eager"
+    elif vllm_config.device_config.device_type != "cpu":
+        yield vllm_config.device_config.device_type, "use an NVIDIA GPU or a CPU"
+    if vllm_config.use_v2_model_runner:
+        yield "VLLM_USE_V2_MODEL_RUNNER=1", "only the V1 runner has edits; unset it"
+    if model.runner_type != "generate":
+        yield f"--runner {model.runner_type}", "serve a model that generates"
+    if model.enable_sleep_mode:
+        yield "--enable-sleep-mode", "it would drop the adapters; leave it out"
+    for setting, value in {
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size,
+    }.items():
+        if value > 1:
+            yield setting, "edits need all layers and tokens in a process; set it to 1"
+    for setting, is_set in {
+        "--enable-dbo or --ubatch-size": parallel.use_ubatching,
+        "--enable-expert-parallel": parallel.enable_expert_parallel,
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "--speculative-config": vllm_config.speculative_config is not None,
+    }.items():
+        if is_set:
+            yield setting, untested
