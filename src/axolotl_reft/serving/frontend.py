@@ -79,11 +79,14 @@ class FrontEnd:
             )
 
 
-def front_end(input_processor: Any) -> FrontEnd:
-    """Return the front end of vLLM's input processor, made when it is first needed."""
+def serve(input_processor: Any, lora_request: LoRARequest) -> LoRARequest:
+    """:meth:`FrontEnd.serve` of vLLM's input processor; without LoRA, which vLLM then
+    refuses, the request as it is."""
+    if input_processor.vllm_config.lora_config is None:
+        return lora_request
     if not hasattr(input_processor, "loreft"):
         input_processor.loreft = FrontEnd(input_processor.vllm_config)
-    return input_processor.loreft
+    return input_processor.loreft.serve(lora_request)
 
 
 def _method(directory: str) -> str | None:

@@ -20,7 +20,7 @@ from vllm.lora.request import LoRARequest
 from axolotl_reft.serving.adapters import is_loreft_number, load_spec
 from axolotl_reft.serving.edited_tokens import EditedTokens
 from axolotl_reft.serving.engine import TARGET, check_engine, serves_loreft
-from axolotl_reft.serving.frontend import front_end
+from axolotl_reft.serving.frontend import serve
 from axolotl_reft.serving.runner import ServedModel, load_adapter
 from axolotl_reft.settings.config_file import package_version
 
@@ -82,7 +82,7 @@ def _process_inputs(original: Function) -> Function:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         if request.lora_request is not None:
-            request.lora_request = front_end(self).serve(request.lora_request)
+            request.lora_request = serve(self, request.lora_request)
             if is_loreft_number(request.lora_request.lora_int_id):
                 _check_request(request)
         return request
@@ -107,7 +107,7 @@ def _add_lora(original: Function) -> Function:
     """Loads an adapter under the number that requests will give it."""
 
     def add_lora(self: Any, lora_request: Any) -> Any:
-        return original(self, front_end(self.input_processor).serve(lora_request))
+        return original(self, serve(self.input_processor, lora_request))
 
     return add_lora
 
@@ -117,12 +117,11 @@ def _check_load_request(original: Function) -> Function:
 
     async def _check_load_lora_adapter_request(self: Any, request: Any) -> Any:
         refused = await original(self, request)
-        if refused is not None or not self.engine_client.vllm_config.lora_config:
+        if refused is not None:
             return refused
+        lora_request = LoRARequest(request.lora_name, 1, request.lora_path)
         try:
-            front_end(self.input_processor).serve(
-                LoRARequest(request.lora_name, 1, request.lora_path)
-            )
+            serve(self.input_processor, lora_request)
         except ValueError as error:
             return create_error_response(
                 message=str(error),
@@ -144,7 +143,7 @@ def _beam_search(original: Function) -> Function:
         engine = getattr(self, "engine_client", None) or self.llm_engine
         for lora_request in given if isinstance(given, list) else [given]:
             if lora_request is not None:
-                served = front_end(engine.input_processor).serve(lora_request)
+                served = serve(engine.input_processor, lora_request)
                 if is_loreft_number(served.lora_int_id):
                     raise ValueError(
                         f"beam search with the LoReFT adapter {lora_request.lora_name!r}"
