@@ -30,11 +30,14 @@ class FrontEnd:
         self._directories: dict[str, str] = {}
         self._first_numbers: dict[str, int] = {}
 
-    def serve(self, lora_request: LoRARequest) -> LoRARequest:
+    def serve(self, lora_request: LoRARequest, is_load: bool = False) -> LoRARequest:
         """Return the request by which the engine knows an adapter: a LoReFT adapter by
-        its number, LoRA as it is. ``ValueError`` for what cannot be served."""
+        its number, LoRA as it is. ``ValueError`` for what cannot be served.
+
+        A repository on the hub is fetched anew where ``is_load``, and else once.
+        """
         path, name = lora_request.lora_path, lora_request.lora_name
-        if path not in self._directories:  # or a repository, fetched once
+        if is_load or path not in self._directories:
             self._directories[path] = get_adapter_absolute_path(path)
         directory = self._directories[path]
         if not self._is_loreft(directory, name):
@@ -79,14 +82,16 @@ class FrontEnd:
             )
 
 
-def serve(input_processor: Any, lora_request: LoRARequest) -> LoRARequest:
+def serve(
+    input_processor: Any, lora_request: LoRARequest, is_load: bool = False
+) -> LoRARequest:
     """:meth:`FrontEnd.serve` of vLLM's input processor; without LoRA, which vLLM then
     refuses, the request as it is."""
     if input_processor.vllm_config.lora_config is None:
         return lora_request
     if not hasattr(input_processor, "loreft"):
         input_processor.loreft = FrontEnd(input_processor.vllm_config)
-    return input_processor.loreft.serve(lora_request)
+    return input_processor.loreft.serve(lora_request, is_load)
 
 
 def _method(directory: str) -> str | None:

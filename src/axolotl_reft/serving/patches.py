@@ -107,7 +107,7 @@ def _add_lora(original: Function) -> Function:
     """Loads an adapter under the number that requests will give it."""
 
     def add_lora(self: Any, lora_request: Any) -> Any:
-        return original(self, serve(self.input_processor, lora_request))
+        return original(self, serve(self.input_processor, lora_request, is_load=True))
 
     return add_lora
 
@@ -121,7 +121,7 @@ def _check_load_request(original: Function) -> Function:
             return refused
         lora_request = LoRARequest(request.lora_name, 1, request.lora_path)
         try:
-            serve(self.input_processor, lora_request)
+            serve(self.input_processor, lora_request, is_load=True)
         except ValueError as error:
             return create_error_response(
                 message=str(error),
