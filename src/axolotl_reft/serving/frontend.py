@@ -37,9 +37,11 @@ class FrontEnd:
         A repository on the hub is fetched anew where ``is_load``, and else once.
         """
         path, name = lora_request.lora_path, lora_request.lora_name
-        if is_load or path not in self._directories:
-            self._directories[path] = get_adapter_absolute_path(path)
-        directory = self._directories[path]
+        directory = None if is_load else self._directories.get(path)
+        if directory is None:
+            directory = get_adapter_absolute_path(path)
+        if Path(directory).is_dir():
+            self._directories[path] = directory
         if not self._is_loreft(directory, name):
             return lora_request
         adapter = self._store.get(directory, name)
