@@ -3,11 +3,14 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, build_adapter, build_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from axolotl_reft.serving.edited_rows import EditedRows, edit_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,3 +108,33 @@ def test_a_step_waits_no_more_than_the_base_s(packed):
                 torch.cuda.set_sync_debug_mode("default")
         waits[name] = sum("synchroniz" in str(one.message) for one in caught)
     assert waits["ours"] == waits["base"]
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_served_edit_is_that_of_the_rows_at_each_replay(dtype, is_compiled):
+    def forward():
+        edit_rows(*layer, *stacks, *rows.tensors)
+        return layer[0] + layer[1]
+
+    torch.manual_seed(0)
+    rows = EditedRows(64, 4, torch.device("cuda"))
+    stacks = [torch.randn(4, 8, *d, device="cuda") / 8 for d in ([96], [], [96])]
+    layer = [torch.zeros(16, 96, dtype=dtype, device="cuda") for _ in range(2)]
+    run = torch.compile(forward, fullgraph=True) if is_compiled else forward
+    run()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # as a server captures it: nothing is edited
+        output = run()
+    for step in ({0: [3]}, {1: [0, 5], 3: [15]}, {}, {2: range(16)}):
+        rows.set((edit, np.array(list(at))) for edit, at in step.items())
+        expected = [torch.randn(16, 96).to(dtype) for _ in layer]
+        for tensor, value in zip(layer, expected, strict=True):
+            tensor.copy_(value)
+        graph.replay()
+        on_host = [tensor.cpu() for tensor in (*stacks, *rows.tensors)]
+        edit_rows(*expected, *on_host)
+        close = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        assert_close([t.cpu() for t in layer], expected, atol=close, rtol=close)
+        assert torch.equal(output, layer[0] + layer[1])
+    torch._dynamo.reset()

@@ -17,7 +17,7 @@ from axolotl_reft.core.stacked_edits import Affine, Workspace
 from axolotl_reft.kernels import edit as kernels
 
 # A kernel's registers hold this many products at once, and so few rows and ranks.
-_PRODUCTS = 8192
+PRODUCTS = 8192
 # Up to so many, each row gets a multiprocessor of its own.
 _FEW_ROWS = 256
 _SMALLEST_DOT = 16
@@ -78,7 +78,7 @@ def by_rows(rows: Sequence[int], width: int, rank: int) -> _Launch:
     """Return the launch of a kernel whose programs take all columns of a few rows."""
     several = 1 if sum(rows) <= _FEW_ROWS else 4
     padded = next_power_of_2(rank)
-    block = min(_PRODUCTS // (padded * several), next_power_of_2(width))
+    block = min(PRODUCTS // (padded * several), next_power_of_2(width))
     blocks = sum(-(-count // several) for count in rows)
     return (blocks,), {"RP": padded, "ROWS": several, "BLOCK": block, "num_warps": 8}
 
