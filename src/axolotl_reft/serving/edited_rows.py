@@ -92,7 +92,7 @@ def _edit_by_operations(
     starts = starts_E1.tolist()
     if not starts[-1]:
         return
-    hidden = hidden.flatten(0, -2)
+    hidden = hidden.view(-1, hidden.shape[-1])  # fails where that takes a copy
     for edit, (start, stop) in enumerate(pairwise(starts)):
         if start == stop:
             continue
@@ -118,7 +118,7 @@ def _edit_by_operations(
 def _edit_by_kernel(hidden: Tensor, residual: Tensor | None, *tensors: Tensor) -> None:
     from axolotl_reft.kernels.serving import launch_edit
 
-    launch_edit(hidden.flatten(0, -2), residual, *tensors)
+    launch_edit(hidden.view(-1, hidden.shape[-1]), residual, *tensors)
 
 
 # Not torch.library.custom_op, whose calls cost ten times as much.
