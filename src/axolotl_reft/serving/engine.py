@@ -5,7 +5,6 @@ Each row of the table was either run, or is refused here before the model is loa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from axolotl_reft.serving.adapters import ServedBase
@@ -51,7 +50,9 @@ def check_engine(vllm_config: Any) -> None:
     that nobody has run with LoReFT."""
     layer_class(vllm_config)
     refused = [
-        f"{setting}: {reason}" for setting, reason in _refused_settings(vllm_config)
+        f"{setting}: {reason}"
+        for setting, is_set, reason in _refused_settings(vllm_config)
+        if is_set
     ]
     if refused:
         raise ValueError(
@@ -60,34 +61,52 @@ def check_engine(vllm_config: Any) -> None:
         )
 
 
-def _refused_settings(vllm_config: Any) -> Iterator[tuple[str, str]]:
-    """Yield each refused setting with the reason and the remedy."""
+_UNTESTED = "it was never run with LoReFT; leave it out"
+_DIVIDED = "edits need all layers and tokens in a process; set it to 1"
+
+
+def _refused_settings(vllm_config: Any) -> list[tuple[str, bool, str]]:
+    """Return each refused setting, whether it is set, and the reason and the remedy."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    compilation = vllm_config.compilation_config
-    untested = "it was never run with them; leave it out"
-    if vllm_config.device_config.device_type == "cuda":
-        if compilation.cudagraph_mode.name != "NONE":
-            yield "CUDA graphs", "no GPU has proven them yet; add --enforce-eager"
-    elif vllm_config.device_config.device_type != "cpu":
-        yield vllm_config.device_config.device_type, "use an NVIDIA GPU or a CPU"
-    if vllm_config.use_v2_model_runner:
-        yield "VLLM_USE_V2_MODEL_RUNNER=1", "only the V1 runner has edits; unset it"
-    if model.runner_type != "generate":
-        yield f"--runner {model.runner_type}", "serve a model that generates"
-    if model.enable_sleep_mode:
-        yield "--enable-sleep-mode", "it would drop the adapters; leave it out"
-    for setting, value in {
-        "--pipeline-parallel-size": parallel.pipeline_parallel_size,
-        "--decode-context-parallel-size": parallel.decode_context_parallel_size,
-        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size,
-    }.items():
-        if value > 1:
-            yield setting, "edits need all layers and tokens in a process; set it to 1"
-    for setting, is_set in {
+    device = vllm_config.device_config.device_type
+    graphs = vllm_config.compilation_config.cudagraph_mode.name
+    has_graphs = device == "cuda" and graphs != "NONE"
+    sizes = {
+        "pipeline": parallel.pipeline_parallel_size,
+        "decode-context": parallel.decode_context_parallel_size,
+        "prefill-context": parallel.prefill_context_parallel_size,
+    }
+    untested = {
         "--enable-dbo or --ubatch-size": parallel.use_ubatching,
         "--enable-expert-parallel": parallel.enable_expert_parallel,
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "--speculative-config": vllm_config.speculative_config is not None,
-    }.items():
-        if is_set:
-            yield setting, untested
+    }
+    return [
+        ("CUDA graphs", has_graphs, "no GPU has proven them yet; add --enforce-eager"),
+        (
+            f"the device {device}",
+            device not in ("cpu", "cuda"),
+            "use an NVIDIA GPU or a CPU",
+        ),
+        (
+            "VLLM_USE_V2_MODEL_RUNNER=1",
+            vllm_config.use_v2_model_runner,
+            "only the V1 runner has edits; unset it",
+        ),
+        (
+            f"--runner {model.runner_type}",
+            model.runner_type != "generate",
+            "serve a model that generates",
+        ),
+        (
+            "--enable-sleep-mode",
+            model.enable_sleep_mode,
+            "it would drop the adapters; leave it out",
+        ),
+        *(
+            (f"--{name}-parallel-size {size}", size > 1, _DIVIDED)
+            for name, size in sizes.items()
+        ),
+        *((setting, is_set, _UNTESTED) for setting, is_set in untested.items()),
+    ]

@@ -146,10 +146,10 @@ def _beam_search(original: Function) -> Function:
                 served = serve(engine.input_processor, lora_request)
                 if is_loreft_number(served.lora_int_id):
                     raise ValueError(
-                        f"beam search with the LoReFT adapter {lora_request.lora_name!r}"
-                        ": vLLM would send each beam as a prompt, and edits move with "
-                        "a prompt's end; use sampling with n, or generate of "
-                        "transformers with num_beams"
+                        f"LoReFT adapter {lora_request.lora_name!r} cannot be used "
+                        "with beam search: vLLM would send each beam as a prompt, and "
+                        "edits move with a prompt's end; use sampling with n, or "
+                        "generate of transformers with num_beams"
                     )
         return original(self, *args, **kwargs)
 
