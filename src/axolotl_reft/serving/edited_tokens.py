@@ -46,16 +46,16 @@ class EditedTokens:
             return [np.arange(stop - start)]
         return [places - start for places in self._cut(start, stop)]
 
-    def key(self, digest: bytes, start: int, stop: int) -> bytes | None:
+    def key(self, adapter: bytes, start: int, stop: int) -> bytes | None:
         """Return how these tokens are edited, and by which adapter; None where they are
         not, and the base's own keys and values hold."""
         if self.everywhere:
-            return digest
+            return adapter
         cut = self._cut(start, stop)
         if not any(places.size for places in cut):
             return None
         sides = [(places - start).astype("<u4").tobytes() for places in cut]
-        return digest + b"".join(len(s).to_bytes(4, "little") + s for s in sides)
+        return adapter + b"".join(len(s).to_bytes(4, "little") + s for s in sides)
 
     def _cut(self, start: int, stop: int) -> list[Places]:
         return [

@@ -168,7 +168,8 @@ def _extra_keys(original: Function) -> Function:
         if lora_request is None or not is_loreft_number(lora_request.lora_int_id):
             return keys, mm_idx
         kept = [key for key in keys or () if key[0] != "lora"]
-        edited = _edited_tokens(request).key(start_token_idx, end_token_idx)
+        adapter = lora_request.lora_int_id.to_bytes(8, "little")
+        edited = _edited_tokens(request).key(adapter, start_token_idx, end_token_idx)
         if edited is not None:
             kept.append(("loreft", edited))
         return tuple(kept) or None, mm_idx
