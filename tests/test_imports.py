@@ -25,6 +25,10 @@ ROOMS = {
         ("core", "prompts", "settings", "tuner"),
         ("torch", "peft", "safetensors", "huggingface_hub"),
     ),
+    "serving": (
+        ("core", "settings", "kernels", "tuner", "saved"),
+        ("torch", "numpy", "packaging", "peft", "vllm"),
+    ),
     "exchange": (
         ("core", "prompts", "settings", "tuner", "saved"),
         ("torch", "transformers", "peft", "pyreft", "pyvene"),
@@ -142,6 +146,16 @@ def test_a_room_imports_rooms_below_it_and_packages_that_it_is_for(room):
                 found_packages.add(first)
     assert found_rooms - {room} <= set(rooms)
     assert found_packages <= set(packages)
+
+
+def test_what_serving_computes_needs_no_vllm():
+    importing = {
+        path.name
+        for path in files_of("serving")
+        for name in imported_names(path)
+        if name.split(".")[0] == "vllm"
+    }
+    assert importing == {"__init__.py", "frontend.py", "patches.py"}
 
 
 def test_every_file_is_in_a_room():
