@@ -71,7 +71,7 @@ class ServedBase:
         digest = _digest(directory, setting)
         config = check_adapter_fits(directory, setting, self.hidden_size, self.layers)
         spec = config.spec()
-        reason = self._reason_against(config, spec)
+        reason = self._reason_against(directory, config, spec)
         if reason:
             raise ValueError(f"{setting} cannot be served: {reason}")
         if digest != _digest(directory, setting):
@@ -81,7 +81,9 @@ class ServedBase:
             )
         return ServedAdapter(directory, digest, config, spec)
 
-    def _reason_against(self, config: LoreftConfig, spec: AdapterSpec) -> str | None:
+    def _reason_against(
+        self, directory: str, config: LoreftConfig, spec: AdapterSpec
+    ) -> str | None:
         if spec.component != "block_output":
             return (
                 f"component: {spec.component} is edited within a layer, and a server "
@@ -99,6 +101,11 @@ class ServedBase:
                     f"{setting}: {value} is not LoReFT, and would be left out; train "
                     "without it, or use generate of transformers"
                 )
+        if others := read_tensors(directory, _SETTING).others:
+            return (
+                f"its weights hold {min(others)!r} beside LoReFT, which would be left "
+                "out; train on a base that has it, or use generate of transformers"
+            )
         rank = max(spec.ranks(self.layers).values())
         if rank > self.max_rank:
             return (
