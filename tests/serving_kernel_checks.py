@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from axolotl_reft.kernels.serving import launch_edit
-from axolotl_reft.serving.edited_rows import EditedRows, _edit_by_operations
+from axolotl_reft.serving.edited_rows import EditedRows, edit_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Sums of float32 differ in their order, and so now and then in the last bit of others.
@@ -44,18 +44,24 @@ def build_rows(step, edits=8, capacity=TOKENS + 12):
     return rows.tensors
 
 
+def edit_on_host(*tensors):
+    """Edit copies by the operations, which are the CPU's."""
+    copies = [None if t is None else t.cpu().clone() for t in tensors]
+    edit_rows(*copies)
+    return copies[:2]
+
+
 def compare(hidden_TD, residual_TD, stacks, rows):
     """Both must change both tensors alike."""
-    given = hidden_TD, residual_TD
-    got = [None if t is None else t.clone() for t in given]
-    expected = [None if t is None else t.clone() for t in given]
-    launch_edit(*got, *stacks, *rows)
-    _edit_by_operations(*expected, *stacks, *rows)
-    close = CLOSE[hidden_TD.dtype]
+    given = [None if t is None else t.cpu().clone() for t in (hidden_TD, residual_TD)]
+    expected = edit_on_host(hidden_TD, residual_TD, *stacks, *rows)
+    launch_edit(hidden_TD, residual_TD, *stacks, *rows)
+    close, got = CLOSE[hidden_TD.dtype], (hidden_TD, residual_TD)
     for ours, theirs, before in zip(got, expected, given, strict=True):
         if before is None:
             continue
         assert ours.dtype == before.dtype
+        ours = ours.cpu()
         assert_close(ours, theirs, atol=close, rtol=close)
         changed = (theirs != before).any(1)
         assert torch.equal(ours[~changed], before[~changed])
@@ -109,12 +115,14 @@ def test_hidden_states_in_any_layout():
         (random(70, TOKENS).T, random(TOKENS, 70)),
         (random(TOKENS, 70), random(TOKENS, 2, 70)[:, 1]),
     ):
-        expected_TD = hidden_TD + residual_TD
-        _edit_by_operations(expected_TD, None, *stacks, *rows)
+        sum_TD = hidden_TD + residual_TD
+        expected_TD, _ = edit_on_host(sum_TD, None, *stacks, *rows)
         launch_edit(hidden_TD, residual_TD, *stacks, *rows)
         edited = [1, 4, 19]
         assert not hidden_TD[edited].any()
-        assert_close(residual_TD[edited], expected_TD[edited], atol=2e-5, rtol=2e-5)
+        assert_close(
+            residual_TD[edited].cpu(), expected_TD[edited], atol=2e-5, rtol=2e-5
+        )
 
 
 def test_an_edited_row_is_read_and_written_alone():

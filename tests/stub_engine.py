@@ -48,6 +48,7 @@ def build_config(architecture="LlamaForCausalLM", **changes):
             get_hidden_size=lambda: HIDDEN,
             hf_config=SimpleNamespace(architectures=[architecture]),
             hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS),
+            using_transformers_backend=lambda: False,
             runner_type="generate",
             enable_sleep_mode=False,
         ),
