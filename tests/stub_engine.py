@@ -83,11 +83,11 @@ def build_config(architecture="LlamaForCausalLM", **changes):
 
 def build_batch(requests):
     """vLLM's input batch of requests: each with its id, adapter's number (0 for none)
-    and count of computed tokens; its arrays are longer than the batch."""
+    and count of computed tokens; its arrays have what was there before it behind it."""
     ids, numbers, computed = zip(*requests, strict=True)
     return SimpleNamespace(
         num_reqs=len(ids),
         req_ids=list(ids),
-        request_lora_mapping=np.array([*numbers, 7, 7]),
+        request_lora_mapping=np.array([*numbers, 2**62, 2**62]),
         num_computed_tokens_cpu=np.array([*computed, 9, 9], dtype=np.int32),
     )
