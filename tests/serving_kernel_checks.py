@@ -131,3 +131,12 @@ def test_an_edited_row_is_read_and_written_alone():
     hidden_TD[6] = 1
     launch_edit(hidden_TD, None, *build_stacks(), *build_rows({3: [6]}))
     assert hidden_TD.isfinite().all(1).nonzero().flatten().tolist() == [6]
+
+
+def test_an_edit_s_matrices_are_read_alone():
+    m_ERD, b_ER, p_ERD = (t.fill_(torch.inf) for t in build_stacks(rank=3))
+    for tensor in (m_ERD, b_ER, p_ERD):
+        tensor[3] = 1
+    hidden_TD = random(TOKENS, 70)
+    launch_edit(hidden_TD, None, m_ERD, b_ER, p_ERD, *build_rows({3: [6]}))
+    assert hidden_TD.isfinite().all()
