@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME
+from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 
@@ -16,6 +17,11 @@ from axolotl_reft.serving.adapters import AdapterStore, ServedAdapter
 from axolotl_reft.serving.engine import TARGET, served_base, serves_loreft
 
 _logger = logging.getLogger("vllm.axolotl_reft")
+
+
+class RefusedRequest(VLLMClientError, ValueError):
+    """A request that is refused with status 400; vLLM answers other errors of a
+    request with 500, and without their message."""
 
 
 class FrontEnd:
@@ -63,7 +69,8 @@ class FrontEnd:
                 f"adapter {name!r} is LoReFT, which this engine was not started for; "
                 f"add --lora-target-modules {TARGET} (lora_target_modules=['{TARGET}'])"
             )
-        if self._has_lora or method in (None, "LOREFT"):
+        # An unreadable configuration is read again, for the reason.
+        if self._has_lora or method in (None, "", "LOREFT"):
             return method == "LOREFT" or (self._serves and method == "")
         raise ValueError(
             f"adapter {name!r} is {method}, and {TARGET} is the only target of this "

@@ -20,7 +20,7 @@ from vllm.lora.request import LoRARequest
 from axolotl_reft.serving.adapters import is_loreft_number, load_spec
 from axolotl_reft.serving.edited_tokens import EditedTokens
 from axolotl_reft.serving.engine import TARGET, check_engine, serves_loreft
-from axolotl_reft.serving.frontend import serve
+from axolotl_reft.serving.frontend import RefusedRequest, serve
 from axolotl_reft.serving.runner import ServedModel, load_adapter
 from axolotl_reft.settings.config_file import package_version
 
@@ -82,9 +82,12 @@ def _process_inputs(original: Function) -> Function:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         if request.lora_request is not None:
-            request.lora_request = serve(self, request.lora_request)
-            if is_loreft_number(request.lora_request.lora_int_id):
-                _check_request(request)
+            try:
+                request.lora_request = serve(self, request.lora_request)
+                if is_loreft_number(request.lora_request.lora_int_id):
+                    _check_request(request)
+            except ValueError as error:
+                raise RefusedRequest(str(error)) from error
         return request
 
     return process_inputs
