@@ -1,6 +1,7 @@
 """Adapters of a server: what is refused, what they are known by, and their matrices."""
 
 import json
+import os
 import re
 import shutil
 
@@ -48,6 +49,10 @@ def change_tensors(directory):
     save_file({key: t + 1 for key, t in load_file(path).items()}, path)
 
 
+def hide_tensors(directory):
+    os.rename(f"{directory}/{WEIGHTS}", f"{directory}/hidden")
+
+
 def change_config(directory, **settings):
     path = f"{directory}/{CONFIG}"
     with open(path) as file:
@@ -93,6 +98,43 @@ def test_a_store_reads_an_adapter_again_when_its_files_change(directory, monkeyp
     change_tensors(directory)
     second = store.get(directory, "a")
     assert second.number != first.number and len(count) == 2
+
+
+def test_the_engine_loads_what_was_accepted_whatever_becomes_of_the_files(directory):
+    store = AdapterStore(BASE)
+    accepted = store.get(directory, "a")
+    before = load_edits(directory, accepted.number)
+    change_tensors(directory)
+    again = store.get(directory, "a")
+    shutil.rmtree(directory)
+    loaded = load_edits(accepted.directory, accepted.number)
+    for layer, stack in before.items():
+        for tensor, expected in zip(loaded[layer], stack, strict=True):
+            assert (tensor is None) == (expected is None)
+            assert tensor is None or torch.equal(tensor, expected)
+    load_edits(again.directory, again.number)
+
+
+@pytest.mark.parametrize("change", [change_tensors, hide_tensors])
+def test_files_that_change_before_they_are_copied_are_not_kept(
+    directory, monkeypatch, change
+):
+    read = ServedBase.read
+
+    def read_and_change(*given):
+        adapter = read(*given)
+        change(directory)
+        return adapter
+
+    store = AdapterStore(BASE)
+    monkeypatch.setattr(ServedBase, "read", read_and_change)
+    with pytest.raises(ValueError, match="changed while they were read; load it again"):
+        store.get(directory, "a")
+    monkeypatch.setattr(ServedBase, "read", read)
+    if change is hide_tensors:
+        os.rename(f"{directory}/hidden", f"{directory}/{WEIGHTS}")
+    adapter = store.get(directory, "a")
+    load_edits(adapter.directory, adapter.number)
 
 
 def test_a_store_does_not_keep_what_it_refused(directory):

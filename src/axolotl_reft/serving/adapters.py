@@ -7,9 +7,11 @@ can outlive a change of them, whatever the adapter is called. Needs no vLLM.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -116,10 +118,16 @@ class ServedBase:
 
 
 class AdapterStore:
-    """The adapters of a process, by directory, read anew when their files change."""
+    """The adapters of a process, by directory, read anew when their files change.
+
+    The engine gets a copy of each state of the files. A request may wait for its
+    adapter, or need it again, when the files have changed: an error of loading it then
+    would end the engine.
+    """
 
     def __init__(self, base: ServedBase) -> None:
         self._base = base
+        self._copies = TemporaryDirectory(prefix="axolotl-reft-")
         self._kept: dict[str, tuple[tuple[int, ...], ServedAdapter]] = {}
 
     def get(self, directory: str, name: str) -> ServedAdapter:
@@ -128,8 +136,28 @@ class AdapterStore:
         state = _file_state(directory)
         kept = self._kept.get(directory)
         if kept is None or kept[0] != state:
-            kept = self._kept[directory] = state, self._base.read(directory, name)
+            adapter = self._base.read(directory, name)
+            kept = self._kept[directory] = state, self._copy(adapter, name)
         return kept[1]
+
+    def _copy(self, adapter: ServedAdapter, name: str) -> ServedAdapter:
+        copy = Path(self._copies.name, adapter.digest.hex())
+        if not copy.exists():
+            unchecked = Path(self._copies.name, "unchecked")
+            unchecked.mkdir(exist_ok=True)
+            try:
+                for path in _files(adapter.directory):
+                    shutil.copy(path, unchecked)
+                is_same = _digest(str(unchecked), _SETTING) == adapter.digest
+            except OSError:
+                is_same = False
+            if not is_same:
+                raise ValueError(
+                    f"LoReFT adapter {name!r}: the files in {adapter.directory!r} "
+                    "changed while they were read; load it again when they are complete"
+                )
+            unchecked.rename(copy)
+        return replace(adapter, directory=str(copy))
 
 
 @lru_cache(maxsize=4096)

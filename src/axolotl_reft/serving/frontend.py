@@ -59,7 +59,10 @@ class FrontEnd:
             # vLLM tells adapters of a step apart by their names.
             name = f"{name}@{adapter.digest.hex()[:8]}"
         return LoRARequest(
-            name, number, directory, base_model_name=lora_request.base_model_name
+            name,
+            number,
+            adapter.directory,
+            base_model_name=lora_request.base_model_name,
         )
 
     def _is_loreft(self, directory: str, name: str) -> bool:
