@@ -18,7 +18,7 @@ _PACKAGES = {
         name: name
         for name in (
             "axolotl", "bitsandbytes", "datasets", "liger_kernel", "lm_eval",
-            "matplotlib", "pyreft", "rich", "triton", "trl",
+            "matplotlib", "openai", "pyreft", "rich", "triton", "trl", "vllm",
         )
     },
 }  # fmt: skip
