@@ -364,6 +364,7 @@ def apply_patches() -> None:
                 )
     for patch, owners in found:
         for owner in owners:
+            # Patch: all of the list.
             setattr(owner, patch.name, patch.wrap(getattr(owner, patch.name)))
 
 
