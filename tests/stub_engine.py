@@ -47,6 +47,7 @@ def build_config(architecture="LlamaForCausalLM", **changes):
             model="base",
             get_hidden_size=lambda: HIDDEN,
             hf_config=SimpleNamespace(architectures=[architecture]),
+            using_transformers_backend=lambda: architecture.startswith("GPT"),
             hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS),
             using_transformers_backend=lambda: False,
             runner_type="generate",

@@ -107,16 +107,29 @@ def test_all_refused_settings_are_told_at_once():
 def test_a_model_whose_layers_were_not_compared_is_refused_by_name():
     with pytest.raises(
         ValueError,
-        match="LoReFT: StableLmForCausalLM cannot be served with LoReFT adapters.*, "
-        "only .*LlamaForCausalLM, .*; use generate of transformers, or serve the base "
-        "without --lora-target-modules loreft",
+        match="LoReFT: Exaone4ForCausalLM cannot be served with LoReFT adapters as "
+        "a model of vllm, only Gemma2ForCausalLM, .*; use generate of transformers, or "
+        "serve the base without --lora-target-modules loreft",
     ):
-        check_engine(build_config("StableLmForCausalLM"))
+        check_engine(build_config("Exaone4ForCausalLM"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "is_of_transformers", "other"),
+    [("CohereForCausalLM", False, "transformers"), ("Qwen3ForCausalLM", True, "vllm")],
+)
+def test_the_implementation_that_was_compared_is_named(
+    architecture, is_of_transformers, other
+):
+    changes = {"model_config.using_transformers_backend": lambda: is_of_transformers}
+    with pytest.raises(ValueError, match=f"; add --model-impl {other}$"):
+        check_engine(build_config(architecture, **changes))
 
 
 def test_a_model_s_layers_are_known_by_its_architecture():
     assert layer_class(build_config()) == "LlamaDecoderLayer"
     assert layer_class(build_config("Phi3ForCausalLM")) == "LlamaDecoderLayer"
+    assert layer_class(build_config("GPTNeoXForCausalLM")) == "GPTNeoXLayer"
 
 
 @pytest.mark.parametrize(

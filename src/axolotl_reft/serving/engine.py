@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from axolotl_reft.serving.adapters import ServedBase
-from axolotl_reft.serving.layers import LAYERS
+from axolotl_reft.serving.layers import LAYERS, TRANSFORMERS_LAYERS
 
 # Among --lora-target-modules, turns LoReFT on. It is no module's name, so that no
 # layer of LoRA is made for it.
@@ -35,14 +35,25 @@ def served_base(vllm_config: Any) -> ServedBase:
 def layer_class(vllm_config: Any) -> str:
     """Return the class of the model's decoder layers; ``ValueError`` for a model whose
     layers were not compared."""
-    architecture = vllm_config.model_config.hf_config.architectures[0]
-    if architecture not in LAYERS:
-        raise ValueError(
-            f"LoReFT: {architecture} cannot be served with LoReFT adapters, only "
-            f"{', '.join(LAYERS)}; use generate of transformers, or serve the base "
-            "without --lora-target-modules loreft"
+    model_config = vllm_config.model_config
+    architecture = model_config.hf_config.architectures[0]
+    of_vllm, of_transformers = (LAYERS, "vllm"), (TRANSFORMERS_LAYERS, "transformers")
+    used, other = of_vllm, of_transformers
+    if model_config.using_transformers_backend():
+        used, other = other, used
+    layers, implementation = used
+    if architecture not in layers:
+        remedy = (
+            f"add --model-impl {other[1]}"
+            if architecture in other[0]
+            else "use generate of transformers, or serve the base without "
+            f"--lora-target-modules {TARGET}"
         )
-    return LAYERS[architecture]
+        raise ValueError(
+            f"LoReFT: {architecture} cannot be served with LoReFT adapters as a model "
+            f"of {implementation}, only {', '.join(layers)}; {remedy}"
+        )
+    return layers[architecture]
 
 
 def check_engine(vllm_config: Any) -> None:

@@ -14,13 +14,16 @@ from torch import nn
 from axolotl_reft.core.affine import AffineStack
 from axolotl_reft.serving.edited_rows import EditedRows, edit_rows
 
-# By architecture, the class of its decoder layers. vLLM's own return the layer's update
-# and the residual stream, whose sum is the layer's output: others return a pair that
-# must not be added (Cohere, StableLM, EXAONE 4). Those of transformers, which vLLM's
-# Transformers backend runs, return the output. Only what was compared is here.
+# By architecture, the class of its decoder layers in vLLM's models. They return the
+# layer's output, or the layer's update and the residual stream, whose sum it is. Others
+# return a pair that must not be added (Cohere, EXAONE 4). Only what was compared with
+# transformers is here.
 LAYERS = {
+    "Gemma2ForCausalLM": "Gemma2DecoderLayer",
     "Gemma3ForCausalLM": "Gemma3DecoderLayer",
-    "GPTNeoXForCausalLM": "GPTNeoXLayer",
+    "GemmaForCausalLM": "GemmaDecoderLayer",
+    "Glm4ForCausalLM": "Glm4DecoderLayer",
+    "GraniteForCausalLM": "GraniteDecoderLayer",
     "LlamaForCausalLM": "LlamaDecoderLayer",
     "MistralForCausalLM": "MistralDecoderLayer",
     "MixtralForCausalLM": "MixtralDecoderLayer",
@@ -28,6 +31,22 @@ LAYERS = {
     "Qwen2ForCausalLM": "Qwen2DecoderLayer",
     "Qwen3ForCausalLM": "Qwen3DecoderLayer",
     "Qwen3MoeForCausalLM": "Qwen3MoeDecoderLayer",
+}
+# The same where vLLM runs the model of transformers (its Transformers backend).
+TRANSFORMERS_LAYERS = {
+    "ArceeForCausalLM": "ArceeDecoderLayer",
+    "CohereForCausalLM": "CohereDecoderLayer",
+    "GlmForCausalLM": "GlmDecoderLayer",
+    "GPTNeoXForCausalLM": "GPTNeoXLayer",
+    "HeliumForCausalLM": "HeliumDecoderLayer",
+    "LlamaForCausalLM": "LlamaDecoderLayer",
+    "Olmo2ForCausalLM": "Olmo2DecoderLayer",
+    "Olmo3ForCausalLM": "Olmo3DecoderLayer",
+    "OlmoForCausalLM": "OlmoDecoderLayer",
+    "PhiForCausalLM": "PhiDecoderLayer",
+    "SeedOssForCausalLM": "SeedOssDecoderLayer",
+    "SmolLM3ForCausalLM": "SmolLM3DecoderLayer",
+    "Starcoder2ForCausalLM": "Starcoder2DecoderLayer",
 }
 
 
@@ -95,11 +114,10 @@ _edited_classes: dict[type, type] = {}
 def _edited_class(layer_class: type) -> type:
     """Return the class of layers with this forward and the edit after it."""
     if layer_class not in _edited_classes:
-        returns_residual = not layer_class.__module__.startswith("transformers.")
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             output = layer_class.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-            hidden, residual = output if returns_residual else (output, None)
+            hidden, residual = output if isinstance(output, tuple) else (output, None)
             edit_rows(
                 hidden,
                 residual,
