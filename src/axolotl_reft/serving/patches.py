@@ -13,6 +13,7 @@ from http import HTTPStatus
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from vllm.config import get_current_vllm_config
 from vllm.entrypoints.serve import create_error_response
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
@@ -74,6 +75,21 @@ def _compute_hash(original: Function) -> Function:
         return f"{original(self)}-axolotl-reft-{package_version()}"
 
     return compute_hash
+
+
+def _select_experts(original: Function) -> Function:
+    """Lets experts be computed as without LoRA where no LoRA can be loaded: those that
+    take LoRA need Triton, which vLLM's CPU build is without."""
+
+    def select_unquantized_moe_backend(moe_config: Any) -> Any:
+        lora_config = get_current_vllm_config().lora_config
+        if lora_config is not None and set(lora_config.target_modules or ()) == {
+            TARGET
+        }:
+            moe_config.is_lora_enabled = False
+        return original(moe_config)
+
+    return select_unquantized_moe_backend
 
 
 def _process_inputs(original: Function) -> Function:
@@ -267,6 +283,7 @@ def _activate_adapter(original: Function) -> Function:
     return activate_adapter
 
 
+_EXPERTS = "vllm.model_executor.layers.fused_moe"
 _BLOCK_KEYS = ("vllm.v1.core.kv_cache_utils", "vllm.v1.core.block_pool")
 _RUNNER = ("vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin",)
 _MANAGER = ("vllm.lora.model_manager:LoRAModelManager",)
@@ -284,6 +301,15 @@ PATCHES = (
         _unsupported_by_v2,
     ),
     Patch(("vllm.config.lora:LoRAConfig",), "compute_hash", "self", _compute_hash),
+    Patch(
+        (
+            f"{_EXPERTS}.oracle.unquantized",
+            f"{_EXPERTS}.unquantized_fused_moe_method",
+        ),
+        "select_unquantized_moe_backend",
+        "moe_config",
+        _select_experts,
+    ),
     Patch(
         ("vllm.v1.engine.input_processor:InputProcessor",),
         "process_inputs",
