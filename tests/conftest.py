@@ -40,10 +40,10 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of modules that import axolotl."""
+    """Mark the tests of modules that import axolotl or vllm."""
     for item in items:
-        if "axolotl" in needed(Path(item.path)):
-            item.add_marker("axolotl")
+        for package in needed(Path(item.path)) & {"axolotl", "vllm"}:
+            item.add_marker(package)
 
 
 VOCABULARY = 64

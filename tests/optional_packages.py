@@ -14,6 +14,8 @@ _PACKAGES = {
     "axolotl_reft.to_pyreft": "pyreft",
     "axolotl_reft.inspect": "rich",
     "axolotl_reft.lm_eval": "lm_eval",
+    "axolotl_reft.serving.frontend": "vllm",
+    "axolotl_reft.serving.patches": "vllm",
     **{
         name: name
         for name in (
