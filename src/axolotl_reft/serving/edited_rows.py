@@ -10,7 +10,6 @@ of the server's adapters at once), D hidden size, R rank.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -89,30 +88,35 @@ def _edit_by_operations(
     edits_T: Tensor,
     starts_E1: Tensor,
 ) -> None:
-    starts = starts_E1.tolist()
-    if not starts[-1]:
+    # This runs in every layer, and numbers cost less of numpy's views than of tensors.
+    starts = starts_E1.numpy().item
+    start, end = 0, starts(-1)
+    if not end:
         return
+    rows, edits = rows_T.numpy().item, edits_T.numpy().item
     hidden = hidden.view(-1, hidden.shape[-1])  # fails where that takes a copy
-    for edit, (start, stop) in enumerate(pairwise(starts)):
-        if start == stop:
-            continue
-        rows_N = rows_T[start:stop]
-        first, last = int(rows_N[0]), int(rows_N[-1])
-        is_slice = last - first + 1 == stop - start
-        rows = slice(first, last + 1) if is_slice else rows_N
-        # Of a slice these are views, and the sums below are made in place.
-        sums, zeroed = hidden[rows], None
+    written = hidden if residual is None else residual
+    while start < end:
+        edit = edits(start)
+        stop = starts(edit + 1)
+        rows_N, first, last = rows_T[start:stop], rows(start), rows(stop - 1)
+        # Rows without a gap are a view, which is changed in place.
+        place = slice(first, last + 1) if last - first == stop - start - 1 else None
+        sums = written.index_select(0, rows_N) if place is None else written[place]
         if residual is not None:
-            zeroed, sums = sums, residual[rows]
-            sums.add_(zeroed)
+            sums += hidden.index_select(0, rows_N) if place is None else hidden[place]
         x_ND = sums.float()
         source_NR = torch.addmm(b_ER[edit], x_ND, m_ERD[edit].T)
         x_ND.addmm_(source_NR, p_ERD[edit])
-        written = hidden if residual is None else residual
-        if x_ND is not sums or not is_slice:
-            written[rows] = x_ND.to(written.dtype)
-        if zeroed is not None:
-            hidden[rows] = 0
+        if place is None:
+            written.index_copy_(0, rows_N, x_ND.to(written.dtype))
+        else:
+            sums.copy_(x_ND)
+        if residual is not None and place is None:
+            hidden.index_fill_(0, rows_N, 0)
+        elif residual is not None:
+            hidden[place].zero_()
+        start = stop
 
 
 def _edit_by_kernel(hidden: Tensor, residual: Tensor | None, *tensors: Tensor) -> None:
