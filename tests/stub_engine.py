@@ -47,7 +47,6 @@ def build_config(architecture="LlamaForCausalLM", **changes):
             model="base",
             get_hidden_size=lambda: HIDDEN,
             hf_config=SimpleNamespace(architectures=[architecture]),
-            using_transformers_backend=lambda: architecture.startswith("GPT"),
             hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS),
             using_transformers_backend=lambda: False,
             runner_type="generate",
@@ -83,12 +82,14 @@ def build_config(architecture="LlamaForCausalLM", **changes):
 
 
 def build_batch(requests):
-    """vLLM's input batch of requests: each with its id, adapter's number (0 for none)
-    and count of computed tokens; its arrays have what was there before it behind it."""
-    ids, numbers, computed = zip(*requests, strict=True)
+    """vLLM's input batch of requests: each with its id, adapter's number (0 for none),
+    length of the prompt and count of computed tokens; its arrays have what was there
+    before it behind it."""
+    ids, numbers, lengths, computed = zip(*requests, strict=True)
     return SimpleNamespace(
         num_reqs=len(ids),
         req_ids=list(ids),
         request_lora_mapping=np.array([*numbers, 2**62, 2**62]),
+        num_prompt_tokens=np.array([*lengths, 20, 20], dtype=np.int32),
         num_computed_tokens_cpu=np.array([*computed, 9, 9], dtype=np.int32),
     )

@@ -59,8 +59,8 @@ def rows_by_edit(served):
 def find_rows(served, manager, *requests):
     """The rows by edit, of requests with a prompt of so many tokens, an adapter's
     number, and the tokens that are computed before and in the step."""
-    batch = build_batch([(n, number, done) for n, (_, number, done, _) in
-                         enumerate(requests)])  # fmt: skip
+    entries = [(number, length, done) for length, number, done, _ in requests]
+    batch = build_batch([(n, *entry) for n, entry in enumerate(entries)])
     states = {
         n: SimpleNamespace(prompt_token_ids=[1] * length)
         for n, (length, *_) in enumerate(requests)
@@ -161,7 +161,7 @@ def test_any_schedule_edits_the_tokens_of_the_whole_prompts(served, manager):
             n, _, length, answer = request
             left = length - computed[n]
             step.append((request, draw.randint(1, min(left, 9)) if left > 0 else 1))
-        batch = build_batch([(r[0], r[1], computed[r[0]]) for r, _ in step])
+        batch = build_batch([(*r[:3], computed[r[0]]) for r, _ in step])
         scheduled_B = np.array([count for _, count in step], dtype=np.int32)
         assert scheduled_B.sum() <= CAPACITY
         served.find_rows(batch, scheduled_B, states, manager)

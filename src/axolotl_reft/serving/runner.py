@@ -73,34 +73,33 @@ class ServedModel:
             requests: states of the requests by their id.
             manager: vLLM's, of the loaded adapters and their slots.
         """
-        numbers_B = batch.request_lora_mapping[: batch.num_reqs]
-        if not numbers_B.any():
-            self.clear_rows()
-            return
-        slots, adapters = manager.lora_index_to_id, manager._registered_adapters
-        stops_B = np.cumsum(scheduled_B)
-        self._rows.set(
-            (2 * slots.index(number) + side, rows + stops_B[b] - scheduled_B[b])
-            for b, number in enumerate(numbers_B.tolist())
-            if is_loreft_number(number)
-            for side, rows in enumerate(
-                _rows_of(
-                    adapters[number].loreft.spec,
-                    requests[batch.req_ids[b]],
-                    int(batch.num_computed_tokens_cpu[b]),
-                    int(scheduled_B[b]),
-                )
-            )
-        )
+        count = batch.num_reqs
+        numbers_B = batch.request_lora_mapping[:count]
+        computed_B = batch.num_computed_tokens_cpu[:count]
+        in_prompt_B = computed_B < batch.num_prompt_tokens[:count]
+        starts_B = np.cumsum(scheduled_B) - scheduled_B
+        found: list[tuple[int, Places]] = []
+        # No loop over requests in decode steps, of which there may be hundreds.
+        for number in filter(is_loreft_number, set(numbers_B.tolist())):
+            edit = 2 * manager.lora_index_to_id.index(number)
+            spec = manager._registered_adapters[number].loreft.spec
+            if spec.positions.everywhere:
+                rows_T = np.repeat(numbers_B == number, scheduled_B)
+                found.append((edit, rows_T.nonzero()[0]))
+                continue
+            # A generated token is edited by `positions: all` alone.
+            for b in (in_prompt_B & (numbers_B == number)).nonzero()[0].tolist():
+                tokens = _edited_tokens(requests[batch.req_ids[b]], spec)
+                start = int(computed_B[b])
+                sides = tokens.between(start, start + int(scheduled_B[b]))
+                found += [
+                    (edit + i, rows + starts_B[b]) for i, rows in enumerate(sides)
+                ]
+        self._rows.set(found)
 
 
-def _rows_of(
-    spec: AdapterSpec, request: Any, computed: int, scheduled: int
-) -> list[Places]:
-    """Return the edited rows of a request's part of a step, of each intervention."""
-    if computed >= len(request.prompt_token_ids) and not spec.positions.everywhere:
-        return []
+def _edited_tokens(request: Any, spec: AdapterSpec) -> EditedTokens:
     # As long as the request: a prompt is computed in chunks, or again.
     if not hasattr(request, "loreft_tokens"):
         request.loreft_tokens = EditedTokens(spec, request.prompt_token_ids)
-    return request.loreft_tokens.between(computed, computed + scheduled)
+    return request.loreft_tokens
