@@ -16,6 +16,8 @@ _PACKAGES = {
     "axolotl_reft.lm_eval": "lm_eval",
     "axolotl_reft.serving.frontend": "vllm",
     "axolotl_reft.serving.patches": "vllm",
+    "axolotl_reft.serving.wrapped_engine": "vllm",
+    "axolotl_reft.serving.wrapped_worker": "vllm",
     **{
         name: name
         for name in (

@@ -129,7 +129,9 @@ def test_the_implementation_that_was_compared_is_named(
 def test_a_model_s_layers_are_known_by_its_architecture():
     assert layer_class(build_config()) == "LlamaDecoderLayer"
     assert layer_class(build_config("Phi3ForCausalLM")) == "LlamaDecoderLayer"
-    assert layer_class(build_config("GPTNeoXForCausalLM")) == "GPTNeoXLayer"
+    of_transformers = {"model_config.using_transformers_backend": lambda: True}
+    config = build_config("GPTNeoXForCausalLM", **of_transformers)
+    assert layer_class(config) == "GPTNeoXLayer"
 
 
 @pytest.mark.parametrize(

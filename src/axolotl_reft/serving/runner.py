@@ -25,10 +25,10 @@ class LoadedAdapter(NamedTuple):
     spec: AdapterSpec
     stacks: Mapping[int, AffineStack]
 
-
-def load_adapter(directory: str, number: int) -> LoadedAdapter:
-    """Read an adapter; ``ValueError`` if its files have changed."""
-    return LoadedAdapter(load_spec(directory, number), load_edits(directory, number))
+    @classmethod
+    def read(cls, directory: str, number: int) -> LoadedAdapter:
+        """Read an adapter; ``ValueError`` if its files have changed."""
+        return cls(load_spec(directory, number), load_edits(directory, number))
 
 
 class ServedModel:
