@@ -43,7 +43,7 @@ ROOMS = {
     ),
     "training": (
         ("core", "inspect", "prompts", "settings", "tuner"),
-        ("torch", "transformers"),
+        ("accelerate", "torch", "transformers", "trl"),
     ),
     "plugin": (
         (

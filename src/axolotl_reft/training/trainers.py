@@ -17,6 +17,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from axolotl_reft.core.interventions import Intervention
 from axolotl_reft.training.answers import note_answers, states_of
+from axolotl_reft.training.server_generation import generate_with_server
 from axolotl_reft.tuner.layer import LoreftDecoderLayer
 from axolotl_reft.tuner.lora import LayerLora
 from axolotl_reft.tuner.model import LoreftModel
@@ -49,6 +50,8 @@ def _prepare(trainer: Any) -> None:
     _keep_float32(trainer.model)
     if getattr(trainer.args, "disable_dropout", False):
         disable_dropout(trainer.model)
+    if getattr(trainer.args, "use_vllm", False):
+        generate_with_server(trainer)
 
 
 def _complete_reference(model: nn.Module) -> None:
