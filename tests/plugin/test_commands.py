@@ -6,6 +6,7 @@ In this process: a start of axolotl takes many seconds.
 import json
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ TABLE = (ROOT / "docs" / "commands.md").read_text()
 REFUSED = {
     "merge-lora": "a LoReFT adapter cannot be merged into the base model",
     "quantize": "output_dir holds only an adapter",
-    "vllm-serve": "vLLM would serve base_model without the adapter",
+    "vllm-serve": "it serves base_model and loads no adapter",
     "merge-sharded-fsdp-weights": "final_state_dict_type: FULL_STATE_DICT",
 }
 NO_BLOCK = "no loreft: block in the config: positions: f7+l7, rank: 8, layers: all"
@@ -67,6 +68,18 @@ def test_a_refused_command_says_why_and_writes_nothing(config, command, monkeypa
     error = run(monkeypatch, command, config)
     assert isinstance(error, ValueError) and REFUSED[command] in str(error)
     assert contents(config.parent) == before
+
+
+def test_the_refusal_of_vllm_serve_has_the_command_to_use(tmp_path, monkeypatch):
+    config = build_config(tmp_path, loreft={"rank": {"0-1": 4, "all": 12}})
+    error = str(run(monkeypatch, "vllm-serve", config))
+    base, out = (shlex.quote(str(tmp_path / name)) for name in ("base", "out"))
+    assert f"vllm serve {base} --enable-lora --lora-target-modules loreft" in error
+    assert error.endswith(f"--max-lora-rank 16 --lora-modules out={out}")
+    config = build_config(tmp_path, rl="grpo")
+    error = str(run(monkeypatch, "vllm-serve", config))
+    assert "\nVLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve" in error
+    assert error.endswith("--max-lora-rank 8 --logprobs-mode processed_logprobs")
 
 
 def test_it_is_refused_in_the_launchers_process_too(config, monkeypatch):

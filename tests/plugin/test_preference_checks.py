@@ -13,7 +13,7 @@ REFUSED = [
         {"rl": "gdpo"},
         "rl: gdpo with adapter: loreft: axolotl passes the adapter to TRL twice",
     ),
-    ({"rl": "ebft"}, "rl: ebft with adapter: loreft: it generates with vLLM"),
+    ({"rl": "ebft"}, "rl: ebft with adapter: loreft: it generates under"),
     ({"rl": RLType.EBFT}, "rl: ebft with adapter: loreft: it generates"),
     (
         {"rl": "dpo", "rl_adapter_ref_model": True},
@@ -24,16 +24,20 @@ REFUSED = [
         "trainer_cls: my.Trainer with rl: kto: only axolotl's own trainers",
     ),
     (
-        {"rl": "grpo", "trl": {"use_vllm": True}},
-        "trl.use_vllm: true with rl: grpo: vLLM does not edit hidden states",
+        {"rl": "grpo", "trl": {"use_vllm": True, "vllm_mode": "colocate"}},
+        "trl.vllm_mode: colocate with trl.use_vllm: true: TRL builds this engine",
     ),
     (
-        {"rl": "grpo", "trl": {"async_prefetch": True}},
-        "trl.async_prefetch: true with rl: grpo: it generates in a second",
+        {"rl": "grpo", "trl": {"use_vllm": True, "vllm_lora_sync": True}},
+        "trl.vllm_lora_sync: true with trl.use_vllm: true: it is for axolotl's own",
+    ),
+    (
+        {"rl": "grpo", "trl": {"use_vllm": True, "async_prefetch": True}},
+        "trl.async_prefetch: true with rl: grpo: axolotl 0.19's trainer for it calls",
     ),
     (
         {"rl": "grpo", "trl": {"use_data_producer": True}},
-        "trl.use_data_producer: true with rl: grpo: it is for vLLM",
+        "trl.use_data_producer: true with rl: grpo: axolotl 0.19's trainer for it",
     ),
     (
         {"rl": "grpo", "trl": {"sync_ref_model": True}},
@@ -59,6 +63,7 @@ def test_refused(settings, message, positions):
         {"trainer_cls": "my.Trainer", "trl": {"use_vllm": True}},
         {"rl": "dpo", "precompute_ref_log_probs": True},
         {"rl": "grpo", "trl": {"use_vllm": False, "beta": 0.1}},
+        {"rl": "grpo", "trl": {"use_vllm": True, "vllm_mode": "server"}},
         {"rl": "orpo", "trl": None},
     ],
 )

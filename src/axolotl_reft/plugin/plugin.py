@@ -48,7 +48,7 @@ class LoreftPlugin(BasePlugin):
         self._has_block = bool(cfg.get("loreft"))
         if adapter != "loreft" and str(adapter).lower() in ("loreft", "reft"):
             raise ValueError(f"adapter: {adapter!r} is written adapter: loreft")
-        running.check_command(adapter)
+        running.check_command(cfg)
         check_as_written(cfg)
 
     def get_input_args(self) -> str:

@@ -19,12 +19,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from axolotl_reft.training.vllm_server import training_command
+
 Settings = Mapping[str, Any]
 Condition = str | Callable[[Settings], str | None] | tuple["Condition", ...]
 Table = tuple[Condition, Mapping[Any, str]]
 
 _OR_ALL = "or edit every token with positions: all"
-_NO_VLLM = "vLLM does not edit hidden states"
 _DATA = ("datasets", "test_datasets")
 _ENDS = ("train_on_eos", "train_on_eot")
 _WIDTHS = ("load_in_4bit", "load_in_8bit")
@@ -141,8 +142,8 @@ _TABLES: tuple[Table, ...] = (
         "rl = gdpo": "axolotl passes the adapter to TRL twice, which TRL refuses; "
         "write rl: grpo with trl.multi_objective_aggregation: normalize_then_sum, "
         "which is the same",
-        "rl = ebft": f"it generates with vLLM, and {_NO_VLLM}, or under a special "
-        "mask; use rl: grpo",
+        "rl = ebft": "it generates under a special mask, or with vLLM by axolotl's "
+        "own client, which merges the adapter; use rl: grpo",
     }),
     (_without("modules_to_save"), {
         ("embedding_lr", "embedding_lr_scale"): "no embeddings are trained; remove it, "
@@ -154,11 +155,16 @@ _TABLES: tuple[Table, ...] = (
         "rl_adapter_ref_model": "the reference is the base without the adapter, and "
         "with a second model axolotl would not save the adapter; remove it",
         "trainer_cls": "only axolotl's own trainers tell the answers; remove it",
-        "trl.use_vllm": f"{_NO_VLLM}; set trl.use_vllm: false",
-        "trl.async_prefetch": "it generates in a second thread with the model that is "
-        "being trained; remove it",
-        "trl.use_data_producer": f"it is for vLLM, and {_NO_VLLM}; remove it",
+        ("trl.async_prefetch", "trl.use_data_producer"): "axolotl 0.19's trainer for "
+        "it calls TRL 1.9 wrongly and stops at the first step; remove it",
         "trl.sync_ref_model": "TRL has no reference model beside an adapter; remove it",
+    }),
+    ("trl.use_vllm", {
+        "trl.vllm_mode = colocate": "TRL builds this engine without adapters and "
+        "merges them into the base; set trl.vllm_mode: server, and start in vLLM's "
+        f"own environment {training_command('BASE', 8)}",
+        "trl.vllm_lora_sync": "it is for axolotl's own server, which knows LoRA alone; "
+        "remove it, each step's adapter is loaded by vllm serve",
     }),
     ("lora_model_dir", {
         "precompute_ref_log_probs": "TRL would compute the reference before the "

@@ -9,14 +9,20 @@ from __future__ import annotations
 import re
 import sys
 import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from axolotl_reft.training.vllm_server import serve_command, training_command
+from axolotl_reft.tuner.config import LoreftConfig
 
 _REFUSED = {
     "merge-lora": "a LoReFT adapter cannot be merged into the base model; load it "
     "beside the base with PeftModel.from_pretrained",
     "quantize": "output_dir holds only an adapter; to quantise the base, use a config "
     "without adapter: and loreft:",
-    "vllm-serve": "vLLM would serve base_model without the adapter; use axolotl "
-    "inference, or PeftModel.from_pretrained(base, output_dir).generate(...)",
+    "vllm-serve": "it serves base_model and loads no adapter; start vLLM in an "
+    "environment of its own, with axolotl-reft[vllm] there:",
     "merge-sharded-fsdp-weights": "it would round the adapter to bfloat16; train with "
     "fsdp_config: final_state_dict_type: FULL_STATE_DICT to save it whole",
 }
@@ -35,10 +41,13 @@ def is_inference() -> bool:
     return is_running("axolotl.evaluate", "axolotl.cli.utils.load")
 
 
-def check_command(adapter: str | None) -> None:
+def check_command(settings: Mapping[str, Any]) -> None:
     """Refuse commands that cannot work, and settings of the block as options."""
-    for command, reason in _REFUSED.items() if adapter == "loreft" else ():
+    is_loreft = settings.get("adapter") == "loreft"
+    for command, reason in _REFUSED.items() if is_loreft else ():
         if is_running("axolotl.cli." + command.replace("-", "_")):
+            if command == "vllm-serve":
+                reason = f"{reason}\n{_serve_command(settings)}"
             raise ValueError(f"axolotl {command} with adapter: loreft: {reason}")
     # axolotl passes options that it does not know to the launcher, or drops them.
     for argument in sys.argv[1:] if is_running("axolotl.cli.main") else ():
@@ -48,3 +57,12 @@ def check_command(adapter: str | None) -> None:
                 "loreft: block; write it in the YAML, or run for example python -m "
                 "axolotl.cli.train config.yml --loreft__rank=2"
             )
+
+
+def _serve_command(settings: Mapping[str, Any]) -> str:
+    block = {k: v for k, v in (settings.get("loreft") or {}).items() if k == "rank"}
+    base, rank = str(settings.get("base_model")), LoreftConfig(**block).rank
+    if settings.get("rl"):
+        return training_command(base, rank)
+    out = str(settings.get("output_dir", "OUTPUT_DIR"))
+    return serve_command(base, rank, "--lora-modules", f"{Path(out).name}={out}")
