@@ -62,6 +62,8 @@ def build_config(architecture="LlamaForCausalLM", **changes):
             prefill_context_parallel_size=1,
             use_ubatching=False,
             enable_expert_parallel=False,
+            nnodes=1,
+            distributed_executor_backend="mp",
         ),
         compilation_config=SimpleNamespace(
             cudagraph_mode=SimpleNamespace(name="PIECEWISE")

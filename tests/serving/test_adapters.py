@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +116,20 @@ def test_the_engine_loads_what_was_accepted_whatever_becomes_of_the_files(direct
     load_edits(again.directory, again.number)
 
 
+def test_copies_that_no_request_used_for_an_hour_are_deleted(directory, monkeypatch):
+    clock, store, states = [0.0], AdapterStore(BASE), []
+    monkeypatch.setattr(adapters.time, "monotonic", lambda: clock[0])
+    for clock[0] in (0.0, 3000.0, 3601.0):
+        states.append(store.get(directory, "a").directory)
+        change_tensors(directory)
+    assert [Path(state).exists() for state in states] == [False, True, True]
+    clock[0] = 9999.0
+    other = shutil.copytree(directory, f"{directory}-2")
+    store.get(directory, "a")
+    assert Path(store.get(directory, "a").directory).exists()
+    assert Path(store.get(other, "b").directory).exists()
+
+
 @pytest.mark.parametrize("change", [change_tensors, hide_tensors])
 def test_files_that_change_before_they_are_copied_are_not_kept(
     directory, monkeypatch, change
@@ -176,7 +191,7 @@ LORA = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj"]}
         (
             {"rank": {"0": 5, "all": 2}},
             "its rank 5 is above the server's 4; start the server with --max-lora-rank "
-            "5 or more",
+            "8",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

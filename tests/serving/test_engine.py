@@ -41,6 +41,12 @@ REFUSED = [
         "--enable-expert-parallel",
         UNTESTED,
     ),
+    ({"parallel_config.nnodes": 2}, "--nnodes", UNTESTED),
+    (
+        {"parallel_config.distributed_executor_backend": "ray"},
+        "--distributed-executor-backend ray",
+        UNTESTED,
+    ),
     ({"kv_transfer_config": object()}, "--kv-transfer-config", UNTESTED),
     ({"speculative_config": object()}, "--speculative-config", UNTESTED),
     (

@@ -15,7 +15,8 @@ def test_bfloat16_differs_by_no_more_than_two_roundings(
     # be vLLM's, on the other side.
     error = max(_error(rounded, reference, answer) for answer in answers)
     kind = f"bfloat16 (the margin: {2 * error:.2f})"
-    check(kind, answers, reference=rounded, rounding=2 * error)
+    # The edits of some adapters are smaller than that.
+    check(kind, answers, reference=rounded, rounding=2 * error, least_edited=0.5)
 
 
 def _error(rounded: Reference, exact: Reference, answer) -> float:

@@ -1,5 +1,6 @@
 """An engine of two processes, each with half of every matrix."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -18,6 +19,7 @@ def test_two_tensor_parallel_processes(directory, check, tmp_path):
         capture_output=True,
         text=True,
         timeout=300,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     check("2 tensor-parallel processes", pickle.loads(answers.read_bytes()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,12 +24,14 @@ from axolotl_reft.saved.directory import (
     read_adapter_config,
     read_tensors,
 )
+from axolotl_reft.settings.served_rank import max_lora_rank
 from axolotl_reft.settings.spec import AdapterSpec
 from axolotl_reft.tuner.config import LoreftConfig
 
 # Numbers from here on are made from an adapter's files; LoRA's are counted from 1.
 _FIRST_NUMBER = 1 << 62
 _SETTING = "LoReFT adapter"
+_UNUSED_SECONDS = 3600
 
 
 def is_loreft_number(number: int) -> bool:
@@ -112,7 +115,7 @@ class ServedBase:
         if rank > self.max_rank:
             return (
                 f"its rank {rank} is above the server's {self.max_rank}; start the "
-                f"server with --max-lora-rank {rank} or more"
+                f"server with --max-lora-rank {max_lora_rank(rank)}"
             )
         return None
 
@@ -122,13 +125,14 @@ class AdapterStore:
 
     The engine gets a copy of each state of the files. A request may wait for its
     adapter, or need it again, when the files have changed: an error of loading it then
-    would end the engine.
+    would end the engine. Copies that no request has used for an hour are deleted.
     """
 
     def __init__(self, base: ServedBase) -> None:
         self._base = base
         self._copies = TemporaryDirectory(prefix="axolotl-reft-")
         self._kept: dict[str, tuple[tuple[int, ...], ServedAdapter]] = {}
+        self._last_uses: dict[str, float] = {}  # of the copies
 
     def get(self, directory: str, name: str) -> ServedAdapter:
         """Return the adapter as its files are now (:meth:`ServedBase.read`)."""
@@ -136,9 +140,21 @@ class AdapterStore:
         state = _file_state(directory)
         kept = self._kept.get(directory)
         if kept is None or kept[0] != state:
+            self._delete_unused()
             adapter = self._base.read(directory, name)
             kept = self._kept[directory] = state, self._copy(adapter, name)
+        self._last_uses[kept[1].directory] = time.monotonic()
         return kept[1]
+
+    def _delete_unused(self) -> None:
+        oldest = time.monotonic() - _UNUSED_SECONDS
+        unused = {copy for copy, used in self._last_uses.items() if used < oldest}
+        for copy in unused:
+            shutil.rmtree(copy)
+            del self._last_uses[copy]
+        for directory, (_, adapter) in list(self._kept.items()):
+            if adapter.directory in unused:
+                del self._kept[directory]
 
     def _copy(self, adapter: ServedAdapter, name: str) -> ServedAdapter:
         copy = Path(self._copies.name, adapter.digest.hex())

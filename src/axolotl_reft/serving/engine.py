@@ -90,6 +90,10 @@ def _refused_settings(vllm_config: Any) -> list[tuple[str, bool, str]]:
     untested = {
         "--enable-dbo or --ubatch-size": parallel.use_ubatching,
         "--enable-expert-parallel": parallel.enable_expert_parallel,
+        "--nnodes": parallel.nnodes > 1,
+        "--distributed-executor-backend ray": (
+            parallel.distributed_executor_backend == "ray"
+        ),
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "--speculative-config": vllm_config.speculative_config is not None,
     }

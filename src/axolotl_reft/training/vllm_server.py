@@ -16,8 +16,8 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
-# What vLLM's --max-lora-rank may be.
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+from axolotl_reft.settings.served_rank import max_lora_rank
+
 # The answer of FastAPI where there is no such route.
 _NO_ROUTE = '{"detail":"Not Found"}'
 _open = build_opener(ProxyHandler({})).open
@@ -27,9 +27,9 @@ def serve_command(base: str, rank: Any, *options: str) -> str:
     """Return the shell command that serves a base for adapters of a rank, or of a
     mapping of layers to ranks."""
     largest = max(rank.values()) if isinstance(rank, dict) else rank
-    allowed = next((r for r in _RANKS if r >= largest), largest)
     command = ["vllm", "serve", base, "--enable-lora", "--lora-target-modules"]
-    return shlex.join([*command, "loreft", "--max-lora-rank", str(allowed), *options])
+    command += ["loreft", "--max-lora-rank", str(max_lora_rank(largest))]
+    return shlex.join([*command, *options])
 
 
 def training_command(base: str, rank: Any, *options: str) -> str:
