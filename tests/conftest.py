@@ -1,5 +1,6 @@
 """Tiny random models of every supported architecture, made here; nothing is fetched."""
 
+import gc
 import os
 import sys
 
@@ -8,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+# Compiling what packs samples takes each process 15 s, packing a few no time.
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +47,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for package in needed(Path(item.path)) & {"axolotl", "vllm"}:
             item.add_marker(package)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from what was imported: axolotl calls it five times a
+    training, which takes longer than training a tiny model."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Else triton's bindings report leaks at the end."""
+    gc.unfreeze()
 
 
 VOCABULARY = 64

@@ -4,6 +4,8 @@ data, which starts processes of its own, is passed over."""
 import json
 from pathlib import Path
 
+# Else the first training imports it, after what conftest.py freezes.
+import axolotl.core.builders  # noqa: F401
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.train import train as axolotl_train
