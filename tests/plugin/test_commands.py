@@ -7,7 +7,6 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from axolotl.integrations.base import PluginManager
 from click.testing import CliRunner
 from workspace import build_config, build_workspace
 
+import axolotl_reft
 from axolotl_reft.plugin import commands, plugin
 from axolotl_reft.plugin.args import LoreftBlock
 from axolotl_reft.plugin.commands import reft
@@ -185,18 +185,15 @@ def test_another_axolotl_is_refused(config, monkeypatch, found):
         load_cfg(str(config))
 
 
-def test_a_version_is_checked_before_modules_of_axolotl_are_imported():
+def test_a_version_is_checked_before_modules_of_axolotl_are_imported(monkeypatch):
     """axolotl logs a plugin's ImportError and trains without it."""
-    code = (
-        "import sys\n"
-        "from axolotl_reft import plugin as version\n"
-        "version.version = lambda name: '0.18.0'\n"
-        "try:\n    import axolotl_reft\n    axolotl_reft.LoreftPlugin\n"
-        "except ValueError as error:\n"
-        "    print(error, [n for n in sys.modules if n.startswith('axolotl.')])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "0.18.0 is installed" in done.stdout and done.stdout.endswith(" []\n")
+    for name in list(sys.modules):
+        if name.startswith(("axolotl.", "axolotl_reft.plugin.")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("axolotl_reft.plugin.version", lambda name: "0.18.0")
+    with pytest.raises(ValueError, match="0.18.0 is installed"):
+        axolotl_reft.LoreftPlugin  # noqa: B018
+    assert not [name for name in sys.modules if name.startswith("axolotl.")]
 
 
 def test_scoring_without_lm_eval_says_what_to_install(config, monkeypatch):
