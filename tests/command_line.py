@@ -3,43 +3,43 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from axolotl.cli.main import cli
+from forks import run_forked
 from transformers import (
     AutoTokenizer,
 )
 from workspace import ANSWER
 
 LAST_STEP = 96
+# The environment's own scripts come first.
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+LAUNCHED = ("train", "evaluate", "inference")
 
 
-def axolotl(command, config, *options, text=None, check=True, launcher="python"):
-    """Run ``axolotl command config``; the environment's own scripts come first.
+def axolotl(command, config, *options, text="", check=True, launcher="python"):
+    """Run ``axolotl command config`` in a process forked for it.
 
-    axolotl's own launcher, accelerate, starts two more processes, in 15 s.
+    axolotl's own launcher, accelerate, starts two more, which import all anew.
     """
-    if command != "preprocess":
+    if command in LAUNCHED:
         options = (*options, "--launcher", launcher)
-    scripts = str(Path(sys.executable).parent)
-    environment = os.environ | {"PATH": scripts + os.pathsep + os.environ["PATH"]}
-    done = subprocess.run(
-        ["axolotl", command, str(config), *options],
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=environment,
-        cwd=config.parent,
-    )
-    output = done.stdout + done.stderr
+    line = [command, str(config), *options]
+    code, output = run_forked(_axolotl, line, directory=config.parent, text=text)
     if check:
-        assert done.returncode == 0, output[-5000:]
+        assert code == 0, output[-5000:]
     else:
-        assert done.returncode != 0
+        assert code != 0
     return output
+
+
+def _axolotl(line):
+    os.environ["PATH"] = PATH
+    sys.argv = ["axolotl", *line]
+    cli()
 
 
 def losses(directory, step=LAST_STEP):

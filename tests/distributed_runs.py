@@ -2,12 +2,12 @@
 
 import os
 import socket
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from conftest import VOCABULARY, build_model
+from forks import fork
 from peft import get_peft_model
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
@@ -20,21 +20,13 @@ GLOBAL_BATCH = 4
 
 def launch(functions, processes, directory):
     """Run each ``function(rank, directory)`` in processes that know of each other."""
-    context = get_context("forkserver")
-    # Imported once; every process is a fork of that.
-    context.set_forkserver_preload(
-        ["transformers.trainer", "peft", "axolotl.monkeypatch.accelerate.fsdp2"]
-    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    workers = [
-        context.Process(target=_run, args=(functions, rank, processes, port, directory))
+    return [
+        fork(_run, functions, rank, processes, port, directory)
         for rank in range(processes)
     ]
-    for worker in workers:
-        worker.start()
-    return workers
 
 
 def join(workers, timeout=180):

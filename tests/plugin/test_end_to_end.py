@@ -1,11 +1,20 @@
 """The commands as users run them, each in a process of its own."""
 
 import json
+import os
 import shutil
+import subprocess
 
 import pytest
 import torch
-from command_line import LAST_STEP, axolotl, loss_on_test_data, losses, reported
+from command_line import (
+    LAST_STEP,
+    PATH,
+    axolotl,
+    loss_on_test_data,
+    losses,
+    reported,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
@@ -36,7 +45,16 @@ def trained(tmp_path_factory):
     preprocess = axolotl("preprocess", config)
     assert "Success! Preprocessed data path" in preprocess
     assert DATA_IS_READ in preprocess
-    output = axolotl("train", config, launcher="accelerate")
+    # As users do it: by the script, with axolotl's own launcher.
+    train = subprocess.run(
+        ["axolotl", "train", config],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"PATH": PATH},
+    )
+    output = train.stdout + train.stderr
+    assert train.returncode == 0, output[-5000:]
     assert BASE_IS_LOADED in output
     # 3 layers, 2 sides, 2·r·d + r
     assert f"trainable params: {3 * 2 * (2 * 4 * 64 + 4):,} ||" in output

@@ -1,9 +1,7 @@
 """Preference and reinforcement training as users run it, by the command line."""
 
 import json
-import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +12,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def rewards_in_reach(monkeypatch):
-    """Rewards are functions that axolotl imports by name."""
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
 
 
 def train(directory, method, **changes):

@@ -2,30 +2,28 @@
 
 import json
 import os
-import subprocess
-import sys
+import shutil
+from types import SimpleNamespace
 
 import pytest
+from axolotl.cli.train import do_cli
+from forks import run_forked
+from transformers import trainer
 from workspace import build_config, build_workspace
 
 pytestmark = pytest.mark.slow
 
-# The hub's API in memory: what would be uploaded is copied instead.
-_TRAIN = """
-import runpy, shutil, sys
-from types import SimpleNamespace
-import transformers.trainer as trainer
 
-config, uploaded = sys.argv[1:]
-trainer.hf_api = lambda: SimpleNamespace(
-    create_repo=lambda name, **_: SimpleNamespace(repo_id=name),
-    upload_folder=lambda repo_id, folder_path, **_: shutil.copytree(
-        folder_path, uploaded, dirs_exist_ok=True
-    ),
-)
-sys.argv = ["train", config]
-runpy.run_module("axolotl.cli.train", run_name="__main__")
-"""
+def train(config, uploaded):
+    """With the hub's API in memory: what would be uploaded is copied instead."""
+    trainer.hf_api = lambda: SimpleNamespace(
+        create_repo=lambda name, **_: SimpleNamespace(repo_id=name),
+        upload_folder=lambda repo_id, folder_path, **_: shutil.copytree(
+            folder_path, uploaded, dirs_exist_ok=True
+        ),
+    )
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    do_cli(str(config))
 
 
 def test_a_pushed_adapter_has_axolotls_card_and_our_section(tmp_path):
@@ -34,15 +32,8 @@ def test_a_pushed_adapter_has_axolotls_card_and_our_section(tmp_path):
         tmp_path, max_steps=3, hub_model_id="me/adapter", hub_strategy="end"
     )
     uploaded = tmp_path / "uploaded"
-    done = subprocess.run(
-        [sys.executable, "-c", _TRAIN, str(config), str(uploaded)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output[-5000:]
+    code, output = run_forked(train, config, uploaded, directory=tmp_path)
+    assert code == 0, output[-5000:]
     card = (uploaded / "README.md").read_text()
     assert "## LoReFT adapter" in card and 'from_pretrained("me/adapter")' in card
     assert "This is an adapter, trained on the " in card
