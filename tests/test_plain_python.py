@@ -23,31 +23,44 @@ PAGE = (ROOT / "docs/plain-python.md").read_text()
 SNIPPETS = re.findall(r"## (.*?)\n(?:(?!\n## ).)*?```python\n(.*?)```", PAGE, re.DOTALL)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["transformers", "trl"])
-def test_the_script_learns(tmp_path, trainer):
+TRAINERS = ["transformers", "trl"]
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """A directory for each trainer's output, and what the script printed with each,
+    one after the other in a process."""
+    folder = tmp_path_factory.mktemp("script")
     code = (
-        "import runpy, sys; sys.argv[1:] = sys.argv[2:]\n"
-        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-        "print('axolotl imported:', 'axolotl' in sys.modules)"
+        "import runpy, sys\n"
+        f"for trainer in {TRAINERS}:\n"
+        "    print('with:', trainer)\n"
+        f"    output = f'{folder}/{{trainer}}'\n"
+        "    sys.argv[1:] = ['--trainer', trainer, '--output', output]\n"
+        f"    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "    print('axolotl imported:', 'axolotl' in sys.modules)"
     )
-    output = str(tmp_path / "out")
     done = subprocess.run(
-        [sys.executable, "-c", code, "-", "--trainer", trainer, "--output", output],
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"^after: ?animal", done.stdout, re.MULTILINE), done.stdout
-    assert "from a random model" in done.stdout
+    _, *printed = re.split(r"^with: \w+$", done.stdout, flags=re.MULTILINE)
+    return folder, dict(zip(TRAINERS, printed, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_script_learns(scripts, trainer):
+    folder, printed = scripts[0], scripts[1][trainer]
+    assert re.search(r"^after: ?animal", printed, re.MULTILINE), printed
+    assert "from a random model" in printed
     # The adapter is of use afterwards: its base is still where it says.
-    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    settings = json.loads((folder / trainer / "adapter_config.json").read_text())
     base = Path(settings["base_model_name_or_path"])
-    assert base == tmp_path / "out-base" and (base / "config.json").is_file()
-    assert not re.search(r"^before: ?animal", done.stdout, re.MULTILINE)
-    assert "axolotl imported: False" in done.stdout
-    assert "adapter_config.json" in done.stdout
+    assert base == folder / f"{trainer}-base" and (base / "config.json").is_file()
+    assert not re.search(r"^before: ?animal", printed, re.MULTILINE)
+    assert "axolotl imported: False" in printed
+    assert "adapter_config.json" in printed
 
 
 @pytest.fixture(scope="module")
