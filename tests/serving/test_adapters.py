@@ -62,6 +62,14 @@ def change_config(directory, **settings):
         json.dump(config | settings, file)
 
 
+def test_a_loaded_adapter_is_one_block_of_memory(directory):
+    edits = load_edits(directory, BASE.read(directory, "a").number)
+    tensors = [tensor for stack in edits.values() for tensor in stack]
+    assert len(tensors) == 3 * LAYERS
+    (block,) = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    assert tensors[0].untyped_storage().nbytes() == sum(t.nbytes for t in tensors)
+
+
 def test_a_number_is_made_from_the_files_alone(directory, tmp_path):
     shutil.copytree(directory, tmp_path / "copy")
     number = BASE.read(directory, "a").number

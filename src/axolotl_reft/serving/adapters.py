@@ -200,7 +200,23 @@ def load_edits(directory: str, number: int) -> dict[int, AffineStack]:
         intervention.load_state_dict(state, assign=True)
         layers.setdefault(layer, []).append(intervention)
     with torch.no_grad():
-        return {layer: affine_stack(sides) for layer, sides in layers.items()}
+        return _in_a_block(
+            {layer: affine_stack(sides) for layer, sides in layers.items()}
+        )
+
+
+def _in_a_block(stacks: dict[int, AffineStack]) -> dict[int, AffineStack]:
+    """Return the stacks in one block of memory: as small tensors among those that they
+    are made of, they would keep the allocator from giving back nearly as much again."""
+    given = [t for stack in stacks.values() for t in stack if t is not None]
+    block = torch.cat([tensor.flatten() for tensor in given])
+    parts = iter(block.split([tensor.numel() for tensor in given]))
+    return {
+        layer: AffineStack._make(
+            None if t is None else next(parts).view(t.shape) for t in stack
+        )
+        for layer, stack in stacks.items()
+    }
 
 
 def _check_number(directory: str, number: int) -> None:
