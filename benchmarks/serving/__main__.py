@@ -56,7 +56,7 @@ _BENCHMARKS: dict[str, tuple[str, str, tuple[tuple[str, str], ...]]] = {
     "serving-decode": ("s", "base", PAIRS),
     "serving-first-token": ("s", "base", PREFIX_PAIRS),
     "serving-memory": ("B", "slots", ()),
-    "serving-load": ("s", "all", ()),
+    "serving-load": ("s", "worker", ()),
 }
 
 

@@ -28,8 +28,8 @@ class LlamaDecoderLayer(nn.Module):
 
 def memory(setting: Setting, count: int) -> tuple[Series, Series]:
     """Return bytes of the buffers for ``count`` adapters and of as many that are
-    loaded, and seconds to load each: checked by the front end, read by the worker,
-    and put into a slot."""
+    loaded, with what the process grew by; and seconds to load each: checked by the
+    front end, read by the worker, and put into a slot."""
     from peft import get_peft_model
 
     from axolotl_reft.serving.adapters import ServedBase, load_spec
@@ -38,50 +38,41 @@ def memory(setting: Setting, count: int) -> tuple[Series, Series]:
     from axolotl_reft.serving.runner import load_adapter
 
     width, layers, rank = setting.hidden_size, setting.layers, setting.rank
-    start = _resident()
-    layers_of = nn.Sequential(*(LlamaDecoderLayer() for _ in range(layers)))
-    rows = EditedRows(_TOKENS, 2 * count, torch.device("cpu"))
-    edits = LayerEdits(layers_of, "LlamaDecoderLayer", layers, rows, count, rank, width)
-    buffers = {tensor.data_ptr(): tensor for tensor in layers_of.buffers()}
     served = ServedBase("", width, layers, rank)
-    loaded, seconds = [], Series(setting.asdict())
+    loaded, clock = [], time.perf_counter
+    seconds: dict[str, list[float]] = {"front end": [], "worker": [], "slot": []}
     with TemporaryDirectory() as directory:
-        model = get_peft_model(build_base(setting), our_config(setting))
-        model.save_pretrained(directory)
+        adapted = get_peft_model(build_base(setting), our_config(setting))
+        adapted.save_pretrained(directory)
+        served.read(directory, "adapter")  # imports what is needed
+        before = _resident()
+        model = nn.Sequential(*(LlamaDecoderLayer() for _ in range(layers)))
+        rows = EditedRows(_TOKENS, 2 * count, torch.device("cpu"))
+        edits = LayerEdits(model, "LlamaDecoderLayer", layers, rows, count, rank, width)
         for slot in range(count):
             load_spec.cache_clear()
-            times = [time.perf_counter()]
+            start = clock()
             number = served.read(directory, "adapter").number
-            times.append(time.perf_counter())
+            checked = clock()
             loaded.append(load_adapter(directory, number))
-            times.append(time.perf_counter())
+            read = clock()
             edits.load(slot, loaded[-1].stacks)
-            times.append(time.perf_counter())
-            for name, first, last in (
-                ("front end", 0, 1),
-                ("worker", 1, 2),
-                ("slot", 2, 3),
-                ("all", 0, 3),
-            ):
-                seconds.values.setdefault(name, []).append(times[last] - times[first])
-    of_adapters = [
-        tensor
-        for adapter in loaded
-        for stack in adapter.stacks.values()
-        for tensor in stack
-        if tensor is not None
-    ]
+            times = checked - start, read - checked, clock() - read
+            for name, value in zip(seconds, times, strict=True):
+                seconds[name].append(value)
+        grown = _resident() - before
+    stacks = [stack for adapter in loaded for stack in adapter.stacks.values()]
+    tensors = [tensor for stack in stacks for tensor in stack if tensor is not None]
     held = {
-        "slots": _bytes(buffers.values()),
-        "loaded adapters": _bytes(of_adapters),
-        "process": _resident() - start,
+        "slots": {tensor.data_ptr(): tensor.nbytes for tensor in model.buffers()},
+        "loaded adapters": {tensor.data_ptr(): tensor.nbytes for tensor in tensors},
     }
-    values = {name: [float(found)] for name, found in held.items()}
-    return Series({**setting.asdict(), "adapters": count}, values), seconds
-
-
-def _bytes(tensors: Any) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    values = {name: [float(sum(sizes.values()))] for name, sizes in held.items()}
+    values["both, in the process"] = [float(grown)]
+    return (
+        Series(setting.asdict() | {"adapters": count}, values),
+        Series(setting.asdict(), seconds),
+    )
 
 
 def _resident() -> int:

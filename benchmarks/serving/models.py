@@ -74,7 +74,8 @@ def base(name: str, kept: Path = KEPT) -> Path:
 def adapters(base: Path, kept: Path = KEPT) -> dict[str, Path]:
     """Return directories of the adapters of ``LOREFT`` and of ``LoRA``, with random
     parameters, for a base."""
-    found = {name: kept.resolve() / f"{base.name}-{name}" for name in (*LOREFT, "LoRA")}
+    of_base = kept.resolve() / "-".join(["adapters", *base.resolve().parts[1:]])
+    found = {name: of_base / name for name in (*LOREFT, "LoRA")}
     if not all(directory.exists() for directory in found.values()):
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
