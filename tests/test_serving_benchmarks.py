@@ -24,8 +24,10 @@ SIZES = {"batch": 2, "length": 5, "steps": 3, "prefix": 7}
 class Engine:
     """Takes a turn's number for its time, and keeps what it was given."""
 
-    def __init__(self, base, targets, directories, compiled, prefix_caching=False):
-        self.targets, self.compiled = targets, compiled
+    def __init__(
+        self, base, targets, directories, compiled, clock, prefix_caching=False
+    ):
+        self.targets, self.compiled, self.clock = targets, compiled, clock
         self.prefix_caching, self.given, self.count = prefix_caching, [], 0
         self.made.append(self)
 
@@ -53,8 +55,8 @@ def engines(monkeypatch, tmp_path):
 
 
 def test_every_contestant_has_its_turn_in_its_engine(engines):
-    found = speed.speed("tiny", "compiled", SIZES, rounds=3)
-    assert all(engine.compiled for engine in engines)
+    found = speed.speed("tiny", "compiled", SIZES, 3, "cpu")
+    assert all(engine.compiled and engine.clock == "cpu" for engine in engines)
     *of_latency, of_prefix = engines
     assert [engine.targets for engine in of_latency] == list(TARGETS)
     for engine in of_latency:

@@ -18,6 +18,7 @@ from benchmarks.harness import (
     versions,
 )
 from benchmarks.parts import SHAPES
+from benchmarks.serving.engine import CLOCKS
 from benchmarks.serving.memory import memory
 from benchmarks.serving.models import TOY
 from benchmarks.serving.speed import MODES, PAIRS, PREFIX_PAIRS, speed
@@ -40,6 +41,12 @@ def _parser() -> argparse.ArgumentParser:
         "directory; may be repeated; default: tiny and smollm2",
     )
     parser.add_argument("--mode", action="append", choices=MODES, help="default: both")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=CLOCKS,
+        help="cpu: the process's time, with OMP_NUM_THREADS=1 on a machine in use",
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--size", default="full", choices=_SIZES)
     parser.add_argument(
@@ -88,7 +95,9 @@ def main(arguments: list[str] | None = None) -> None:
         for mode in options.mode or MODES:
             # A process of its own gives back the memory of its engines.
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                job = pool.submit(speed, model, mode, sizes, options.rounds)
+                job = pool.submit(
+                    speed, model, mode, sizes, options.rounds, options.clock
+                )
                 for name, series in job.result().items():
                     found.setdefault(name, []).append(series)
     shape = TOY if options.size == "toy" else SHAPES["8B"]

@@ -51,7 +51,9 @@ PREFIX_PAIRS = (
 )
 
 
-def speed(model: str, mode: str, sizes: dict[str, int], rounds: int) -> _Results:
+def speed(
+    model: str, mode: str, sizes: dict[str, int], rounds: int, clock: str = "wall"
+) -> _Results:
     """Return the series of a model and a mode, by benchmark.
 
     Args:
@@ -67,6 +69,7 @@ def speed(model: str, mode: str, sizes: dict[str, int], rounds: int) -> _Results
         "hidden_size": config.hidden_size,
         "layers": config.num_hidden_layers,
         "mode": mode,
+        "clock": clock,
         "dtype": "float32",
         "threads": torch.get_num_threads(),
     }
@@ -79,8 +82,8 @@ def speed(model: str, mode: str, sizes: dict[str, int], rounds: int) -> _Results
 
 def _latency(base: Path, setting: dict[str, Any], rounds: int) -> _Results:
     """Seconds of a prefill and of a decode step."""
-    directories, compiled = adapters(base), MODES[setting["mode"]]
-    engines = {name: Engine(base, name, directories, compiled) for name in TARGETS}
+    found, given = adapters(base), _given(setting)
+    engines = {name: Engine(base, name, found, **given) for name in TARGETS}
 
     def turn(name: str) -> Times:
         targets, adapter = CONTESTANTS[name]
@@ -100,8 +103,8 @@ def _latency(base: Path, setting: dict[str, Any], rounds: int) -> _Results:
 def _first_token(base: Path, setting: dict[str, Any], rounds: int) -> Series:
     """Seconds until the first token, with and without a cached prefix; the setting
     gets how many tokens were cached."""
-    compiled = MODES[setting["mode"]]
-    engine = Engine(base, "LoReFT", adapters(base), compiled, prefix_caching=True)
+    given = _given(setting) | {"prefix_caching": True}
+    engine = Engine(base, "LoReFT", adapters(base), **given)
 
     def turn(name: str) -> Times:
         prompts = engine.prompts(1, setting["length"])
@@ -113,6 +116,10 @@ def _first_token(base: Path, setting: dict[str, Any], rounds: int) -> Series:
     cached = {name: min(turn.cached for turn in of) for name, of in times.items()}
     values = {name: [turn.prefill for turn in of] for name, of in times.items()}
     return Series(setting | {"cached": cached}, values)
+
+
+def _given(setting: dict[str, Any]) -> dict[str, Any]:
+    return {"compiled": MODES[setting["mode"]], "clock": setting["clock"]}
 
 
 def _turns(
