@@ -35,7 +35,7 @@ def memory(setting: Setting, count: int) -> tuple[Series, Series]:
     from axolotl_reft.serving.adapters import ServedBase, load_spec
     from axolotl_reft.serving.edited_rows import EditedRows
     from axolotl_reft.serving.layers import LayerEdits
-    from axolotl_reft.serving.runner import load_adapter
+    from axolotl_reft.serving.runner import LoadedAdapter
 
     width, layers, rank = setting.hidden_size, setting.layers, setting.rank
     served = ServedBase("", width, layers, rank)
@@ -54,7 +54,7 @@ def memory(setting: Setting, count: int) -> tuple[Series, Series]:
             start = clock()
             number = served.read(directory, "adapter").number
             checked = clock()
-            loaded.append(load_adapter(directory, number))
+            loaded.append(LoadedAdapter.read(directory, number))
             read = clock()
             edits.load(slot, loaded[-1].stacks)
             times = checked - start, read - checked, clock() - read
