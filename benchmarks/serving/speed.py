@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Series, take_turns
-from benchmarks.serving.engine import TARGETS, Engine, Times
+from benchmarks.serving.engine import BLOCK, TARGETS, Engine, Times
 from benchmarks.serving.models import adapters, base
 
 MODES = {"eager": False, "compiled": True}
@@ -115,7 +115,7 @@ def _first_token(base: Path, setting: dict[str, Any], rounds: int) -> Series:
     times = take_turns(_turns(turn, PREFIX_CONTESTANTS), rounds)
     cached = {name: min(turn.cached for turn in of) for name, of in times.items()}
     values = {name: [turn.prefill for turn in of] for name, of in times.items()}
-    return Series(setting | {"cached": cached}, values)
+    return Series(setting | {"block_size": BLOCK, "cached": cached}, values)
 
 
 def _given(setting: dict[str, Any]) -> dict[str, Any]:
