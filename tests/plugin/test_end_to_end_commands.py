@@ -4,6 +4,7 @@ import builtins
 import csv
 import json
 import sys
+from functools import partial
 
 import gradio
 import pytest
@@ -13,6 +14,7 @@ from axolotl.cli.main import cli
 from click.testing import CliRunner
 from command_line import axolotl
 from conftest import build_adapter
+from lm_eval.tasks import TaskManager
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workspace import ANSWER, build_base, build_config, build_data, build_task
@@ -206,6 +208,9 @@ def test_a_task_without_prompts_stops_before_the_base_loads(
     config, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(evaluation, "LoreftLM", None)
+    # Reading lm_eval's thousands of tasks takes 5 s each time.
+    manager = partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr(evaluation, "TaskManager", manager)
     build_task(tmp_path / "tasks", "loglikelihood_rolling")
     result = score(config.parent / "out", tmp_path / "tasks")
     assert "such texts have no prompt" in result.output
