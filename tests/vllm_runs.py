@@ -3,6 +3,8 @@
 import gc
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -287,3 +289,14 @@ class Reference:
         margin_T = answer_TV.amax(1) - chosen_T[len(prompt) - 1 :]
         margin = 0.0 if answer.sampled else margin_T.max().item()
         return margin, (expected_T - given_T).abs().max().item()
+
+
+def run_apart(script: str, *arguments: Any) -> None:
+    """Run a test module as a program, which finds what this process finds."""
+    finished = subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from statistics import median
 
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
                 )
                 for name, series in job.result().items():
                     found.setdefault(name, []).append(series)
-    shape = TOY if options.size == "toy" else SHAPES["8B"]
+    shape = TOY if options.size == "toy" else replace(SHAPES["8B"], tied=True)
     held, loading = memory(shape, sizes["adapters"])
     found |= {"serving-memory": [held], "serving-load": [loading]}
     here = {"here": versions()}

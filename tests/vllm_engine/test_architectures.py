@@ -1,7 +1,6 @@
 """Every architecture of the tables, and others, refused before a model is read."""
 
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -78,10 +77,7 @@ def answers_of_transformers(tmp_path_factory):
     directory = tmp_path_factory.mktemp("transformers")
     for name, model in OF_TRANSFORMERS.items():
         _save(directory / name, *model)
-    finished = subprocess.run(
-        [sys.executable, __file__, str(directory)], capture_output=True, text=True
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    vllm_runs.run_apart(__file__, directory)
     return directory
 
 

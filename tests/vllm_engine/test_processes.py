@@ -1,8 +1,6 @@
 """An engine of two processes, each with half of every matrix."""
 
-import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,14 +12,7 @@ from vllm_runs import conversation, every, prompts
 @pytest.mark.slow
 def test_two_tensor_parallel_processes(directory, check, tmp_path):
     answers = tmp_path / "answers"
-    finished = subprocess.run(
-        [sys.executable, __file__, str(directory), str(answers)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    vllm_runs.run_apart(__file__, directory, answers)
     check("2 tensor-parallel processes", pickle.loads(answers.read_bytes()))
 
 
