@@ -27,8 +27,9 @@ def serve_command(base: str, rank: Any, *options: str) -> str:
     """Return the shell command that serves a base for adapters of a rank, or of a
     mapping of layers to ranks."""
     largest = max(rank.values()) if isinstance(rank, dict) else rank
-    command = ["vllm", "serve", base, "--enable-lora", "--lora-target-modules"]
-    command += ["loreft", "--max-lora-rank", str(max_lora_rank(largest))]
+    # A server on a GPU refuses CUDA graphs (serving/engine.py).
+    command = ["vllm", "serve", base, "--enforce-eager", "--enable-lora"]
+    command += ["--lora-target-modules", "loreft", "--max-lora-rank", str(max_lora_rank(largest))]
     return shlex.join([*command, *options])
 
 
