@@ -8,6 +8,7 @@ from vllm.compilation.counter import compilation_counter
 from vllm.config.compilation import CompilationMode
 from vllm.config.lora import LoRAConfig
 from vllm.platforms.cpu import CpuPlatform
+from vllm.plugins import load_general_plugins
 from vllm_runs import (
     Reference,
     ask,
@@ -18,7 +19,7 @@ from vllm_runs import (
     save_base,
 )
 
-import axolotl_reft.serving.patches as patches
+import axolotl_reft.serving.wrapped_engine as wrapped_engine
 
 ADAPTERS = ["first_and_last", "untied", "all", "every_turn"]
 
@@ -70,13 +71,14 @@ def test_a_graph_without_edits_is_not_taken_from_the_cache(
 
 
 def test_another_release_of_the_package_has_other_graphs(monkeypatch):
+    load_general_plugins()
     loreft, lora = (
         LoRAConfig(max_lora_rank=8, target_modules=[name])
         for name in ("loreft", "q_proj")
     )
     ours, theirs = loreft.compute_hash(), lora.compute_hash()
     assert loreft.compute_hash() == ours != theirs
-    monkeypatch.setattr(patches, "package_version", lambda: "0.0.0")
+    monkeypatch.setattr(wrapped_engine, "package_version", lambda: "0.0.0")
     assert loreft.compute_hash() != ours
     assert lora.compute_hash() == theirs
 
