@@ -29,7 +29,12 @@ def serve_command(base: str, rank: Any, *options: str) -> str:
     largest = max(rank.values()) if isinstance(rank, dict) else rank
     # A server on a GPU refuses CUDA graphs (serving/engine.py).
     command = ["vllm", "serve", base, "--enforce-eager", "--enable-lora"]
-    command += ["--lora-target-modules", "loreft", "--max-lora-rank", str(max_lora_rank(largest))]
+    command += [
+        "--lora-target-modules",
+        "loreft",
+        "--max-lora-rank",
+        str(max_lora_rank(largest)),
+    ]
     return shlex.join([*command, *options])
 
 
