@@ -7,6 +7,7 @@ beginning from a cache, or computes it again with the answer so far. Needs no vL
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,3 +64,10 @@ class EditedTokens:
             places[slice(*np.searchsorted(places, (start, stop)))]
             for places in self._sides
         ]
+
+
+def tokens_of(request: Any, spec: AdapterSpec) -> EditedTokens:
+    """Return the edited tokens of a request of vLLM, found once and kept on it."""
+    if not hasattr(request, "loreft_tokens"):
+        request.loreft_tokens = EditedTokens(spec, request.prompt_token_ids)
+    return request.loreft_tokens

@@ -22,7 +22,7 @@ class Patch(NamedTuple):
 
     Attributes:
         owners: modules or classes that hold it, as ``module`` or ``module:Class``.
-        parameters: that it takes, in order; of a property, None.
+        parameters: that it takes, in order.
         wrap: makes the replacement from the original.
     """
 
@@ -112,13 +112,13 @@ PATCHES = (
         _RUNNER,
         "_set_active_loras",
         "self prompt_lora_mapping token_lora_mapping lora_requests mapping_type",
-        wrapped_worker.choose_adapters,
+        wrapped_worker.clear_rows,
     ),
     Patch(
         _RUNNER,
         "set_active_loras",
         "self input_batch num_scheduled_tokens num_sampled_tokens mapping_type",
-        wrapped_worker.choose_rows,
+        wrapped_worker.find_rows,
     ),
     Patch(
         ("vllm.lora.worker_manager:WorkerLoRAManager",),

@@ -13,7 +13,7 @@ from torch import nn
 from axolotl_reft.core.affine import AffineStack
 from axolotl_reft.serving.adapters import is_loreft_number, load_edits, load_spec
 from axolotl_reft.serving.edited_rows import EditedRows
-from axolotl_reft.serving.edited_tokens import EditedTokens, Places
+from axolotl_reft.serving.edited_tokens import Places, tokens_of
 from axolotl_reft.serving.engine import layer_class, served_base
 from axolotl_reft.serving.layers import LayerEdits
 from axolotl_reft.settings.spec import AdapterSpec
@@ -89,17 +89,10 @@ class ServedModel:
                 continue
             # A generated token is edited by `positions: all` alone.
             for b in (in_prompt_B & (numbers_B == number)).nonzero()[0].tolist():
-                tokens = _edited_tokens(requests[batch.req_ids[b]], spec)
+                tokens = tokens_of(requests[batch.req_ids[b]], spec)
                 start = int(computed_B[b])
                 sides = tokens.between(start, start + int(scheduled_B[b]))
                 found += [
                     (edit + i, rows + starts_B[b]) for i, rows in enumerate(sides)
                 ]
         self._rows.set(found)
-
-
-def _edited_tokens(request: Any, spec: AdapterSpec) -> EditedTokens:
-    # As long as the request: a prompt is computed in chunks, or again.
-    if not hasattr(request, "loreft_tokens"):
-        request.loreft_tokens = EditedTokens(spec, request.prompt_token_ids)
-    return request.loreft_tokens

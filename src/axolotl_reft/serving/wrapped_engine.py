@@ -15,7 +15,7 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.lora.request import LoRARequest
 
 from axolotl_reft.serving.adapters import is_loreft_number, load_spec
-from axolotl_reft.serving.edited_tokens import EditedTokens
+from axolotl_reft.serving.edited_tokens import tokens_of
 from axolotl_reft.serving.engine import TARGET, check_engine, serves_loreft
 from axolotl_reft.serving.frontend import RefusedRequest, serve
 from axolotl_reft.settings.config_file import package_version
@@ -165,18 +165,12 @@ def extra_keys(original: Function) -> Function:
         if lora_request is None or not is_loreft_number(lora_request.lora_int_id):
             return keys, mm_idx
         kept = [key for key in keys or () if key[0] != "lora"]
-        adapter = lora_request.lora_int_id.to_bytes(8, "little")
-        edited = _edited_tokens(request).key(adapter, start_token_idx, end_token_idx)
+        number = lora_request.lora_int_id
+        tokens = tokens_of(request, load_spec(lora_request.lora_path, number))
+        adapter = number.to_bytes(8, "little")
+        edited = tokens.key(adapter, start_token_idx, end_token_idx)
         if edited is not None:
             kept.append(("loreft", edited))
         return tuple(kept) or None, mm_idx
 
     return generate_block_hash_extra_keys
-
-
-def _edited_tokens(request: Any) -> EditedTokens:
-    if not hasattr(request, "loreft_tokens"):
-        adapter = request.lora_request
-        spec = load_spec(adapter.lora_path, adapter.lora_int_id)
-        request.loreft_tokens = EditedTokens(spec, request.prompt_token_ids)
-    return request.loreft_tokens

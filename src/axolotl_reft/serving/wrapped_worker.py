@@ -30,7 +30,7 @@ def load_lora_model(original: Function) -> Function:
     return load_lora_model
 
 
-def choose_adapters(original: Function) -> Function:
+def clear_rows(original: Function) -> Function:
     """Clears the rows ahead of every step, also of those that only warm up."""
 
     def _set_active_loras(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -41,7 +41,7 @@ def choose_adapters(original: Function) -> Function:
     return _set_active_loras
 
 
-def choose_rows(original: Function) -> Function:
+def find_rows(original: Function) -> Function:
     """Finds the edited rows of a step."""
 
     def set_active_loras(
