@@ -74,7 +74,8 @@ def test_the_refusal_of_vllm_serve_has_the_command_to_use(tmp_path, monkeypatch)
     config = build_config(tmp_path, loreft={"rank": {"0-1": 4, "all": 12}})
     error = str(run(monkeypatch, "vllm-serve", config))
     base, out = (shlex.quote(str(tmp_path / name)) for name in ("base", "out"))
-    assert f"vllm serve {base} --enable-lora --lora-target-modules loreft" in error
+    serve = f"vllm serve {base} --enforce-eager --enable-lora"
+    assert f"{serve} --lora-target-modules loreft" in error
     assert error.endswith(f"--max-lora-rank 16 --lora-modules out={out}")
     config = build_config(tmp_path, rl="grpo")
     error = str(run(monkeypatch, "vllm-serve", config))
