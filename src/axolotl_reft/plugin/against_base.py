@@ -11,7 +11,7 @@ from axolotl.utils.logging import get_logger
 from axolotl.utils.train import determine_last_checkpoint
 from transformers import PretrainedConfig
 
-from axolotl_reft.plugin.args import LoreftBlock
+from axolotl_reft.plugin.args import LoreftBlock, adapter_settings
 from axolotl_reft.plugin.quantised import check_stored
 from axolotl_reft.plugin.refusals import plain
 from axolotl_reft.saved.directory import check_adapter_fits
@@ -35,7 +35,7 @@ def check_against_base(
     fit the base. At inference a saved adapter's settings are used, not the config's."""
     text_config = model_config.get_text_config()
     hidden_size, count = text_config.hidden_size, text_config.num_hidden_layers
-    block = LoreftConfig(**cfg.loreft)
+    block = LoreftConfig(**adapter_settings(cfg.loreft))
     check_stored(cfg, model_config, training)
     embeddings = get_linear_embedding_layers(model_config.model_type)
     if training and not set(embeddings) <= set(block.modules_to_save or ()):

@@ -14,6 +14,7 @@ from axolotl_reft.plugin.quantised import with_quantization
 from axolotl_reft.plugin.refusals import refuse
 from axolotl_reft.settings.foreign_names import KEYS as FOREIGN_KEYS
 from axolotl_reft.settings.foreign_names import hint
+from axolotl_reft.settings.frozen_prompt import check_frozen_prompt, parse_kept_size
 from axolotl_reft.tuner.config import LoreftConfig
 
 _EXAMPLE = "loreft:\n  positions: f7+l7\n  rank: 8"
@@ -38,7 +39,20 @@ _Settings: Any = create_model(
 
 
 class LoreftBlock(_Settings):
-    """Settings of the LoReFT adapter."""
+    """Settings of the LoReFT adapter, and of its training."""
+
+    frozen_prompt: str | bool = Field(
+        "auto",
+        description="Compute the tokens before the first edited one apart, without "
+        "gradients: auto where it saves time, true wherever positions: l<m> allows it, "
+        "or false. Losses and gradients are the same.",
+    )
+    frozen_prompt_cache: str | int | dict[str, str | int] | None = Field(
+        None,
+        description="Memory in which their keys and values are kept for later steps, "
+        "such as 8GB, or {device: 8GB} for the accelerator's. Default: a quarter of "
+        "the host's free memory; 0 keeps nothing.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -78,6 +92,11 @@ class LoreftArgs(BaseModel):
         return self
 
 
+def adapter_settings(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the block that are the adapter's, as LoreftConfig's."""
+    return {key: block[key] for key in block if key in _FIELDS}
+
+
 def check_as_written(settings: Mapping[str, Any]) -> None:
     """Run every check that needs the YAML alone, ahead of axolotl's own.
 
@@ -106,7 +125,9 @@ def _checked_block(data: Any) -> dict[str, Any]:
         )
     # A key without a value means its default, as elsewhere in axolotl's YAML.
     settings = {key: value for key, value in data.items() if value is not None}
-    config = LoreftConfig(**settings)
+    config = LoreftConfig(**adapter_settings(settings))
+    check_frozen_prompt(settings.get("frozen_prompt", "auto"), config.spec().positions)
+    parse_kept_size(settings.get("frozen_prompt_cache"))
     # A mapping's keys as text: axolotl sorts them when it shows the settings.
     return settings | ({"rank": config.rank} if "rank" in settings else {})
 

@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from axolotl_reft.core.interventions import INTERVENTION_CLASSES
 from axolotl_reft.plugin import quantised, running
 from axolotl_reft.plugin.against_base import check_against_base
-from axolotl_reft.plugin.args import check_as_written
+from axolotl_reft.plugin.args import adapter_settings, check_as_written
 from axolotl_reft.plugin.checkpointing import keep_shared_keys_and_values
 from axolotl_reft.plugin.labels import complete_batches
 from axolotl_reft.plugin.packing import warn_of_packing
@@ -32,6 +32,7 @@ from axolotl_reft.plugin.prompt_forms import markers_of_data, warn_of_other_prom
 from axolotl_reft.saved.card import keep_in_trainers_card
 from axolotl_reft.training.edit_log import EditLog
 from axolotl_reft.training.first_batch import FirstBatch
+from axolotl_reft.training.frozen_prompt import use_frozen_prompt
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.lora import LayerLora
 
@@ -107,7 +108,7 @@ class LoreftPlugin(BasePlugin):
             config.inference_mode = inference
         else:
             task = TaskType.SEQ_CLS if cfg.reward_model else TaskType.CAUSAL_LM
-            config = LoreftConfig(task_type=task, **cfg.loreft)
+            config = LoreftConfig(task_type=task, **adapter_settings(cfg.loreft))
             if task == TaskType.CAUSAL_LM:
                 config.turn_markers = markers_of_data(cfg)
         seed = 42 if cfg.seed is None else cfg.seed
@@ -162,6 +163,9 @@ class LoreftPlugin(BasePlugin):
                 trainer.model.print_trainable_parameters()
         elif cfg.adapter == "loreft" and not cfg.reward_model:
             complete_batches(trainer, cfg.loreft_labelled_logits)
+        if cfg.adapter == "loreft":
+            when, cache = cfg.loreft.frozen_prompt, cfg.loreft.frozen_prompt_cache
+            use_frozen_prompt(trainer.model, when, cache, _log_once)
         return edit_callbacks(cfg, trainer)
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
@@ -199,6 +203,12 @@ def edit_callbacks(cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
     if hasattr(tokenizer, "decode"):
         callbacks.append(FirstBatch(trainer.model, tokenizer, _log))
     return callbacks
+
+
+def _log_once(text: str) -> None:
+    """Log on the first process."""
+    if is_local_main_process():
+        _log(f"LoReFT: {text}")
 
 
 def _log(text: str) -> None:

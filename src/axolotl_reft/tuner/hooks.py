@@ -38,6 +38,7 @@ from axolotl_reft.tuner.checkpointing import refuse_reentrant_checkpointing
 from axolotl_reft.tuner.compat import cache_of, pages_of
 from axolotl_reft.tuner.context import POSITIONS, FindSpans, ForwardContext, ModelState
 from axolotl_reft.tuner.executor import prepare_edits
+from axolotl_reft.tuner.frozen_prompt import FrozenPrompt
 from axolotl_reft.tuner.generating import GenerateHooks
 from axolotl_reft.tuner.layout import layout_of
 from axolotl_reft.tuner.on_cache import MakeRecord, new_record, read_on_cache
@@ -60,7 +61,8 @@ class ModelHooks:
         self._joins_samples = what_joins_samples(model)
         # A classifier's labels are not tokens of an answer.
         self._labels_mark_answers = model.can_generate()
-        self._model, self._prefix = model, prefix
+        self.model, self.layers, self.prefix = model, layers, prefix
+        self.frozen_prompt: FrozenPrompt | None = None
         self._handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         ]
@@ -100,8 +102,17 @@ class ModelHooks:
         )
         self._replaced.append((module, name))
 
+    def use_frozen_prompt(self, frozen_prompt: FrozenPrompt | None) -> None:
+        """Compute the backbone's forwards by this, or as they were."""
+        if self.frozen_prompt is not None:
+            self.frozen_prompt.detach()
+        self.frozen_prompt = frozen_prompt
+        if frozen_prompt is not None:
+            frozen_prompt.attach()
+
     def detach(self) -> None:
         """Leave the model as it was."""
+        self.use_frozen_prompt(None)
         for handle in self._handles:
             handle.remove()
         for module, name in self._replaced:
@@ -116,13 +127,13 @@ class ModelHooks:
         checkpointing needs it for trained weights inside of layers; LoReFT's see to it
         themselves (``replay.py``).
         """
-        named = self._model.named_parameters()
-        if any(p.requires_grad and self._prefix not in name for name, p in named):
-            type(self._model).enable_input_require_grads(self._model)
+        named = self.model.named_parameters()
+        if any(p.requires_grad and self.prefix not in name for name, p in named):
+            type(self.model).enable_input_require_grads(self.model)
 
     def _enable_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        type(self._model).gradient_checkpointing_enable(self._model, *args, **kwargs)
-        refuse_reentrant_checkpointing(self._model)
+        type(self.model).gradient_checkpointing_enable(self.model, *args, **kwargs)
+        refuse_reentrant_checkpointing(self.model)
 
     # --- a forward -----------------------------------------------------------------
 

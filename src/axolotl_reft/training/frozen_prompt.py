@@ -1,0 +1,99 @@
+"""Have a model compute the frozen part of its prompts apart, and keep it.
+
+Transformers' and TRL's trainers do it by themselves for a model with LoReFT adapters.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from axolotl_reft.prompts.kept import KeptPreambles
+from axolotl_reft.settings.frozen_prompt import check_frozen_prompt, parse_kept_size
+from axolotl_reft.tuner.frozen_prompt import FrozenPrompt
+from axolotl_reft.tuner.frozen_reasons import early_positions
+from axolotl_reft.tuner.model import hooks_of
+
+# Of the memory that is free: what prefixes may take by default, and at most.
+_SHARE, _MOST = 0.25, 0.8
+_CGROUP = Path("/sys/fs/cgroup")
+
+logger = logging.getLogger(__name__)
+
+
+def use_frozen_prompt(
+    model: Any,
+    frozen_prompt: str | bool = "auto",
+    cache: Any = None,
+    tell: Callable[[str], None] = logger.info,
+) -> None:
+    """Compute the tokens before the first edited one without gradients, and keep their
+    keys and values, in the forwards of a PEFT model with LoReFT adapters.
+
+    Losses, gradients and last hidden states are those of the plain forward. Only with
+    ``positions: l<m>`` are there such tokens.
+
+    Args:
+        frozen_prompt: ``auto`` where it saves time, True wherever it is possible, False
+            nowhere.
+        cache: how much is kept, such as ``"8GB"``: by default a quarter of the free
+            memory; 0 for nothing; ``{"device": "8GB"}`` in an accelerator's memory.
+        tell: called once with what was decided, and why.
+
+    Raises:
+        ValueError: a setting is none, or True is not possible.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hooks = hooks_of(base)
+    assert hooks is not None, "a model with a LoReFT adapter"
+    positions = [spec.positions for spec in hooks.state.adapters.values()]
+    for each in positions:
+        check_frozen_prompt(frozen_prompt, each)
+    hooks.use_frozen_prompt(None)
+    reasons = [text for early, text in map(early_positions, positions) if early]
+    if frozen_prompt is False or len(reasons) == len(positions):
+        tell(
+            f"frozen prompt: computed with the rest, since {[*reasons, 'it is off'][0]}"
+        )
+        return
+    size, device = parse_kept_size(cache), torch.device("cpu")
+    if size.on_device:
+        device = hooks.backbones[0].device
+    limit = size.bytes
+    if limit is None or limit:
+        free = free_memory(device)
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        most = int(free * _MOST)
+        limit = int(free * _SHARE / processes) if limit is None else limit
+        if limit > most:
+            tell(f"frozen_prompt_cache: {most / 1e9:.3g} GB, of what is free")
+            limit = most
+    hooks.use_frozen_prompt(
+        FrozenPrompt(
+            *(hooks.model, hooks.backbones, hooks.layers, hooks.state, hooks.prefix),
+            *(frozen_prompt, KeptPreambles(limit, device), tell),
+        )
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device; on the host, within its control
+    group."""
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        stat = dict(map(str.split, (_CGROUP / "memory.stat").read_text().splitlines()))
+    except OSError:
+        return free
+    # Pages of files are given back when memory is short.
+    used -= int(stat["inactive_file"])
+    return free if limit == "max" else min(free, int(limit) - used)
