@@ -43,7 +43,7 @@ ROOMS = {
     ),
     "training": (
         ("core", "inspect", "prompts", "settings", "tuner"),
-        ("accelerate", "torch", "transformers", "trl"),
+        ("accelerate", "psutil", "torch", "transformers", "trl"),
     ),
     "plugin": (
         (

@@ -15,7 +15,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +61,7 @@ class States(NamedTuple):
 class _Edge:
     """Tokens that follow those of the edge above it."""
 
-    ids: np.ndarray
+    ids: Tensor
     states: States
     above: _Edge | None
     root: Hashable
@@ -70,7 +69,7 @@ class _Edge:
     used: int = 0
 
 
-class KeptPreambles:
+class KeptStates:
     """States of the beginnings of samples, up to a number of bytes.
 
     Args:
@@ -93,10 +92,10 @@ class KeptPreambles:
     def __len__(self) -> int:
         return len(self._edges)
 
-    def __reduce__(self) -> tuple[type[KeptPreambles], tuple[int, torch.device]]:
+    def __reduce__(self) -> tuple[type[KeptStates], tuple[int, torch.device]]:
         return type(self), (self.limit, self.device)  # a copy begins empty
 
-    def find(self, root: Hashable, ids: np.ndarray) -> list[States]:
+    def find(self, root: Hashable, ids: Tensor) -> list[States]:
         """Return the states of as many of the first tokens as are kept, in pieces."""
         self.lookups += 1
         path, pieces, done = [], [], 0
@@ -112,7 +111,7 @@ class KeptPreambles:
         self._use(path)
         return pieces
 
-    def add(self, root: Hashable, ids: np.ndarray, states: States) -> None:
+    def add(self, root: Hashable, ids: Tensor, states: States) -> None:
         """Keep the states of a sample's first tokens, as far as there is room.
 
         Args:
@@ -142,7 +141,7 @@ class KeptPreambles:
         if not self._make_room(new.bytes):
             return
         new = new.map(lambda t: t.to(self.device, copy=True).contiguous())
-        added = _Edge(ids[done:].copy(), new, above, root)
+        added = _Edge(ids[done:].clone(), new, above, root)
         (above.below if above else self._roots[root])[int(ids[done])] = added
         self.bytes += new.bytes
         self._use([*path, added])
@@ -180,8 +179,8 @@ class KeptPreambles:
         return True
 
 
-def _common(a_N: np.ndarray, b_N: np.ndarray) -> int:
+def _common(a_N: Tensor, b_N: Tensor) -> int:
     """Return the number of first entries that are equal."""
     size = min(len(a_N), len(b_N))
     differs = a_N[:size] != b_N[:size]
-    return int(differs.argmax()) if differs.any() else size
+    return int(differs.to(torch.uint8).argmax()) if differs.any() else size

@@ -14,7 +14,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from axolotl_reft.prompts.kept import KeptPreambles
+from axolotl_reft.prompts.kept import KeptStates
 from axolotl_reft.settings.frozen_prompt import check_frozen_prompt, parse_kept_size
 from axolotl_reft.tuner.frozen_prompt import FrozenPrompt
 from axolotl_reft.tuner.frozen_reasons import early_positions
@@ -52,15 +52,17 @@ def use_frozen_prompt(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hooks = hooks_of(base)
     assert hooks is not None, "a model with a LoReFT adapter"
-    positions = [spec.positions for spec in hooks.state.adapters.values()]
-    for each in positions:
-        check_frozen_prompt(frozen_prompt, each)
+    specs = hooks.state.adapters.values()
+    for spec in specs:
+        check_frozen_prompt(frozen_prompt, spec.positions)
     hooks.use_frozen_prompt(None)
-    reasons = [text for early, text in map(early_positions, positions) if early]
-    if frozen_prompt is False or len(reasons) == len(positions):
-        tell(
-            f"frozen prompt: computed with the rest, since {[*reasons, 'it is off'][0]}"
-        )
+    found = [early_positions(spec.positions) for spec in specs]
+    early = [text for is_early, text in found if is_early]
+    layers = len(base.get_submodule(hooks.layers))
+    from_the_first = any(0 in spec.ranks(layers) for spec in specs)
+    if frozen_prompt is False or (len(early) == len(specs) and from_the_first):
+        reason = "frozen_prompt is false" if frozen_prompt is False else early[0]
+        tell(f"frozen prompt: computed with the rest, since {reason}")
         return
     size, device = parse_kept_size(cache), torch.device("cpu")
     if size.on_device:
@@ -77,7 +79,7 @@ def use_frozen_prompt(
     hooks.use_frozen_prompt(
         FrozenPrompt(
             *(hooks.model, hooks.backbones, hooks.layers, hooks.state, hooks.prefix),
-            *(frozen_prompt, KeptPreambles(limit, device), tell),
+            *(frozen_prompt, KeptStates(limit, device), tell),
         )
     )
 

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from axolotl_reft.tuner.two_parts import TwoParts
+
 # A pass through the layers takes so long beside its products, in FLOPs for each layer.
 # Measured on two CPU cores; on accelerators computed from the launches of a layer (25)
 # and bfloat16 products, and not measured.
@@ -16,28 +18,39 @@ _SAVED = 0.1
 
 
 def saves_time(
-    backbone: PreTrainedModel,
-    whole: int,
-    first: int,
-    second: int,
-    backward: float,
+    backbone: PreTrainedModel, tokens: int, parts: TwoParts, backward: float
 ) -> bool:
     """Whether two parts take less time than the whole.
 
-    Times are counted in tokens forward: whole·(1 + β) against first + second·(1 + β)
-    and the time that one more pass takes with no tokens.
+    Times are counted in tokens forward: n·(1 + β) against n₁ + n₂·(1 + β) and the time
+    that one more pass takes beside its products, padding included.
 
     Args:
-        whole, first, second: numbers of tokens, padding included; the first are those
-            that are not kept.
+        tokens: n.
         backward: β, the share of the layers that backward passes.
     """
+    before = parts.tokens_before + _tokens_of_a_pass(backbone)
+    behind = parts.tokens_behind * (1 + backward)
+    return before + behind <= (1 - _SAVED) * tokens * (1 + backward)
+
+
+def lower_saves_time(
+    backbone: PreTrainedModel, tokens: int, below: float, backward: float
+) -> bool:
+    """Whether it saves time to leave out the layers below, once they are kept.
+
+    Args:
+        below: their share of the layers.
+    """
+    saved = tokens * below - _tokens_of_a_pass(backbone)
+    return saved >= _SAVED * tokens * (1 + backward)
+
+
+def _tokens_of_a_pass(backbone: PreTrainedModel) -> float:
     # A layer has about 12·d² parameters, of two operations each for a token.
     by_token = 24 * backbone.config.get_text_config().hidden_size ** 2
     device = "cpu" if backbone.device.type == "cpu" else "cuda"
-    overhead = _FLOPS_OF_A_PASS[device] / by_token
-    parts = first + overhead + second * (1 + backward)
-    return parts <= (1 - _SAVED) * whole * (1 + backward)
+    return _FLOPS_OF_A_PASS[device] / by_token
 
 
 class Fingerprint:

@@ -97,9 +97,11 @@ def _of_forward(
     yield layer._disable_adapters and not context.find_answers, NOT_ASKED
     for name in layer._active_adapter:
         yield name not in state.adapters, NOT_ASKED
-        yield early_positions(state.adapters[name].positions)
-        everywhere = name in state.change_every_token
-        yield everywhere, f"LoRA or embeddings of {name!r} change every token"
+        has_lora = any(name in layer.intv_lora for layer in state.layers)
+        yield has_lora, f"{name!r} has LoRA, which changes every token"
+        everywhere = state.adapters[name].positions.everywhere
+        has_embeddings = name in state.change_every_token and not everywhere
+        yield has_embeddings, f"{name!r} has embeddings, which change every token"
     dropout = backbone.training and _dropout_of(backbone)
     yield dropout, f"the base has dropout in training ({dropout})"
     for name in ("output_attentions", "output_router_logits"):
