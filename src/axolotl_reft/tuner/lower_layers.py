@@ -60,6 +60,7 @@ class LowerLayers:
         """Have the layers return these hidden states without computing any."""
         before = [layer.__dict__.get("forward") for layer in self._layers]
         for layer in self._layers:
+            # Patch: a hook cannot keep a module from running.
             layer.__dict__["forward"] = partial(self._return, h_BTD)
         try:
             yield

@@ -124,7 +124,8 @@ class PartialForward:
         positions = starts[:, None] + torch.arange(ids.shape[1])
         # As in a decode step, nothing is edited.
         shape = ids.shape[0], ids.shape[1]
-        self._state.thread.context = ForwardContext(shape, {}, None)
+        context = ForwardContext(shape, self._state.adapters, None)
+        self._state.thread.context = context
         with torch.no_grad():
             return self._call(cache, ids, positions, done, counts)
 
@@ -189,6 +190,7 @@ class PartialForward:
     def _cached_under_checkpointing(self) -> Iterator[None]:
         """Let layers that are checkpointed keep their cache."""
         for layer in self._layers:
+            # Patch: checkpointing would drop it.
             layer.__dict__[_KEEPS_CACHE] = True
         try:
             yield
