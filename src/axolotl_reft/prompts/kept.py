@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import NamedTuple
 
 import torch
@@ -79,10 +80,15 @@ class KeptStates:
 
     def __init__(self, limit: int, device: torch.device) -> None:
         self.limit, self.device = limit, device
+        self._lock = RLock()
         self.clear()
 
     def clear(self) -> None:
         """Forget all."""
+        with self._lock:
+            self._clear()
+
+    def _clear(self) -> None:
         self.bytes = self.lookups = 0
         self._roots: dict[Hashable, dict[int, _Edge]] = {}
         # The one used longest ago first. What is above an edge is used with it, and
@@ -97,6 +103,10 @@ class KeptStates:
 
     def find(self, root: Hashable, ids: Tensor) -> list[States]:
         """Return the states of as many of the first tokens as are kept, in pieces."""
+        with self._lock:
+            return self._find(root, ids)
+
+    def _find(self, root: Hashable, ids: Tensor) -> list[States]:
         self.lookups += 1
         path, pieces, done = [], [], 0
         below = self._roots.get(root, {})
@@ -119,6 +129,10 @@ class KeptStates:
             states: of those after the longest beginning that was kept when they were
                 computed.
         """
+        with self._lock:
+            self._add(root, ids, states)
+
+    def _add(self, root: Hashable, ids: Tensor, states: States) -> None:
         skipped, path, done = len(ids) - states.tokens, [], 0
         below = self._roots.setdefault(root, {})
         while done < len(ids) and (edge := below.get(int(ids[done]))) is not None:

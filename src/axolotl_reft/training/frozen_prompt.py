@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from transformers import TrainerCallback
 
 from axolotl_reft.prompts.kept import KeptStates
 from axolotl_reft.settings.frozen_prompt import check_frozen_prompt, parse_kept_size
@@ -82,6 +83,16 @@ def use_frozen_prompt(
             *(frozen_prompt, KeptStates(limit, device), tell),
         )
     )
+
+
+class ForgetKept(TrainerCallback):
+    """Gives back the memory of what was kept, when training has ended."""
+
+    def on_train_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+        for module in model.modules():
+            hooks = hooks_of(module)
+            if hooks is not None and hooks.frozen_prompt is not None:
+                hooks.frozen_prompt.kept.clear()
 
 
 def free_memory(device: torch.device) -> int:

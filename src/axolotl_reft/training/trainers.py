@@ -17,7 +17,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from axolotl_reft.core.interventions import Intervention
 from axolotl_reft.training.answers import note_answers, states_of
-from axolotl_reft.training.frozen_prompt import use_frozen_prompt
+from axolotl_reft.training.frozen_prompt import ForgetKept, use_frozen_prompt
 from axolotl_reft.training.server_generation import generate_with_server
 from axolotl_reft.tuner.layer import LoreftDecoderLayer
 from axolotl_reft.tuner.lora import LayerLora
@@ -35,19 +35,20 @@ def prepare_every_trainer() -> None:
         make(self, *args, **kwargs)
         maker = sys._getframe(1).f_locals.get("self")
         if hasattr(maker, "compute_loss"):
-            _prepare(maker)
+            _prepare(maker, self)
 
     # Patch: a trainer makes its handler of callbacks once it has its model. The class
     # itself takes long to import, and is often imported after this package.
     CallbackHandler.__init__ = make_and_prepare
 
 
-def _prepare(trainer: Any) -> None:
+def _prepare(trainer: Any, callbacks: CallbackHandler) -> None:
     if not any(isinstance(m, LoreftDecoderLayer) for m in trainer.model.modules()):
         return
     if states_of(trainer):
         note_answers(trainer)
         use_frozen_prompt(trainer.model._modules.get("policy", trainer.model))
+        callbacks.add_callback(ForgetKept)
     _complete_reference(trainer.model)
     _keep_float32(trainer.model)
     if getattr(trainer.args, "disable_dropout", False):

@@ -171,6 +171,8 @@ class ThreadState:
     adapter_names: Sequence[str] | None = None  # of a batch's rows
     context: ForwardContext | None = None
     backbone: nn.Module | None = None  # whose forward made the context
+    below: Tensor | None = None  # what the layers below the first edited one return
+    stops_below: bool = False  # the forward ends behind these layers
 
 
 class _ThreadLocal(threading.local):

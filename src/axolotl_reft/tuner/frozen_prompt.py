@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, update_wrapper
 from typing import Any
 
@@ -36,6 +37,7 @@ from axolotl_reft.tuner.frozen_reasons import (
 from axolotl_reft.tuner.lower_layers import LowerLayers
 from axolotl_reft.tuner.packing import what_joins_samples
 from axolotl_reft.tuner.partial_forward import PartialForward
+from axolotl_reft.tuner.preamble_cache import windows_of
 from axolotl_reft.tuner.two_parts import HostBatch, TwoParts
 
 _NOT_WORTH = "too few tokens are before the first edited one"
@@ -80,8 +82,11 @@ class FrozenPrompt:
         if self.reason:
             self._explain(self.reason)
             return
-        of_parts = self._backbone, self._forward, self._layers, state
-        self._parts = PartialForward(*of_parts)
+        bases = [getattr(layer, "base_layer", layer) for layer in self._layers]
+        windows = windows_of(self._backbone.config)
+        self._partial_forward = PartialForward(
+            self._backbone, self._forward, bases, windows, state
+        )
 
     def attach(self) -> None:
         # Patch: a hook can change what a forward is given, but not have two of it run.
@@ -92,6 +97,8 @@ class FrozenPrompt:
         del self._backbone.__dict__["forward"]
         if self._before is not None:
             self._backbone.__dict__["forward"] = self._before
+        if self._lower is not None:
+            self._lower.detach()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the backbone's output, as a whole or in parts."""
@@ -115,13 +122,14 @@ class FrozenPrompt:
             self._explain(parts)
             return self._forward(*args, **kwargs)
         drops = {"past_key_values", "use_cache", *OF_TOKENS, *OF_THE_HEAD}
-        self._parts.others = {k: v for k, v in inputs.items() if k not in drops}
+        others = {k: v for k, v in inputs.items() if k not in drops}
+        partial_forward = replace(self._partial_forward, others=others)
         try:
             if isinstance(parts, TwoParts):
                 self._say(f"{_text_of(parts)}; {self._text_of_kept}")
-                return self._parts.in_two_parts(parts, passes, context, self.kept)
+                return partial_forward.in_two_parts(parts, passes, context, self.kept)
             assert self._lower is not None
-            h_BTD = self._parts.below(parts, self._lower, self.kept)
+            h_BTD = partial_forward.below(parts, self._lower, self.kept)
             self._state.thread.context = context
             if h_BTD is None:
                 self._has_vectors = False
@@ -170,10 +178,16 @@ class FrozenPrompt:
         can_keep = self.kept.limit and self._has_vectors and not base.is_sharded
         if can_keep and self.when == "auto":
             if lower_saves_time(self._backbone, tokens, below, backward):
-                if self._lower is None or self._lower.count != lowest:
-                    self._lower = LowerLayers(self._layers[:lowest])
+                self._cut_at(lowest)
                 return batch
         return reason
+
+    def _cut_at(self, lowest: int) -> None:
+        if self._lower is not None and self._lower.count != lowest:
+            self._lower.detach()
+            self._lower = None
+        if self._lower is None:
+            self._lower = LowerLayers(self._layers[:lowest], self._state)
 
     def _lowest_edited(self, adapters: list[str]) -> int:
         """Return the first layer that an adapter edits, or the number of layers."""

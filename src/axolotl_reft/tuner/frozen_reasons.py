@@ -27,6 +27,8 @@ NOT_ASKED = "the forward goes on with a cache, or keeps one"
 _ATTENTION = ("eager", "sdpa", "flash")
 # Rotary embeddings that depend on the length of the whole.
 _BY_LENGTH = {"dynamic", "longrope"}
+# Modules that scale, or choose outliers of, all their inputs together.
+_BY_BATCH = {"Linear8bitLt", "Float8Linear"}
 # Of a config: what is random in training.
 _RANDOM = ("drop", "jitter")
 _KNOWN = OF_TOKENS | OF_THE_HEAD
@@ -65,14 +67,16 @@ def _of_base(
     layout = state.layout
     yield layout is not Layout.TOKENS_ALONE, f"hidden states are {layout.value}"
     yield shares_keys_and_values(config), "layers share keys and values"
-    kinds = other_caches(config)
-    yield kinds, f"a cache has more than keys and values ({', '.join(sorted(kinds))})"
+    caches = other_caches(config)
+    yield caches, f"a cache has more than keys and values ({', '.join(sorted(caches))})"
     types = getattr(config, "layer_types", None) or ()
     yield "chunked_attention" in types, "attention is in chunks"
     rope = _BY_LENGTH & set(_rope_types(config))
     yield rope, f"{', '.join(rope)} rotary embeddings depend on the whole length"
     routed = getattr(config, "output_router_logits", False)
     yield routed, "the loss depends on all tokens' routing"
+    kinds = _BY_BATCH & {type(module).__name__ for module in modules}
+    yield kinds, f"a product of {', '.join(kinds)} depends on the whole batch"
     zero3 = any(hasattr(p, "ds_id") for p in backbone.parameters())
     yield zero3, "DeepSpeed ZeRO-3 follows the order of modules"
     fsdp1 = any(type(m).__name__ == "FullyShardedDataParallel" for m in modules)
@@ -102,8 +106,8 @@ def _of_forward(
         everywhere = state.adapters[name].positions.everywhere
         has_embeddings = name in state.change_every_token and not everywhere
         yield has_embeddings, f"{name!r} has embeddings, which change every token"
-    dropout = backbone.training and _dropout_of(backbone)
-    yield dropout, f"the base has dropout in training ({dropout})"
+    randomness = backbone.training and _randomness_of(backbone)
+    yield randomness, f"the base is random in training ({randomness})"
     for name in ("output_attentions", "output_router_logits"):
         yield inputs.get(name), f"{name} is asked for"
     yield inputs.get("return_dict") is False, "a tuple is asked for"
@@ -130,11 +134,13 @@ def _parameters(backbone: nn.Module) -> set[str]:
     return set(inspect.signature(type(backbone).forward).parameters)
 
 
-def _dropout_of(backbone: Any) -> str:
+def _randomness_of(backbone: Any) -> str:
     """Return what is random in a base in training mode; empty for nothing."""
     for name, value in vars(backbone.config.get_text_config()).items():
         if isinstance(value, float) and value > 0 and any(w in name for w in _RANDOM):
             return f"{name}: {value}"
+    if getattr(backbone.get_input_embeddings(), "neftune_noise_alpha", None):
+        return "NEFTune's noise"
     modules = backbone.named_modules()
     found = (path for path, m in modules if isinstance(m, nn.Dropout) and m.p)
     return next(found, "")

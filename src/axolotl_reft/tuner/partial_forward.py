@@ -6,8 +6,9 @@ from the first edited token on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from axolotl_reft.prompts.kept import KeptStates, States
 from axolotl_reft.tuner.context import ForwardContext, ModelState
 from axolotl_reft.tuner.lower_layers import LowerLayers
-from axolotl_reft.tuner.preamble_cache import PreambleCache, windows_of
+from axolotl_reft.tuner.preamble_cache import PreambleCache
 from axolotl_reft.tuner.two_parts import HostBatch, TokenRun, TwoParts, grouped
 
 # What transformers' layers read: a cache that gives the same again may stay when
@@ -26,27 +27,23 @@ from axolotl_reft.tuner.two_parts import HostBatch, TokenRun, TwoParts, grouped
 _KEEPS_CACHE = "_can_checkpoint_with_cache"
 
 
+@dataclass(frozen=True, eq=False)
 class PartialForward:
     """Computes parts of forwards of a backbone.
 
-    Args:
+    Attributes:
         forward: the backbone's own.
-        layers: all of the backbone.
-        others: set for a forward: its further arguments.
+        layers: all of the backbone, without wrappers.
+        windows: of their caches.
+        others: a forward's further arguments.
     """
 
-    others: dict[str, Any]
-
-    def __init__(
-        self,
-        backbone: PreTrainedModel,
-        forward: Callable[..., Any],
-        layers: Sequence[nn.Module],
-        state: ModelState,
-    ) -> None:
-        self._backbone, self._forward, self._state = backbone, forward, state
-        self._layers = [getattr(layer, "base_layer", layer) for layer in layers]
-        self._windows = windows_of(backbone.config)
+    backbone: PreTrainedModel
+    forward: Callable[..., Any]
+    layers: list[nn.Module]
+    windows: list[int | None]
+    state: ModelState
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     def in_two_parts(
         self, parts: TwoParts, passes: int, context: ForwardContext, kept: KeptStates
@@ -103,7 +100,7 @@ class PartialForward:
         self, rows: list[list[States]], group: list[TokenRun]
     ) -> list[States]:
         """Return the states of the tokens that are missing behind those before them."""
-        cache = PreambleCache(rows, self._windows)
+        cache = PreambleCache(rows, self.windows)
         done = [sum(states.tokens for states in pieces) for pieces in rows]
         counts = [len(run.ids) - n for run, n in zip(group, done, strict=True)]
         output = self._compute_rows(cache, group, done, counts)
@@ -124,8 +121,8 @@ class PartialForward:
         positions = starts[:, None] + torch.arange(ids.shape[1])
         # As in a decode step, nothing is edited.
         shape = ids.shape[0], ids.shape[1]
-        context = ForwardContext(shape, self._state.adapters, None)
-        self._state.thread.context = context
+        context = ForwardContext(shape, self.state.adapters, None)
+        self.state.thread.context = context
         with torch.no_grad():
             return self._call(cache, ids, positions, done, counts)
 
@@ -134,7 +131,7 @@ class PartialForward:
     ) -> tuple[Any, Tensor, Tensor]:
         """Return the output (M, W) of the tokens behind the preambles, and its tokens'
         flat indices (N,) there and in the batch."""
-        cache, batch = PreambleCache(rows, self._windows), parts.batch
+        cache, batch = PreambleCache(rows, self.windows), parts.batch
         width, columns = parts.width, context.shape[1]
         shape = len(rows), width
         ids, positions = torch.zeros(2, *shape, dtype=torch.long)
@@ -148,10 +145,10 @@ class PartialForward:
             old = slice(row * columns + split, row * columns + end)
             new_S[old] = torch.arange(first, first + size)
         given = {
-            name: [new_S[side_N].to(self._backbone.device) for side_N in sides]
+            name: [new_S[side_N].to(self.backbone.device) for side_N in sides]
             for name, sides in batch.edited.items()
         }
-        self._state.thread.context = ForwardContext(
+        self.state.thread.context = ForwardContext(
             *(shape, context.adapters, lambda turns: None, cache.width),
             given=given,
             prepared=context.prepared,
@@ -170,14 +167,14 @@ class PartialForward:
         counts: list[int],
     ) -> Any:
         """Return the backbone's output of rows of so many tokens behind so many."""
-        before, device = cache.width if cache else 0, self._backbone.device
+        before, device = cache.width if cache else 0, self.backbone.device
         mask = None
         if set(done) != {before} or set(counts) != {ids.shape[1]}:
             columns = torch.arange(before + ids.shape[1])
             starts = before - torch.tensor(done)[:, None]
             stops = before + torch.tensor(counts)[:, None]
             mask = ((columns >= starts) & (columns < stops)).long().to(device)
-        return self._forward(
+        return self.forward(
             **self.others,
             input_ids=ids.to(device),
             attention_mask=mask,
@@ -189,13 +186,13 @@ class PartialForward:
     @contextmanager
     def _cached_under_checkpointing(self) -> Iterator[None]:
         """Let layers that are checkpointed keep their cache."""
-        for layer in self._layers:
+        for layer in self.layers:
             # Patch: checkpointing would drop it.
             layer.__dict__[_KEEPS_CACHE] = True
         try:
             yield
         finally:
-            for layer in self._layers:
+            for layer in self.layers:
                 del layer.__dict__[_KEEPS_CACHE]
 
 
