@@ -63,38 +63,29 @@ class HostBatch:
         keeps_samples_apart: bool,
     ) -> HostBatch | None:
         """Read a forward's batch; None where the tokens of a sample do not follow each
-        other.
+        other, or padding predicts a trained one.
 
         Args:
             adapters: whose edited tokens count; all are, where they edit all.
             keeps_samples_apart: the base does, in packed rows.
         """
-        rows, columns = shape = context.shape
-        edited: dict[str, list[Tensor]] = {}
-        edited_S = torch.zeros(rows * columns + 1, dtype=torch.bool)
-        for name in adapters:
-            if context.adapters[name].positions.everywhere:
-                edited_S[:] = True
-                continue
-            indices = context.indices(name)
-            sides = indices.sides if indices is not None else ()
-            on_host = [side_N.to(_HOST) for side_N in sides]
-            edited[name] = [side_N[side_N < rows * columns] for side_N in on_host]
-            for side_N in edited[name]:
-                edited_S[side_N] = True
+        shape, edited = context.shape, _edited_tokens(context, adapters)
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         starts_BT = None
         if positions is None:
-            positions = torch.arange(columns)[None]
+            positions = torch.arange(shape[1])[None]
         elif mask is None and keeps_samples_apart:
             starts_BT = sample_starts({"position_ids": positions.to(_HOST)}, shape)
         answer_BT = None
         if context.find_answers is not None:
             answer_BT = context.find_answers().expand(shape).to(_HOST) != 0
-        real_BT, edited_BT = real_tokens(mask, shape, _HOST), edited_S[:-1].view(shape)
+        edited_BT = _marked(shape, [side_N for e in edited.values() for side_N in e])
+        real_BT = real_tokens(mask, shape, _HOST)
         samples = split_samples(edited_BT, real_BT, starts_BT, answer_BT)
         positions_BT = positions.to(_HOST).expand(shape)
         if not samples or not all(_counts_on(s, positions_BT) for s in samples):
+            return None
+        if answer_BT is not None and _is_predicted_by_others(answer_BT, samples):
             return None
         return cls(samples, inputs["input_ids"].to(_HOST), positions_BT, edited)
 
@@ -163,6 +154,39 @@ def grouped(counts: Mapping[TokenRun, int]) -> list[list[TokenRun]]:
         else:
             groups.append([run])
     return groups
+
+
+def _edited_tokens(
+    context: ForwardContext, adapters: list[str]
+) -> dict[str, list[Tensor]]:
+    """Return the flat indices (N,) that each adapter edits, by side."""
+    size = context.shape[0] * context.shape[1]
+    edited = {}
+    for name in adapters:
+        if context.adapters[name].positions.everywhere:
+            edited[name] = [torch.arange(size)]
+            continue
+        indices = context.indices(name)
+        sides = indices.sides if indices is not None else ()
+        on_host = [side_N.to(_HOST) for side_N in sides]
+        edited[name] = [side_N[side_N < size] for side_N in on_host]
+    return edited
+
+
+def _marked(shape: tuple[int, int], indices: list[Tensor]) -> Tensor:
+    marked_BT = torch.zeros(shape, dtype=torch.bool)
+    for index_N in indices:
+        marked_BT.view(-1)[index_N] = True
+    return marked_BT
+
+
+def _is_predicted_by_others(answer_BT: Tensor, samples: list[Sample]) -> bool:
+    """Whether an answer's token stands behind one of no sample, as a row's first behind
+    padding: its loss counts too."""
+    computed_BT = torch.zeros_like(answer_BT)
+    for row, begin, _, end in samples:
+        computed_BT[row, begin:end] = True
+    return bool((answer_BT[:, 1:] > computed_BT[:, :-1]).any())
 
 
 def _counts_on(sample: Sample, positions_BT: Tensor) -> bool:
