@@ -8,8 +8,10 @@ from conftest import build_adapter, build_model
 from transformers import BatchEncoding
 
 from axolotl_reft import LoreftConfig, PromptCounter
+from axolotl_reft.training.frozen_prompt import use_frozen_prompt
 from axolotl_reft.tuner import context
 from axolotl_reft.tuner.context import POSITIONS
+from axolotl_reft.tuner.model import hooks_of
 from benchmarks.tasks import Operations
 
 # Prompts and answers, each as long as it says, of the samples of two rows.
@@ -217,3 +219,24 @@ def test_an_answer_that_no_mark_announces_stops_its_batch(tokens, turns):
             collate(input_ids=ids, labels=labels)
     else:
         assert collate(input_ids=ids, labels=labels)[POSITIONS]["indices"]["default"]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_forward_in_two_parts_reads_the_batch_as_the_collator_made_it(
+    tokens, packed, monkeypatch
+):
+    """So that an accelerator need not be waited for."""
+    model = build_adapter(build_model(), positions="l3").train()
+    inputs = batch(tokens, packed)
+    loss, _, *gradients = forward(model, inputs)
+    use_frozen_prompt(model, True)
+    with_indices = PromptCounter.of(model, dict)(inputs)
+    moved = {
+        name: tensor.to("meta") if name == "attention_mask" else tensor
+        for name, tensor in with_indices.items()
+    }
+    monkeypatch.setattr(context, "edit_indices", None)
+    got_loss, _, *got = forward(model, moved)  # logits at padding differ
+    torch.testing.assert_close([got_loss, *got], [loss, *gradients])
+    hooks = hooks_of(model.get_base_model())
+    assert len(hooks.frozen_prompt.kept) == 5

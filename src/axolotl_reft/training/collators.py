@@ -22,11 +22,12 @@ from torch.nn.functional import pad
 from axolotl_reft.prompts.batch import labelled_spans
 from axolotl_reft.prompts.spans import edit_indices
 from axolotl_reft.settings.spec import AdapterSpec
-from axolotl_reft.tuner.context import POSITIONS
+from axolotl_reft.tuner.context import POSITIONS, OnHost
 from axolotl_reft.tuner.model import hooks_of
 
 # GPUs multiply matrices in tiles, and a compiled model gets fewer different shapes.
 _MULTIPLE = 8
+_ON_HOST = ("input_ids", "attention_mask", "position_ids", "labels")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class EditIndexCollator:
     """A data collator that adds the indices of edited tokens to another one's batches.
 
     Added are the ``shape`` (B, T) and the ``indices`` (N,) into B·T of each adapter's
-    interventions, to batches with ``input_ids`` and ``labels`` (B, T).
+    interventions, to batches with ``input_ids`` and ``labels`` (B, T); and these and
+    the batch's tensors ``on_host``, since what a forward in two parts computes depends
+    on them.
 
     Args:
         collate: the other collator.
@@ -62,7 +65,10 @@ class EditIndexCollator:
             indices[name] = edit_indices(spans, spec.positions, spec.tied).sides
         if indices:
             shape = tuple(batch["input_ids"].shape[:2])
-            batch[POSITIONS] = {"shape": shape, "indices": indices}
+            tensors = {name: batch[name] for name in _ON_HOST if name in batch}
+            on_host = OnHost(tensors, indices)
+            added = {"shape": shape, "indices": indices, "on_host": on_host}
+            batch[POSITIONS] = added
         return batch
 
 

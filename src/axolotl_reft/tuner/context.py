@@ -39,6 +39,15 @@ FindSpans = Callable[[Turns], PromptSpans | None]
 Edit = Callable[[Tensor, EditIndices | None], Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class OnHost:
+    """A batch's tensors as a collator made them, and the indices that it found in them.
+    Of no type that trainers look into, so that it stays where it is."""
+
+    tensors: Mapping[str, Tensor]
+    indices: Mapping[str, Sequence[Tensor]]
+
+
 @dataclass(eq=False)
 class ForwardContext:
     """One forward of the model: its prompts and edited positions, found once.
@@ -51,7 +60,7 @@ class ForwardContext:
             a trainer tell them.
         is_compiled: the model is, and with it the layers.
         row_adapters: of each row; None where the active adapters edit all rows.
-        given: indices that a collator found, by adapter.
+        given: indices that a collator found, by adapter; on_host: with its batch.
         prepared: edits of several layers from one stack, by layer, site and adapter;
             each is taken once.
         edited_outputs: unedited and edited states by the id of the unedited, which
@@ -70,6 +79,7 @@ class ForwardContext:
     is_compiled: bool = field(default_factory=torch.compiler.is_compiling)
     row_adapters: list[str] | None = None
     given: Mapping[str, Sequence[Tensor]] | None = None
+    on_host: OnHost | None = None
     prepared: dict[tuple[nn.Module, str, str], Edit] = field(default_factory=dict)
     edited_outputs: dict[int, tuple[Tensor, Tensor]] | None = None
     is_prepared: bool = False

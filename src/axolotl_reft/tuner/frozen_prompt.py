@@ -149,6 +149,10 @@ class FrozenPrompt:
     ) -> TwoParts | HostBatch | str:
         """Return the two parts; the batch, where its lower layers are computed apart;
         or why the forward is as a whole."""
+        if context.on_host is not None:
+            # Not what a trainer has taken out since.
+            made = context.on_host.tensors
+            inputs = {name: made.get(name, inputs[name]) for name in inputs}
         if reason := why_whole(self._backbone, self._state, context, inputs):
             return reason
         if base.trained:

@@ -187,7 +187,7 @@ class ModelHooks:
             context.row_adapters = list(adapters.names)
         # Rows that a trainer cut out of the collator's batch are found anew.
         elif given is not None and tuple(given["shape"]) == context.shape:
-            context.given = given["indices"]
+            context.given, context.on_host = given["indices"], given.get("on_host")
         thread.context, thread.backbone = context, module
         if not context.past:
             # Now, while the device is still at work on the step before.

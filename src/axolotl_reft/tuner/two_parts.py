@@ -77,7 +77,9 @@ class HostBatch:
         elif mask is None and keeps_samples_apart:
             starts_BT = sample_starts({"position_ids": positions.to(_HOST)}, shape)
         answer_BT = None
-        if context.find_answers is not None:
+        if context.on_host is not None:
+            answer_BT = context.on_host.tensors["labels"] != -100
+        elif context.find_answers is not None:
             answer_BT = context.find_answers().expand(shape).to(_HOST) != 0
         edited_BT = _marked(shape, [side_N for e in edited.values() for side_N in e])
         real_BT = real_tokens(mask, shape, _HOST)
@@ -165,6 +167,9 @@ def _edited_tokens(
     for name in adapters:
         if context.adapters[name].positions.everywhere:
             edited[name] = [torch.arange(size)]
+            continue
+        if context.on_host is not None and name in context.on_host.indices:
+            edited[name] = list(context.on_host.indices[name])
             continue
         indices = context.indices(name)
         sides = indices.sides if indices is not None else ()
