@@ -239,4 +239,4 @@ def test_a_forward_in_two_parts_reads_the_batch_as_the_collator_made_it(
     got_loss, _, *got = forward(model, moved)  # logits at padding differ
     torch.testing.assert_close([got_loss, *got], [loss, *gradients])
     hooks = hooks_of(model.get_base_model())
-    assert len(hooks.frozen_prompt.kept) == 5
+    assert len(hooks.frozen_prompt.kept) == 4
