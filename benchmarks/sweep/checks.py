@@ -19,6 +19,7 @@ from benchmarks.sweep.findings import (
     failed,
     relative,
 )
+from benchmarks.sweep.frozen_prompt import frozen_prompt
 from benchmarks.sweep.generation import caches
 from benchmarks.sweep.inputs import others
 from benchmarks.sweep.reference import NotFound
@@ -117,7 +118,7 @@ def other_inputs(subject: Subject) -> Iterator[Finding]:
     for inputs in others(subject.base):
         with_others = Subject(subject.base, subject.kind, inputs)
         with_others.adapter = subject.adapter
-        for run in (one_row, batches, labels, caches):
+        for run in (one_row, batches, labels, caches, frozen_prompt):
             for found in checked(run, with_others):
                 yield replace(found, check=f"{inputs.name}: {found.check}")
 
@@ -129,5 +130,6 @@ CHECKS: tuple[Check, ...] = (
     caches,
     reload,
     checkpointing,
+    frozen_prompt,
     other_inputs,
 )

@@ -18,43 +18,43 @@ def labels(subject: Subject) -> Iterator[Finding]:
     """Loss and gradients are the reference's."""
     batch, where = training_batch(subject)
     with by_itself():
-        loss_and_gradients = gradients(subject, subject.reference.model, batch, where)
+        model = subject.reference.edit(where)
+        loss_and_gradients = gradients(subject.adapter, model, batch)
     expected_loss, expected = loss_and_gradients
-    loss, got = gradients(subject, subject.adapter, batch, None)
+    loss, got = gradients(subject.adapter, subject.adapter, batch)
     yield compared("loss", relative(loss, expected_loss))
-    yield compared("gradients", _worst(got, expected))
+    yield compared("gradients", worst(got, expected))
     if not any(g.abs().max() > 0 for g in expected):
         yield Finding("gradients", "not compared", message="the reference's are zero")
 
 
-def training_batch(subject: Subject) -> tuple[dict[str, Tensor], list[list[int]]]:
-    batch = subject.padded(False, (subject.length, subject.shorter))
+def training_batch(
+    subject: Subject, left: bool = False
+) -> tuple[dict[str, Tensor], list[list[int]]]:
+    """Return a batch of two rows, the second shorter and padded where the base takes a
+    mask, with labels; and the columns that ``f2+l2`` edits."""
+    batch = subject.padded(left, (subject.length, subject.shorter))
     if not subject.takes_mask:
         batch = subject.batch(subject.ids(2, subject.length))
     shorter = subject.shorter if subject.takes_mask else subject.length
-    where = columns((0, subject.length), (0, shorter))
+    begin = subject.length - shorter if left else 0
+    where = columns((0, subject.length), (begin, begin + shorter))
     if subject.takes_labels:
         labels_BT = batch["input_ids"].clone()
-        labels_BT[1, shorter:] = -100
+        labels_BT[1, :begin] = labels_BT[1, begin + shorter :] = -100
         if subject.generates:
-            labels_BT[0, : subject.prompt] = labels_BT[
-                1, : subject.shorter_prompt
-            ] = -100
-            where = columns((0, subject.prompt), (0, subject.shorter_prompt))
+            end = begin + subject.shorter_prompt
+            labels_BT[0, : subject.prompt] = labels_BT[1, :end] = -100
+            where = columns((0, subject.prompt), (begin, end))
         batch["labels"] = labels_BT
     return batch, where
 
 
 def gradients(
-    subject: Subject,
-    model: nn.Module,
-    batch: dict[str, Tensor],
-    where: list[list[int]] | None,
+    adapter: nn.Module, model: nn.Module, batch: dict[str, Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the loss and the gradients of every parameter of the adapter."""
-    if where is not None:
-        subject.reference.edit(where)
-    parameters = [p for p in subject.adapter.parameters() if p.requires_grad]
+    """Return a model's loss and the gradients of every parameter of the adapter."""
+    parameters = [p for p in adapter.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = None
     result = model(**batch)
@@ -72,7 +72,7 @@ def gradients(
     return loss.detach(), found
 
 
-def _worst(got: list[Tensor], expected: list[Tensor]) -> float:
+def worst(got: list[Tensor], expected: list[Tensor]) -> float:
     pairs = zip(got, expected, strict=True)
     return max(
         relative(g, e) if e.abs().max() > 0 else float(g.abs().max()) for g, e in pairs
@@ -84,23 +84,23 @@ def checkpointing(subject: Subject) -> Iterator[Finding]:
     if not subject.base.supports_gradient_checkpointing:
         return
     batch, where = training_batch(subject)
-    model = subject.reference.model.train()
+    model = subject.reference.edit(where).train()
+    adapter = subject.adapter
     try:
         with by_itself():
-            _, expected = gradients(subject, model, batch, where)
+            _, expected = gradients(adapter, model, batch)
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            _, again = gradients(subject, model, batch, where)
+            _, again = gradients(adapter, model, batch)
             model.gradient_checkpointing_disable()
-        base = _worst(again, expected)
+        base = worst(again, expected)
         for reentrant in (False, True):
-            adapter = subject.adapter.train()
-            adapter.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            adapter.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
             try:
-                _, got = gradients(subject, adapter, batch, None)
+                _, got = gradients(adapter, adapter, batch)
             finally:
                 adapter.base_model.model.gradient_checkpointing_disable()
             name = "reentrant checkpointing" if reentrant else "checkpointing"
-            yield compared(name, _worst(got, expected), base)
+            yield compared(name, worst(got, expected), base)
     finally:
         model.eval()
-        subject.adapter.eval()
+        adapter.eval()

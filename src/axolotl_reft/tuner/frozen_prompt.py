@@ -40,7 +40,11 @@ from axolotl_reft.tuner.partial_forward import PartialForward
 from axolotl_reft.tuner.preamble_cache import windows_of
 from axolotl_reft.tuner.two_parts import HostBatch, TwoParts
 
+# Of a batch: with True too it is computed as a whole, and the next one in parts.
 _NOT_WORTH = "too few tokens are before the first edited one"
+_NOT_IN_ORDER = (
+    "the tokens of a sample do not follow each other, or padding predicts a trained one"
+)
 _NAMES = "__module__", "__name__", "__qualname__", "__doc__"
 
 
@@ -166,7 +170,7 @@ class FrozenPrompt:
         adapters = list(self._state.layers[0]._active_adapter)
         batch = HostBatch.read(context, inputs, adapters, apart)
         if batch is None:
-            return "the tokens of a sample do not follow each other"
+            return _NOT_IN_ORDER
         early = (early_positions(context.adapters[a].positions) for a in adapters)
         reason = next((text for is_early, text in early if is_early), "")
         lowest = self._lowest_edited(adapters)
@@ -204,7 +208,7 @@ class FrozenPrompt:
     def _explain(self, reason: str) -> None:
         if reason == NOT_ASKED:
             return
-        if self.when is True and reason != _NOT_WORTH:
+        if self.when is True and reason not in (_NOT_WORTH, _NOT_IN_ORDER):
             raise ValueError(
                 f"frozen_prompt: true, but {reason}; use frozen_prompt: auto"
             )

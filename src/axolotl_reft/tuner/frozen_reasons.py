@@ -29,8 +29,9 @@ _ATTENTION = ("eager", "sdpa", "flash")
 _BY_LENGTH = {"dynamic", "longrope"}
 # Modules that scale, or choose outliers of, all their inputs together.
 _BY_BATCH = {"Linear8bitLt", "Float8Linear"}
-# Of a config: what is random in training.
+# Of a config: what is random in training, and whose it is where it is no layer's.
 _RANDOM = ("drop", "jitter")
+_OF_CLASSIFIERS = ("classifier", "summary")
 _KNOWN = OF_TOKENS | OF_THE_HEAD
 
 
@@ -104,7 +105,12 @@ def _of_forward(
         has_lora = any(name in layer.intv_lora for layer in state.layers)
         yield has_lora, f"{name!r} has LoRA, which changes every token"
         everywhere = state.adapters[name].positions.everywhere
-        has_embeddings = name in state.change_every_token and not everywhere
+        # A head alone is outside of the backbone.
+        has_embeddings = (
+            name in state.change_every_token
+            and not everywhere
+            and any("modules_to_save" in path for path, _ in backbone.named_modules())
+        )
         yield has_embeddings, f"{name!r} has embeddings, which change every token"
     randomness = backbone.training and _randomness_of(backbone)
     yield randomness, f"the base is random in training ({randomness})"
@@ -137,8 +143,10 @@ def _parameters(backbone: nn.Module) -> set[str]:
 def _randomness_of(backbone: Any) -> str:
     """Return what is random in a base in training mode; empty for nothing."""
     for name, value in vars(backbone.config.get_text_config()).items():
-        if isinstance(value, float) and value > 0 and any(w in name for w in _RANDOM):
-            return f"{name}: {value}"
+        is_random = any(word in name for word in _RANDOM)
+        if is_random and isinstance(value, float) and value > 0:
+            if not name.startswith(_OF_CLASSIFIERS):
+                return f"{name}: {value}"
     if getattr(backbone.get_input_embeddings(), "neftune_noise_alpha", None):
         return "NEFTune's noise"
     modules = backbone.named_modules()
