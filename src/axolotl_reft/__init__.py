@@ -29,12 +29,14 @@ __all__ = [
     "from_pyreft",
     "to_pyreft",
     "turn_markers",
+    "use_frozen_prompt",
 ]
 # Imported when asked for: these bring in axolotl, or pyreft.
 _LAZY = {
     "LoreftPlugin": "axolotl_reft.plugin",
     "from_pyreft": "axolotl_reft.exchange.live",
     "to_pyreft": "axolotl_reft.exchange.live",
+    "use_frozen_prompt": "axolotl_reft.training.frozen_prompt",
 }
 
 if LOREFT not in PEFT_TYPE_TO_CONFIG_MAPPING:

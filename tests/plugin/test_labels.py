@@ -18,6 +18,7 @@ from axolotl_reft.training.answers import note_answers
 from axolotl_reft.training.collators import LabelledLogits
 from axolotl_reft.tuner.context import POSITIONS
 
+PROMPT = {"loreft": {"frozen_prompt": "auto"}}
 LOSSES = {
     "label smoothing": (
         {"label_smoothing_factor": 0.1},
@@ -37,7 +38,7 @@ def test_a_loss_without_the_models_labels_has_the_same_prompts(
     arguments = TrainingArguments(tmp_path, use_cpu=True, report_to=[], **settings)
     trainer = Trainer(model, arguments, compute_loss_func=compute_loss_func)
     LoreftPlugin().add_callbacks_post_trainer(
-        DictDefault({"adapter": "loreft"}), trainer
+        DictDefault({"adapter": "loreft", **PROMPT}), trainer
     )
     got, outputs = trainer.compute_loss(model, dict(batch), return_outputs=True)
     assert torch.equal(outputs.logits, model(**batch).logits)
@@ -99,7 +100,7 @@ def test_the_loader_of_a_training_tells_how_many_prompts_there_are(
     trainer = Trainer(model, arguments, train_dataset=data)
     collate = trainer.data_collator
     LoreftPlugin().add_callbacks_post_trainer(
-        DictDefault({"adapter": "loreft"}), trainer
+        DictDefault({"adapter": "loreft", **PROMPT}), trainer
     )
     (got,) = trainer.get_train_dataloader()
     assert (POSITIONS in got) is not streamed
@@ -132,9 +133,14 @@ def loaded(tmp_path, model, tokens):
         data = {"train_dataset": data, "eval_dataset": data}
         made = trainer(model, arguments, **data | settings)
         collate = made.data_collator
-        LoreftPlugin().add_callbacks_post_trainer(
-            DictDefault({"adapter": "loreft", "loreft_labelled_logits": asked}), made
+        cfg = DictDefault(
+            {
+                "adapter": "loreft",
+                "loreft_labelled_logits": asked,
+                **PROMPT,
+            }
         )
+        LoreftPlugin().add_callbacks_post_trainer(cfg, made)
         found = made.get_train_dataloader(), made.get_eval_dataloader()
         found += (made.get_eval_dataloader(made.eval_dataset),)
         assert made.data_collator is collate

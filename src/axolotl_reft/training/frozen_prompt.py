@@ -19,6 +19,7 @@ from axolotl_reft.prompts.kept import KeptStates
 from axolotl_reft.settings.frozen_prompt import check_frozen_prompt, parse_kept_size
 from axolotl_reft.tuner.frozen_prompt import FrozenPrompt
 from axolotl_reft.tuner.frozen_reasons import early_positions
+from axolotl_reft.tuner.hooks import ModelHooks
 from axolotl_reft.tuner.model import hooks_of
 
 # Of the memory that is free: what prefixes may take by default, and at most.
@@ -50,16 +51,38 @@ def use_frozen_prompt(
     Raises:
         ValueError: a setting is none, or True is not possible.
     """
+    hooks = _hooks(model)
+    hooks.frozen_prompt_is_chosen = True
+    _use(hooks, frozen_prompt, cache, tell)
+
+
+def use_by_default(model: Any) -> None:
+    """Do the same with the defaults, unless it was done for the model before."""
+    hooks = _hooks(model)
+    if not hooks.frozen_prompt_is_chosen:
+        _use(hooks, "auto", None, logger.info)
+
+
+def _hooks(model: Any) -> ModelHooks:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hooks = hooks_of(base)
     assert hooks is not None, "a model with a LoReFT adapter"
+    return hooks
+
+
+def _use(
+    hooks: ModelHooks,
+    frozen_prompt: str | bool,
+    cache: Any,
+    tell: Callable[[str], None],
+) -> None:
     specs = hooks.state.adapters.values()
     for spec in specs:
         check_frozen_prompt(frozen_prompt, spec.positions)
     hooks.use_frozen_prompt(None)
     found = [early_positions(spec.positions) for spec in specs]
     early = [text for is_early, text in found if is_early]
-    layers = len(base.get_submodule(hooks.layers))
+    layers = len(list(hooks.model.get_submodule(hooks.layers).children()))
     from_the_first = any(0 in spec.ranks(layers) for spec in specs)
     if frozen_prompt is False or (len(early) == len(specs) and from_the_first):
         reason = "frozen_prompt is false" if frozen_prompt is False else early[0]

@@ -17,7 +17,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from axolotl_reft.core.interventions import Intervention
 from axolotl_reft.training.answers import note_answers, states_of
-from axolotl_reft.training.frozen_prompt import ForgetKept, use_frozen_prompt
+from axolotl_reft.training.frozen_prompt import ForgetKept, use_by_default
 from axolotl_reft.training.server_generation import generate_with_server
 from axolotl_reft.tuner.layer import LoreftDecoderLayer
 from axolotl_reft.tuner.lora import LayerLora
@@ -47,7 +47,7 @@ def _prepare(trainer: Any, callbacks: CallbackHandler) -> None:
         return
     if states_of(trainer):
         note_answers(trainer)
-        use_frozen_prompt(trainer.model._modules.get("policy", trainer.model))
+        use_by_default(trainer.model._modules.get("policy", trainer.model))
         callbacks.add_callback(ForgetKept)
     _complete_reference(trainer.model)
     _keep_float32(trainer.model)

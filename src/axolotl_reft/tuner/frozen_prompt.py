@@ -41,10 +41,12 @@ from axolotl_reft.tuner.preamble_cache import windows_of
 from axolotl_reft.tuner.two_parts import HostBatch, TwoParts
 
 # Of a batch: with True too it is computed as a whole, and the next one in parts.
+_ELSEWHERE = "another process computes its batch as a whole"
 _NOT_WORTH = "too few tokens are before the first edited one"
 _NOT_IN_ORDER = (
     "the tokens of a sample do not follow each other, or padding predicts a trained one"
 )
+_OF_A_BATCH = {_ELSEWHERE, _NOT_WORTH, _NOT_IN_ORDER}
 _NAMES = "__module__", "__name__", "__qualname__", "__doc__"
 
 
@@ -120,7 +122,7 @@ class FrozenPrompt:
             is_whole = not isinstance(parts, TwoParts)
             agreed = _agreed(is_whole, passes, self._backbone.device)
             if agreed is None and not is_whole:
-                parts = "another process computes its batch as a whole"
+                parts = _ELSEWHERE
             passes = agreed or 0
         if isinstance(parts, str):
             self._explain(parts)
@@ -175,7 +177,7 @@ class FrozenPrompt:
         reason = next((text for is_early, text in early if is_early), "")
         lowest = self._lowest_edited(adapters)
         below = lowest / len(self._layers)
-        backward = 1 - below if torch.is_grad_enabled() else 0.0
+        backward = 1 - below if self._is_of_a_step else 0.0
         tokens = context.shape[0] * context.shape[1]
         if not reason:
             parts, reason = TwoParts.of(batch, self.kept), _NOT_WORTH
@@ -189,6 +191,14 @@ class FrozenPrompt:
                 self._cut_at(lowest)
                 return batch
         return reason
+
+    @property
+    def _is_of_a_step(self) -> bool:
+        """Whether the forward has gradients, or another of the same training step may
+        use what it keeps: a reference's forward, and KTO's for its KL term, have none.
+        """
+        keeps = self._backbone.training and self.kept.limit > 0
+        return torch.is_grad_enabled() or keeps
 
     def _cut_at(self, lowest: int) -> None:
         if self._lower is not None and self._lower.count != lowest:
@@ -208,7 +218,7 @@ class FrozenPrompt:
     def _explain(self, reason: str) -> None:
         if reason == NOT_ASKED:
             return
-        if self.when is True and reason not in (_NOT_WORTH, _NOT_IN_ORDER):
+        if self.when is True and reason not in _OF_A_BATCH:
             raise ValueError(
                 f"frozen_prompt: true, but {reason}; use frozen_prompt: auto"
             )

@@ -63,6 +63,7 @@ class ModelHooks:
         self._labels_mark_answers = model.can_generate()
         self.model, self.layers, self.prefix = model, layers, prefix
         self.frozen_prompt: FrozenPrompt | None = None
+        self.frozen_prompt_is_chosen = False  # by the user
         self._handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True)
         ]
