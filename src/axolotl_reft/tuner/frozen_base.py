@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -59,10 +61,11 @@ class Fingerprint:
 
     def __init__(self, backbone: nn.Module, adapters: str) -> None:
         named = [
-            (name, tensor)
-            for tensors in (backbone.named_parameters(), backbone.named_buffers())
-            for name, tensor in tensors
-            if adapters not in name
+            (path + name, tensor)
+            for path, module in _modules_of(backbone, adapters)
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
         ]
         self.trained = next((n for n, t in named if t.requires_grad), None)
         # While FSDP2 computes, it has some parameters whole, for a short time.
@@ -78,6 +81,18 @@ class Fingerprint:
 
     def __hash__(self) -> int:
         return hash(self._seen)
+
+
+def _modules_of(backbone: nn.Module, adapters: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the base's modules with the beginnings of their tensors' names, in less
+    than half the time of ``named_parameters``: before each forward, this counts."""
+    found = [("", backbone)]
+    while found:
+        path, module = found.pop()
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None and adapters not in name:
+                found.append((f"{path}{name}.", child))
 
 
 def _seen(tensor: Tensor) -> tuple[int, int, torch.dtype]:
