@@ -5,6 +5,7 @@ Shapes: B batch, T tokens.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -58,7 +59,7 @@ def results(model, batch, seed=0):
     torch.manual_seed(seed)
     output = model(**batch)
     output.loss.backward()
-    real = batch.get("attention_mask", batch["input_ids"]) != 0
+    real = batch.get("attention_mask", batch.get("input_ids")) != 0
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     gradients = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
     loss, logits = output.loss.detach(), output.logits.detach()
@@ -89,7 +90,15 @@ def two_parts(model, when=True, cache=CACHE) -> Iterator[SimpleNamespace]:
     frozen = hooks_of(base).frozen_prompt
     if frozen is not None:
         plain = frozen._forward
-        frozen._forward = lambda *a, **k: numbers.append(_tokens(a, k)) or plain(*a, **k)
+
+        def note(*args, **inputs):
+            numbers.append(_tokens(args, inputs))
+            return plain(*args, **inputs)
+
+        frozen._forward = note
+        if not frozen.reason:
+            noted = replace(frozen._partial_forward, forward=note)
+            frozen._partial_forward = noted
     try:
         yield SimpleNamespace(told=told, frozen=frozen, numbers=numbers)
     finally:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-from peft import PeftModel
 from torch import Tensor
 
 from axolotl_reft.training.frozen_prompt import use_frozen_prompt

@@ -3,11 +3,10 @@
 import copy
 import random
 
-import numpy as np
 import pytest
 import torch
 
-from axolotl_reft.prompts.kept import KeptPreambles, States
+from axolotl_reft.prompts.kept import KeptStates, States
 
 LAYERS, HEADS, SIZE, WIDTH = 2, 2, 3, 5
 # Bytes of a token, in float32.
@@ -27,7 +26,7 @@ def state_of(ids, count):
 
 
 def array(ids):
-    return np.array(ids, dtype=np.int64)
+    return torch.tensor(ids, dtype=torch.long)
 
 
 def visit(kept, ids, root=0):
@@ -91,7 +90,7 @@ def random_ids(dice):
 @pytest.mark.parametrize("seed", range(3))
 def test_without_a_limit_it_is_a_dictionary_of_beginnings(seed):
     dice, known = random.Random(seed), {0: set(), 7: set()}
-    kept = KeptPreambles(10**9, HOST)
+    kept = KeptStates(10**9, HOST)
     for _ in range(150):
         root, ids = dice.choice([0, 7]), random_ids(dice)
         longest = [n for n in range(len(ids) + 1) if tuple(ids[:n]) in known[root]]
@@ -105,7 +104,7 @@ def test_without_a_limit_it_is_a_dictionary_of_beginnings(seed):
 @pytest.mark.parametrize("seed", range(2))
 def test_within_a_limit_what_is_found_is_right(seed, tokens):
     dice = random.Random(seed)
-    kept = KeptPreambles(TOKEN * tokens + 3, HOST)
+    kept = KeptStates(TOKEN * tokens + 3, HOST)
     removed = found = 0
     for step in range(300):
         # What is met drifts, so that some of it becomes idle.
@@ -120,7 +119,7 @@ def test_within_a_limit_what_is_found_is_right(seed, tokens):
 
 def test_several_samples_are_computed_before_any_is_added():
     dice = random.Random(0)
-    kept = KeptPreambles(TOKEN * 30, HOST)
+    kept = KeptStates(TOKEN * 30, HOST)
     for step in range(60):
         batch = [[step // 20, *random_ids(dice)] for _ in range(4)]
         found = [
@@ -135,7 +134,7 @@ def test_several_samples_are_computed_before_any_is_added():
 
 
 def test_a_full_tree_keeps_what_is_in_use():
-    kept = KeptPreambles(TOKEN * 12, HOST)
+    kept = KeptStates(TOKEN * 12, HOST)
     used = [[n] * 4 for n in (1, 2, 3)]
     for ids in used:
         visit(kept, ids)
@@ -147,7 +146,7 @@ def test_a_full_tree_keeps_what_is_in_use():
 
 
 def test_what_is_idle_makes_room_leaves_first():
-    kept = KeptPreambles(TOKEN * 12, HOST)
+    kept = KeptStates(TOKEN * 12, HOST)
     for end in ([5, 6], [7, 8]):
         visit(kept, [1, 2, 3, 4, *end])
     assert (len(kept), kept.bytes) == (3, 8 * TOKEN)
@@ -163,7 +162,7 @@ def test_what_is_idle_makes_room_leaves_first():
 
 
 def test_samples_that_part_within_an_edge_share_its_beginning():
-    kept = KeptPreambles(10**9, HOST)
+    kept = KeptStates(10**9, HOST)
     visit(kept, [1, 2, 3, 4])
     assert visit(kept, [1, 2, 5]) == 2
     assert visit(kept, [1, 2]) == 2
@@ -174,14 +173,14 @@ def test_samples_that_part_within_an_edge_share_its_beginning():
 
 
 def test_a_kept_state_is_nobodys_view():
-    kept, states = KeptPreambles(10**9, HOST), state_of([1, 2, 3], 3)
+    kept, states = KeptStates(10**9, HOST), state_of([1, 2, 3], 3)
     kept.add(0, array([1, 2, 3]), states)
     states.map(torch.Tensor.zero_)
     assert visit(kept, [1, 2, 3]) == 3
 
 
 def test_a_copy_begins_empty():
-    kept = KeptPreambles(10**9, HOST)
+    kept = KeptStates(10**9, HOST)
     visit(kept, [1, 2])
     other = copy.deepcopy(kept)
     assert (other.limit, other.device, len(other), other.bytes) == (10**9, HOST, 0, 0)

@@ -5,11 +5,8 @@ import torch
 from conftest import LAYERS, build_adapter, build_model
 from frozen_prompts import (
     assert_same_in_two_parts,
-    difference,
     packed,
     ragged,
-    results,
-    two_parts,
 )
 
 from axolotl_reft.settings.spec import INTERVENTIONS
