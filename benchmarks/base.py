@@ -21,7 +21,10 @@ class Setting:
     Attributes:
         edited: ``all`` decoder layers, the ``upper`` half of them, or the ``last``.
         prompt: tokens of the prompt; the rest of ``length`` is the answer.
+        shared: first tokens of the prompt that are the same in all samples.
         samples: for ragged batches, how many samples; 0 for a full rectangle.
+        base: ``llama``, in Llama 3's proportions; ``smollm2``, in SmolLM2-135M's; or
+            ``gpt2``, with its dropout.
         threads: torch's; 0 leaves them.
     """
 
@@ -35,8 +38,10 @@ class Setting:
     batch: int = 4
     length: int = 256
     prompt: int = 64
+    shared: int = 0
     samples: int = 0
     vocabulary: int = 4096
+    base: str = "llama"
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 2
@@ -86,13 +91,33 @@ def llama_config(setting: Setting) -> Any:
     )
 
 
+def base_config(setting: Setting) -> Any:
+    if setting.base == "gpt2":
+        from transformers import GPT2Config
+
+        return GPT2Config(
+            vocab_size=setting.vocabulary,
+            n_embd=setting.hidden_size,
+            n_layer=setting.layers,
+            n_head=setting.hidden_size // 64,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    config = llama_config(setting)
+    if setting.base == "smollm2":
+        config.num_key_value_heads = config.num_attention_heads // 3
+        config.intermediate_size = 8 * setting.hidden_size // 3
+        config.tie_word_embeddings = True
+    return config
+
+
 def build_base(setting: Setting) -> nn.Module:
-    """A frozen Llama of random weights."""
-    from transformers import LlamaForCausalLM
+    """A frozen model of random weights."""
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     with torch.device(setting.device):
-        model = LlamaForCausalLM(llama_config(setting))
+        model: Any = AutoModelForCausalLM.from_config(base_config(setting))
     model.requires_grad_(False)
     return model.to(getattr(torch, setting.dtype))
 
@@ -103,11 +128,13 @@ def share(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(weight): weight for weight in weights})
 
 
-def rectangle(setting: Setting) -> Batch:
-    """``batch`` samples of ``length`` tokens, each of the same prompt."""
-    generator = torch.Generator().manual_seed(1)
+def rectangle(setting: Setting, seed: int = 1) -> Batch:
+    """``batch`` samples of ``length`` tokens, with prompts of the same length, that
+    begin with the same ``shared`` tokens for any seed."""
+    generator = torch.Generator().manual_seed(seed)
     shape = (setting.batch, setting.length)
     ids = torch.randint(3, setting.vocabulary, shape, generator=generator)
+    ids[:, : setting.shared] = torch.arange(setting.shared) % setting.vocabulary
     labels = ids.clone()
     labels[:, : setting.prompt] = -100
     inputs = {"input_ids": ids, "labels": labels}

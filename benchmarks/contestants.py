@@ -67,7 +67,7 @@ def floor_in_a_graph(base: nn.Module, setting: Setting) -> Contestant:
     return replace(contestant, loss=loss)
 
 
-def _autocast(setting: Setting) -> torch.autocast:
+def autocast(setting: Setting) -> torch.autocast:
     """As a trainer has it with ``bf16: true``; nothing in float32."""
     lower = setting.dtype != "float32"
     return torch.autocast(setting.device, getattr(torch, setting.dtype), enabled=lower)
@@ -75,7 +75,7 @@ def _autocast(setting: Setting) -> torch.autocast:
 
 def _plain(model: nn.Module, setting: Setting) -> Contestant:
     def loss(batch: Batch) -> Tensor:
-        with _autocast(setting):
+        with autocast(setting):
             return model(**batch.inputs, use_cache=False).loss
 
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -100,6 +100,31 @@ def labelled(base: nn.Module, setting: Setting) -> Contestant:
     contestant = ours(base, setting)
     counter = partial(PromptCounter.of, contestant.model)
     return replace(contestant, collate=_collator(setting, LabelledLogits, counter))
+
+
+def frozen_prompt(name: str, model: nn.Module) -> Callable[[], None]:
+    """Compute a model's prompts as the contestant's name says, and return what begins
+    each of its steps."""
+    from axolotl_reft.training.frozen_prompt import use_frozen_prompt
+    from axolotl_reft.tuner.model import hooks_of
+
+    use_frozen_prompt(model, _FROZEN_PROMPT.get(name, False), "4GB")
+    if name != "frozen":
+        return lambda: None
+    hooks: Any = hooks_of(model.get_base_model())  # type: ignore[operator]
+    return hooks.frozen_prompt.kept.clear
+
+
+def in_two_parts(name: str, base: nn.Module, setting: Setting) -> Contestant:
+    """Labelled, with the tokens before the first edited one computed apart."""
+    contestant = labelled(base, setting)
+    begin = frozen_prompt(name, contestant.model)
+
+    def loss(batch: Batch) -> Tensor:
+        begin()
+        return contestant.loss(batch)
+
+    return replace(contestant, loss=loss)
 
 
 def _collator(
@@ -189,7 +214,7 @@ def pyreft(base: nn.Module, setting: Setting) -> Contestant:
         inputs = dict(batch.inputs)
         labels = inputs.pop("labels")
         where = {"sources->base": (None, locations(batch, setting, sides))}
-        with _autocast(setting):
+        with autocast(setting):
             _, output = model(
                 inputs, unit_locations=where, labels=labels, use_cache=False
             )
@@ -228,11 +253,17 @@ def adapters(base: nn.Module, setting: Setting) -> Contestant:
     return _plain(model.train(), setting)
 
 
+# When contestants compute a batch in two parts; all others never do.
+_FROZEN_PROMPT: dict[str, str | bool] = {"frozen": True, "kept": True, "auto": "auto"}
+
 CONTESTANTS: dict[str, Callable[[nn.Module, Setting], Contestant]] = {
     "floor": floor,
     "floor-in-a-graph": floor_in_a_graph,
     "ours": ours,
     "labelled": labelled,
+    "frozen": partial(in_two_parts, "frozen"),
+    "kept": partial(in_two_parts, "kept"),
+    "auto": partial(in_two_parts, "auto"),
     "operations": operations,
     "lora": lora,
     "pyreft": pyreft,

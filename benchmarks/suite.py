@@ -19,7 +19,7 @@ class Benchmark:
 
     Attributes:
         task: of tasks.py.
-        contestants: who takes part; the floor first.
+        contestants: who takes part; ratios are to the first.
         sizes: settings by how long they take: toy, quick, full, gpu.
         unit: of a turn's value.
         fresh: on a CPU, a process for each contestant, as peak memory needs.
@@ -104,6 +104,38 @@ _BY_LABELS = _sizes(
         for prompt in (256, 922)
     ],
 )
+
+# Of long prompts, and short ones.
+_LAST = Setting(first=0, length=512, prompt=480)
+_FROZEN = _sizes(
+    toy=_TOY.but(first=0, last=3),
+    quick=[_LAST.but(hidden_size=512, length=256, prompt=240)],
+    full=[
+        _LAST,
+        _LAST.but(hidden_size=512, length=256, prompt=240),
+        _LAST.but(length=256, prompt=64),
+    ],
+    gpu=[_LLAMA_8B.but(first=0, batch=8, length=1024, prompt=922)],
+)
+_IN_TWO_PARTS = ("labelled", "frozen", "kept")
+_BESIDE = (*_IN_TWO_PARTS, "floor", "lora")
+
+# Of a few samples, with answers of as many tokens or few.
+_RULE = [
+    Setting(hidden_size=d, layers=4, first=0, vocabulary=512, length=length).but(
+        batch=batch, prompt=prompt
+    )
+    for d in (64, 256, 512, 1024)
+    for batch, length, prompt in (
+        (4, 64, 16),
+        (4, 64, 32),
+        (4, 64, 56),
+        (4, 256, 32),
+        (4, 256, 64),
+        (4, 256, 128),
+        (4, 256, 240),
+    )
+]
 
 SUITE: dict[str, Benchmark] = {
     "step-by-size": Benchmark(
@@ -318,5 +350,72 @@ SUITE: dict[str, Benchmark] = {
         unit="B",
         fresh=True,
         repetitions={"toy": 1, "quick": 1, "full": 3, "gpu": 1},
+    ),
+    "frozen-prompt": Benchmark(
+        "training_step",
+        _BESIDE,
+        _FROZEN,
+        repetitions=_repetitions(full=9),
+    ),
+    "frozen-prompt-memory": Benchmark(
+        "peak_memory",
+        _BESIDE,
+        _FROZEN,
+        unit="B",
+        fresh=True,
+        repetitions={"toy": 1, "quick": 1, "full": 1, "gpu": 1},
+    ),
+    # Few-shot examples before every sample, on SmolLM2-135M's shape.
+    "shared-prompt": Benchmark(
+        "shared_prompt_step",
+        _IN_TWO_PARTS,
+        _sizes(
+            toy=_TOY.but(first=0, shared=12),
+            full=[
+                Setting(
+                    hidden_size=576,
+                    layers=30,
+                    first=0,
+                    batch=8,
+                    length=230,
+                    prompt=220,
+                    shared=200,
+                    vocabulary=49152,
+                    base="smollm2",
+                )
+            ],
+            gpu=[_LLAMA_8B.but(first=0, batch=8, length=1024, prompt=922, shared=850)],
+        ),
+        repetitions=_repetitions(full=9),
+    ),
+    "frozen-prompt-preference": Benchmark(
+        "preference_step",
+        ("ours", "frozen", "kept"),
+        _sizes(
+            toy=_TOY.but(first=0),
+            full=[_LAST.but(batch=2)],
+            gpu=[_LLAMA_8B.but(first=0, batch=4, length=1024, prompt=922)],
+        ),
+        repetitions=_repetitions(full=9),
+    ),
+    # Prefixes, dropout in the base, and too few tokens before the edited ones.
+    "not-frozen": Benchmark(
+        "training_step",
+        ("labelled", "auto"),
+        _sizes(
+            full=[
+                _FEW_ON_CPU,
+                _FEW_ON_CPU.but(first=0, base="gpt2"),
+                _FEW_ON_CPU.but(first=0, prompt=12),
+            ],
+            gpu=[_FEW_TOKENS],
+        ),
+        repetitions=_repetitions(full=121),
+    ),
+    "frozen-prompt-rule": Benchmark(
+        "training_step",
+        _IN_TWO_PARTS,
+        _sizes(toy=_TOY.but(first=0), full=_RULE),
+        repetitions=_repetitions(full=9),
     ),
 }

@@ -1,4 +1,5 @@
-"""What is timed, given a contestant: functions that take one turn and say its cost."""
+"""What is measured of a contestant beside its training steps: functions that take one
+turn and say its cost; and all tasks by name."""
 
 from __future__ import annotations
 
@@ -8,121 +9,26 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.base import Batch, Setting, build_base, packed, padded, rectangle, share
-from benchmarks.contestants import CONTESTANTS, Contestant, our_config, ours
-
-
-def clock(setting: Setting) -> Callable[[], float]:
-    """Seconds, once the device has done what it was given."""
-    if setting.device == "cpu":
-        return time.perf_counter
-
-    def synchronised() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return synchronised
-
-
-def _optimizer(contestant: Contestant) -> Any:
-    """axolotl's and transformers' default."""
-    if not contestant.trained:
-        return None
-    return torch.optim.AdamW(contestant.trained, lr=1e-4, fused=True)
-
-
-def _train(contestant: Contestant, optimizer: Any, batches: list[Batch]) -> None:
-    for batch in batches:
-        contestant.loss(batch).backward()
-        if optimizer:
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def _training(
-    name: str,
-    base: nn.Module,
-    setting: Setting,
-    batches: list[Batch],
-    steps: int = 1,
-    compiled: bool = False,
-) -> Callable[[], float]:
-    contestant = CONTESTANTS[name](share(base), setting)
-    if compiled:
-        contestant.model.compile(fullgraph=True)
-    optimizer, now = _optimizer(contestant), clock(setting)
-    batches = [contestant.collate(batch) for batch in batches]
-
-    def turn() -> float:
-        start = now()
-        _train(contestant, optimizer, batches * steps)
-        return (now() - start) / steps
-
-    return turn
-
-
-def training_step(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
-    """Seconds of forward, backward and the optimizer's step."""
-    return _training(name, base, setting, [rectangle(setting)])
-
-
-def steps_in_a_row(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
-    """The same, of four steps between which nobody waits for the device, as a trainer
-    does not between two logs."""
-    return _training(name, base, setting, [rectangle(setting)], steps=4)
-
-
-def compiled_step(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
-    """Seconds of a training step of the model as one graph of torch.compile's."""
-    return _training(name, base, setting, [rectangle(setting)], compiled=True)
-
-
-def ragged(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
-    """Seconds an epoch of ragged samples takes, pyreft's padded and others packed."""
-    batches = padded(setting) if name == "pyreft" else packed(setting)
-    return _training(name, base, setting, batches)
-
-
-def logged_step(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
-    """Seconds of a training step, plain or with the edits logged in each."""
-    contestant = ours(share(base), setting)
-    batch = contestant.collate(rectangle(setting))
-    optimizer, now = _optimizer(contestant), clock(setting)
-    trainer = SimpleNamespace(model=contestant.model, log=lambda logs: None)
-    told = None
-    if name == "logged":
-        from axolotl_reft.training.edit_log import EditLog
-
-        told = EditLog(trainer)
-    # What transformers' Trainer says of a step that is logged.
-    step: Any = (
-        SimpleNamespace(
-            torch_compile=False, logging_first_step=True, logging_strategy="steps"
-        ),
-        SimpleNamespace(global_step=0),
-        None,
-    )
-
-    def turn() -> float:
-        start = now()
-        if told:
-            told.on_step_begin(*step)
-        contestant.loss(batch).backward()
-        if told:
-            told.on_pre_optimizer_step(*step)
-        optimizer.step()
-        optimizer.zero_grad()
-        trainer.log({"loss": 0.0})
-        return now() - start
-
-    return turn
+from benchmarks.base import Setting, build_base, rectangle, share
+from benchmarks.contestants import CONTESTANTS, our_config, ours
+from benchmarks.steps import (
+    clock,
+    compiled_step,
+    logged_step,
+    make_optimizer,
+    preference_step,
+    ragged,
+    shared_prompt_step,
+    steps_in_a_row,
+    train,
+    training_step,
+)
 
 
 def backward(name: str, base: nn.Module, setting: Setting) -> Callable[[], float]:
@@ -244,7 +150,7 @@ def peak_memory(name: str, base: nn.Module, setting: Setting) -> Callable[[], fl
     # Once at a tiny size, so that what libraries take is not counted.
     tiny = setting.but(hidden_size=64, layers=2, vocabulary=64)
     contestant = CONTESTANTS[name](build_base(tiny), tiny)
-    _train(contestant, _optimizer(contestant), [contestant.collate(rectangle(tiny))])
+    train(contestant, make_optimizer(contestant), [contestant.collate(rectangle(tiny))])
     del contestant
     gc.collect()
     # Begins the high-water mark anew: building the base may have been higher.
@@ -255,7 +161,7 @@ def peak_memory(name: str, base: nn.Module, setting: Setting) -> Callable[[], fl
     before = torch.cuda.memory_allocated() if cuda else _resident("VmRSS")
     contestant = CONTESTANTS[name](share(base), setting)
     batch = contestant.collate(rectangle(setting))
-    _train(contestant, _optimizer(contestant), [batch] * 3)
+    train(contestant, make_optimizer(contestant), [batch] * 3)
     peak = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")
     return lambda: float(peak - before)
 
@@ -272,16 +178,19 @@ def launches(name: str, base: nn.Module, setting: Setting) -> Callable[[], float
     """What a training step launches on a GPU, once everything is compiled; elsewhere
     the operations it asks for, views left out."""
     contestant = CONTESTANTS[name](share(base), setting)
-    batch, optimizer = contestant.collate(rectangle(setting)), _optimizer(contestant)
-    _train(contestant, optimizer, [batch])
+    batch, optimizer = (
+        contestant.collate(rectangle(setting)),
+        make_optimizer(contestant),
+    )
+    train(contestant, optimizer, [batch])
 
     def turn() -> float:
         if setting.device == "cpu":
             with Operations() as operations:
-                _train(contestant, optimizer, [batch])
+                train(contestant, optimizer, [batch])
             return float(len(operations.names))
         with torch.profiler.profile() as profile:
-            _train(contestant, optimizer, [batch])
+            train(contestant, optimizer, [batch])
             torch.cuda.synchronize()
         on_device = [e for e in profile.events() if e.device_type.name == "CUDA"]
         # Ranges of the host are shown on the device too.
@@ -333,6 +242,8 @@ TASKS: dict[str, Callable[[str, nn.Module, Setting], Callable[[], float]]] = {
     "compiled_step": compiled_step,
     "ragged": ragged,
     "logged_step": logged_step,
+    "shared_prompt_step": shared_prompt_step,
+    "preference_step": preference_step,
     "backward": backward,
     "prefill": prefill,
     "decode": decode,

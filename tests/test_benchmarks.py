@@ -9,16 +9,16 @@ import pytest
 import torch
 
 import axolotl_reft
-from benchmarks import harness, plot, table, tasks
+from benchmarks import harness, plot, steps, table, tasks
 from benchmarks.__main__ import main
 from benchmarks.base import Setting, build_base, packed, padded, rectangle, share
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.harness import Result, Series, take_turns
 from benchmarks.parts import PARTS
 from benchmarks.running import run, workers
+from benchmarks.steps import train
 from benchmarks.suite import SUITE, with_before
 from benchmarks.synchronisation import synchronisation
-from benchmarks.tasks import _train
 from benchmarks.worker import RemoteBench
 
 TOY = SUITE["step-by-size"].sizes["toy"][0]
@@ -232,14 +232,14 @@ def test_the_floor_goes_back_to_the_first_edited_layer_and_no_further():
         layer.mlp.down_proj.register_full_backward_hook(
             lambda *args, number=number: reached.append(number)
         )
-    _train(contestant, None, [rectangle(setting)])
+    train(contestant, None, [rectangle(setting)])
     assert reached == []
     contestant = CONTESTANTS["floor"](share(build_base(TOY)), TOY)
     for number, layer in enumerate(contestant.model.model.layers):
         layer.mlp.down_proj.register_full_backward_hook(
             lambda *args, number=number: reached.append(number)
         )
-    _train(contestant, None, [rectangle(TOY)])
+    train(contestant, None, [rectangle(TOY)])
     assert reached == [1]
 
 
@@ -297,10 +297,10 @@ def test_a_call_of_a_kernel_is_told_from_what_is_around_it():
 def test_steps_in_a_row_are_several_and_the_time_is_of_one(monkeypatch):
     trained, ticks = [], iter([10.0, 18.0])
     monkeypatch.setattr(
-        tasks, "_train", lambda contestant, optimizer, batches: trained.extend(batches)
+        steps, "train", lambda contestant, optimizer, batches: trained.extend(batches)
     )
-    monkeypatch.setattr(tasks, "clock", lambda setting: lambda: next(ticks))
-    turn = tasks.steps_in_a_row("floor", build_base(TOY), TOY)
+    monkeypatch.setattr(steps, "clock", lambda setting: lambda: next(ticks))
+    turn = steps.steps_in_a_row("floor", build_base(TOY), TOY)
     assert (turn(), len(trained)) == (2, 4)
 
 
