@@ -256,6 +256,52 @@ def test_labelled_answers_on_a_cached_prompt(ids, labels, positions, start, with
         assert_same(got.logits, expected)
 
 
+MARK, END = (61, 62), 63
+MARKED = {"generation_prompts": [[*MARK]], "end_of_turn": [END]}
+
+
+@torch.no_grad()
+def test_labels_tell_more_answers_than_marks_do(tokens, positions):
+    """Behind the end of a marked answer, where a prompt would be without labels."""
+    model = build_adapter(
+        build_model(), positions=positions, tied_weights=False, turn_markers=MARKED
+    )
+    mark, end = torch.tensor([MARK]), torch.tensor([[END]])
+    prompt, answer = torch.cat([tokens(1, 8), mark], 1), tokens(1, 8, seed=1)
+    answer = torch.cat([answer[:, :3], end, answer[:, 3:]], 1).clamp(max=63)
+    ids = torch.cat([prompt, answer], 1)
+    labels = ids.where(torch.arange(ids.shape[1]) >= 10, -100)
+    expected = model(ids, labels=labels).logits[:, 10:]
+    cache = filled(model, prompt)
+    got = model(answer, labels=answer, past_key_values=cache).logits
+    assert_same(got, expected)
+    # What comes next is compared with what was read, not with what marks tell.
+    word, whole = tokens(1, 1, seed=2), torch.cat([ids, tokens(1, 1, seed=2)], 1)
+    labels = whole.where(torch.arange(whole.shape[1]) >= 10, -100)
+    step = model(word, labels=word, past_key_values=cache).logits
+    assert_same(step, model(whole, labels=labels).logits[:, -1:])
+
+
+@torch.no_grad()
+def test_labels_that_contradict_marks_are_refused_on_a_cache(tokens):
+    model = build_adapter(build_model(), positions="f2", turn_markers=MARKED)
+    mark, end = torch.tensor([MARK]), torch.tensor([[END]])
+    prompt = torch.cat([tokens(1, 6), mark, tokens(1, 2), end, tokens(1, 5)], 1)
+    answer = torch.cat([tokens(1, 2), mark, tokens(1, 2)], 1)
+    cache = filled(model, prompt)
+    with pytest.raises(ValueError, match="turn_markers: the labels train tokens"):
+        model(answer, labels=answer, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_answers_on_a_cached_prompt_are_not_said_to_have_no_prompt(ids, recwarn):
+    model = build_adapter(build_model())
+    cache = filled(model, ids[:, :PROMPT])
+    answer = ids[:, PROMPT:]
+    model(answer, labels=answer, past_key_values=cache)
+    assert not [w for w in recwarn if "it has no prompt" in str(w.message)]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("positions", ["f2", "f2+l3", "l3"])
 def test_labels_on_a_cache_that_ends_within_the_prompt(ids, labels, positions):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from axolotl_reft.prompts.batch import answered_spans
 from axolotl_reft.prompts.spans import PromptSpans
 from axolotl_reft.prompts.turns import Turns
 
@@ -43,11 +44,13 @@ class Columns:
         ids_BW: None for embeddings.
         answer_BW: True for tokens of answers, so far as they are known without marks.
         real_BW: False for padding.
+        labelled: labels told the answers, also where marks do not.
     """
 
     ids_BW: Tensor | None
     answer_BW: Tensor
     real_BW: Tensor
+    labelled: bool = False
 
     @property
     def width(self) -> int:
@@ -66,11 +69,16 @@ class Columns:
             else torch.cat([self.ids_BW, later.ids_BW], 1),
             torch.cat([self.answer_BW, later.answer_BW], 1),
             torch.cat([self.real_BW, later.real_BW], 1),
+            later.labelled,
         )
 
-    def spans(self, turns: Turns) -> PromptSpans:
-        """Return the prompts in these columns, the first of their samples."""
-        return turns.spans(self.real_BW, self.ids_BW, None, self.answer_BW)
+    def spans(self, turns: Turns, checks: bool = False) -> PromptSpans:
+        """Return the prompts in these columns, the first of their samples; ``checks``
+        refuses marks that contradict labels."""
+        ids_BW, real_BW, answer_BW = self.ids_BW, self.real_BW, self.answer_BW
+        if self.labelled:
+            return answered_spans(turns, ids_BW, real_BW, None, answer_BW, checks)
+        return turns.spans(real_BW, ids_BW, None, answer_BW)
 
     def answers_in(self, ids_BP: Tensor) -> Tensor:
         """Return which of these tokens were answers, as far as they are the same."""
@@ -84,7 +92,8 @@ class Columns:
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Columns:
         ids_BW = None if self.ids_BW is None else function(self.ids_BW)
-        return Columns(ids_BW, function(self.answer_BW), function(self.real_BW))
+        answer_BW, real_BW = function(self.answer_BW), function(self.real_BW)
+        return Columns(ids_BW, answer_BW, real_BW, self.labelled)
 
 
 class Reading(NamedTuple):

@@ -201,7 +201,8 @@ class ModelHooks:
         context, thread.context, thread.backbone = thread.context, None, None
         assert context is not None, "_before_backbone comes first"
         compiling = torch.compiler.is_compiling()
-        if context.find_answers and not (self._has_checked_first_batch or compiling):
+        was_looked_at = self._has_checked_first_batch or context.past or compiling
+        if context.find_answers and not was_looked_at:
             # Once: later batches must not wait for the answer.
             self._has_checked_first_batch = context.warn_without_prompt()
         edited, states = context.edited_outputs, getattr(output, "hidden_states", None)
@@ -246,7 +247,9 @@ class ModelHooks:
                 )
         elif past := columns_in(cache_of(inputs)):
             find_spans, make_record = read_on_cache(
-                state, inputs, tokens, past, find_answers, self._has_compiled
+                state,
+                *(inputs, tokens, past, find_answers, checks),
+                self._has_compiled,
             )
         elif pages_of(inputs) is not None:
             find_spans = prompt_sources.refuse_continuous_batching

@@ -39,6 +39,7 @@ def read_on_cache(
     tokens: Tensor,
     past: int,
     find_answers: Callable[[], Tensor] | None,
+    checks_marks: bool,
     may_be_compiled: bool,
 ) -> tuple[FindSpans | None, MakeRecord | None]:
     """Find the prompts in a forward on a filled cache.
@@ -47,6 +48,7 @@ def read_on_cache(
         tokens: ids (B, T), or embeddings (B, T, D).
         past: columns in the cache.
         find_answers: returns the mask of the answers' tokens, where they are known.
+        checks_marks: refuse marks that contradict them, and wait for the device.
         may_be_compiled: a compiled forward, which makes no record, may have filled it.
 
     Returns:
@@ -77,7 +79,9 @@ def read_on_cache(
         if not any(turn.generation_prompts for turn in turns):
             return None, partial(_decoded, record, past, ids_BT)
     mask_BW = inputs.get("attention_mask") if turns else None
-    forward = _Forward(state, record, adapters, past, tokens, ids_BT, mask_BW)
+    forward = _Forward(
+        state, record, adapters, past, tokens, ids_BT, mask_BW, checks_marks
+    )
     if find_answers is not None:
         return forward.checked(forward.read(find_answers()))
     if is_step or not turns:
@@ -105,7 +109,8 @@ def new_record(
     if find_answers is not None:
         answer_BT = find_answers().expand(shape).to(tokens.device) != 0
     ids_BT = None if ids_BT is None else ids_BT.clone()  # the caller's may be a buffer
-    seen = Columns(ids_BT, answer_BT, real_tokens(mask, shape, tokens.device))
+    real_BT = real_tokens(mask, shape, tokens.device)
+    seen = Columns(ids_BT, answer_BT, real_BT, find_answers is not None)
     starts_BT = sample_starts(inputs, shape)
     reading = Reading(0, seen, state.active_adapters(shape[0]))
     return CacheRecord([reading], shape[1], seen, starts_BT)
@@ -127,6 +132,7 @@ class _Forward:
     tokens: Tensor
     ids_BT: Tensor | None
     mask_BW: Any
+    checks_marks: bool
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -142,12 +148,13 @@ class _Forward:
     def read(self, answer_BT: Tensor | None = None, is_answer: bool = True) -> Columns:
         """Return the columns with these tokens, of answers or of a prompt."""
         shape, device = self.shape, self.tokens.device
+        labelled = answer_BT is not None
         if answer_BT is None:
             answer_BT = torch.full(shape, is_answer, device=device)
         answer_BT = answer_BT.expand(shape).to(device) != 0
         ids_BT = None if self.ids_BT is None else self.ids_BT.clone()
         seen = self.record.columns.first(self.past).followed_by(
-            Columns(ids_BT, answer_BT, torch.ones_like(answer_BT))
+            Columns(ids_BT, answer_BT, torch.ones_like(answer_BT), labelled)
         )
         if self.mask_BW is None:
             return seen
@@ -191,4 +198,4 @@ class _Forward:
 
     def _spans_in(self, seen: Columns) -> FindSpans:
         start, stop = self.past, self.past + self.shape[1]
-        return lambda turns: seen.spans(turns).columns(start, stop)
+        return lambda turns: seen.spans(turns, self.checks_marks).columns(start, stop)
