@@ -182,6 +182,61 @@ def test_only_the_columns_that_differ_are_computed_again(ids):
     assert seen[:2] == [PREFIX, PROMPT - PREFIX + 3]
 
 
+def with_adapters(count, **settings):
+    """A model with so many adapters, each of its own numbers."""
+    model = build_adapter(build_model(), **settings)
+    names = ["default", *(f"adapter{number}" for number in range(1, count))]
+    for number, name in enumerate(names[1:]):
+        torch.manual_seed(number)
+        model.add_adapter(name, model.peft_config["default"])
+        for path, parameter in model.named_parameters():
+            if f".{name}" in path:
+                parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval(), names
+
+
+def tokens_of_forwards(model):
+    seen = []
+    layer = model.base_model.model.model.layers[0]
+    layer.register_forward_hook(lambda _, args, output: seen.append(output.shape[1]))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("positions", "again"), [("l3", 3), ("l7", 7), ("f2+l3", PROMPT), ("all", PROMPT)]
+)
+def test_adapters_answer_one_prompt_on_one_cache(ids, positions, again):
+    """Of a prompt that another adapter has edited, the tokens from the first edited one
+    on are computed again; of the same adapter's its last."""
+    model, names = with_adapters(4, positions=positions, tied_weights=False)
+    prompt, expected = ids[:, :PROMPT], {}
+    for name in names:
+        model.set_adapter(name)
+        expected[name] = answer(model, prompt)
+    with model.disable_adapter():
+        expected[None] = answer(model, prompt)
+    assert all((expected[a] - expected[None]).abs().max() > 0.01 for a in names)
+    cache, seen = DynamicCache(), tokens_of_forwards(model)
+    for name in names:
+        model.set_adapter(name)
+        got = answer(model, prompt, past_key_values=cache)
+        assert_same(got, expected[name])
+    with model.disable_adapter():
+        assert_same(answer(model, prompt, past_key_values=cache), expected[None])
+    assert seen == [PROMPT, 1, 1, 1] + 4 * [again, 1, 1, 1]
+
+
+@pytest.mark.parametrize("fill", [filled, filled_by_generate])
+def test_a_prompt_that_is_all_in_the_cache_is_answered_again(ids, positions, fill):
+    model = build_adapter(build_model(), positions=positions, tied_weights=False)
+    prompt = ids[:, :PROMPT]
+    expected, cache = answer(model, prompt), fill(model, prompt)
+    seen = tokens_of_forwards(model)
+    for _ in range(2):
+        assert_same(answer(model, prompt, past_key_values=cache), expected)
+    assert seen == 8 * [1]
+
+
 def test_a_static_cache_is_computed_again(ids):
     model = build_adapter(build_model())
     cache = StaticCache(model.config, max_cache_len=32)

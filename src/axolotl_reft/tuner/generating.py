@@ -76,17 +76,19 @@ class GenerateHooks:
         return generation
 
     def _keep_fitting(self, generation: Generation, cache: Any, past: int) -> None:
-        """Keep the cached columns that are as they would be without the cache."""
-        keep, wanted = past, min(past, generation.width)
-        if (adapters := generation.adapters).names:
+        """Keep the cached columns that are as they would be without the cache. Without
+        adapters a cache that they had no part in is the base's own business."""
+        keep, record = past, generation.record
+        if generation.adapters.names or record is not None:
             rows, device = generation.rows, self._model.device
             read = partial(generation.prompts, rows=rows, device=device)
-            keep = min(wanted, generation.same_columns())
-            if generation.record is not None:
+            # The prompt's last token is computed: its logits are the answer's first.
+            keep = min(past, generation.width - 1, generation.same_columns())
+            if record is not None:
                 keep = fitting_columns(
-                    self._state, generation.record, read, adapters, keep
+                    self._state, record, read, generation.adapters, keep
                 )
-            if keep < wanted:
+            if keep < past:
                 keep = cut_back(cache, past, keep, generation.omitted)
         generation.kept = generation.filled = keep
 
