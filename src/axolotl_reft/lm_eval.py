@@ -5,19 +5,25 @@ edited suffix falls on the continuation. Here every request's context is the pro
 lm_eval has no entry point for models; its command line with this one in it is
 ``python -m axolotl_reft.lm_eval --model loreft --model_args peft=DIR --tasks …``.
 
-Shapes: B batch, T tokens, C tokens of a continuation, V vocabulary.
+Continuations of one context are scored on its cache, which is computed once.
+
+Shapes: R rows, T tokens, N contexts, L tokens of each, A tokens of an answer (C but for
+the last), C of a continuation, Q requests, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import Collator
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -25,12 +31,39 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from axolotl_reft.saved.directory import check_adapter_fits, read_adapter_config
+from axolotl_reft.tuner.cached_edits import has_rows, rows_of
+from axolotl_reft.tuner.compat import cache_of
 from axolotl_reft.tuner.model import LoreftModel
 
 # The request's text, tokens of its context, tokens of its continuation.
 _Request = tuple[Any, list[int], list[int]]
-# Stands between context and continuation where requests are compared; no token's id.
-_SPLIT = -1
+# Log probability, and whether each token is the likeliest.
+_Score = tuple[float, bool]
+# A forward of few tokens takes as long as one of so many: a CPU reads the weights, and
+# an accelerator waits for the host.
+_LEAST_TOKENS = {"cpu": 64, "accelerator": 1024}
+
+
+@dataclass(eq=False)
+class _Row:
+    """A row of a forward.
+
+    Attributes:
+        prompt: the context, as far as it fits.
+        answer: the continuation but for its last token.
+        asked: requests that differ in that token alone: their numbers, and all tokens
+            of their continuations.
+        batch_size: most rows in a forward of rows as long.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    asked: list[tuple[int, list[int]]] = field(default_factory=list)
+    batch_size: int = 1
+
+    @property
+    def width(self) -> int:
+        return len(self.prompt) + len(self.answer)
 
 
 @register_model("loreft")
@@ -96,63 +129,204 @@ class LoreftLM(HFLM):
         requests: Sequence[_Request],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
-    ) -> list[tuple[float, bool]]:
-        # Continuations that differ in their last token alone share a forward. Unlike in
-        # lm_eval, equal tokens that are split elsewhere do not: their prompts differ.
-        ordered = Collator(
-            requests,
-            # Longest first, so that a batch too large for memory fails at once.
-            sort_fn=lambda request: -len(request[1] + request[2]),
-            group_fn=lambda request: [*request[1], _SPLIT, *request[2][:-1]],
-            group_by="contexts",
-        )
-        if self.batch_size == "auto" and not override_bs:
-            batches = ordered.get_batched(n=0, batch_fn=self._batch_scheduler)
-        else:
-            batches = ordered.get_batched(n=override_bs or self.batch_size)
-        answers = []
+    ) -> list[_Score]:
+        scores: list[_Score] = [(0.0, True)] * len(requests)  # of no tokens
         quiet = disable_tqdm or self.rank != 0
         progress = tqdm(total=len(requests), disable=quiet, desc="loglikelihood")
-        for (text, context, continuation), scores_1CV in self._scores(batches):
-            for asked, expected, shared_1CV in ordered.get_cache(
-                text, [*context, _SPLIT], continuation, scores_1CV
-            ):
-                scores_CV = shared_1CV[0]
-                tokens_C = torch.tensor(expected, device=scores_CV.device)
-                total = scores_CV.gather(1, tokens_C.unsqueeze(1)).sum()
-                is_greedy = bool((scores_CV.argmax(1) == tokens_C).all())
-                answers.append((float(total), is_greedy))
-                if asked is not None:
-                    self.cache_hook.add_partial("loglikelihood", asked, answers[-1])
+        for rows, logits_RCV in self._logits(self._rows(requests, override_bs)):
+            for number, score in _scores(rows, logits_RCV, self.softmax_dtype):
+                scores[number], text = score, requests[number][0]
+                if text is not None:
+                    self.cache_hook.add_partial("loglikelihood", text, score)
                 progress.update()
         progress.close()
-        return ordered.get_original(answers)
+        return scores
+
+    def _rows(self, requests: Sequence[_Request], size: int | None) -> list[_Row]:
+        """Return the rows of all requests, longest first, so that a batch too large for
+        memory fails at once."""
+        found: dict[Any, _Row] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            if not continuation:
+                continue
+            ids = (context + continuation)[-(self.max_length + 1) : -1]
+            prompt = len(ids) - len(continuation) + 1
+            if prompt < 1:
+                raise ValueError(
+                    f"max_length: {self.max_length} leaves no token of a context of "
+                    f"{len(context)} before a continuation of {len(continuation)}; "
+                    "pass a larger max_length, or leave such requests out"
+                )
+            # Unlike in lm_eval, equal tokens that are split elsewhere are another row:
+            # their prompts differ.
+            key = tuple(ids[:prompt]), tuple(ids[prompt:])
+            row = found.setdefault(key, _Row(*key))
+            row.asked.append((number, continuation))
+        rows = sorted(found.values(), key=_by_width)
+        detects = self.batch_size == "auto" and not size
+        firsts = [requests[row.asked[0][0]] for row in rows]
+        for place, row in enumerate(rows):
+            if detects:
+                row.batch_size = self._batch_scheduler(place, firsts)
+            else:
+                row.batch_size = size or self.batch_size
+        return rows
 
     @torch.no_grad()
-    def _scores(
-        self, batches: Iterator[list[_Request]]
-    ) -> Iterator[tuple[_Request, Tensor]]:
-        """Yield requests, with log probabilities (1, C, V) of their continuations."""
-        for batch in batches:
-            rows, labels = [], []
-            for _, context, continuation in batch:
-                # The last token of the continuation is not in the row.
-                row = (context + continuation)[-(self.max_length + 1) : -1]
-                prompt = len(row) - len(continuation) + 1
-                rows.append(torch.tensor(row))
-                labels.append(torch.tensor([-100] * prompt + continuation[:-1]))
-            mask = [torch.ones_like(row_T) for row_T in rows]
-            dtype = self.mixed_precision_dtype
-            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                logits_BTV = self.model(
-                    input_ids=pad_sequence(rows, True).to(self.device),
-                    attention_mask=pad_sequence(mask, True).to(self.device),
-                    labels=pad_sequence(labels, True, -100).to(self.device),
-                ).logits
-            for index, request in enumerate(batch):
-                stop = len(rows[index])
-                logits_1CV = logits_BTV[index, None, stop - len(request[2]) : stop]
-                yield request, logits_1CV.log_softmax(-1, dtype=self.softmax_dtype)
+    def _logits(self, rows: list[_Row]) -> Iterator[tuple[list[_Row], Tensor]]:
+        """Yield rows, with logits (R, C, V) of their continuations."""
+        kind = "cpu" if self.device.type == "cpu" else "accelerator"
+        batches, others = _with_shared_contexts(rows, _LEAST_TOKENS[kind])
+        shared = deque(batches)
+        while shared and (prefilled := self._prefilled(shared[0])):
+            yield from self._on_cache(shared.popleft(), *prefilled)
+        for batch in shared:  # on a base whose cache is of no use
+            others += batch
+        for batch in _batches(sorted(others, key=_by_width)):
+            yield batch, self._logits_of_whole_rows(batch)
+
+    def _logits_of_whole_rows(self, rows: list[_Row]) -> Tensor:
+        labels = [[-100] * len(row.prompt) + [*row.answer] for row in rows]
+        logits_RTV = self._forward(
+            input_ids=self._sent([row.prompt + row.answer for row in rows]),
+            attention_mask=self._sent([[1] * row.width for row in rows]),
+            labels=self._sent(labels, -100),
+        ).logits
+        start_R1 = self._sent([[len(row.prompt) - 1] for row in rows])
+        longest = max(len(row.answer) for row in rows) + 1
+        columns_RC = start_R1 + torch.arange(longest, device=self.device)
+        columns_RC = columns_RC.clamp(max=logits_RTV.shape[1] - 1)
+        rows_R1 = torch.arange(len(rows), device=self.device).unsqueeze(1)
+        return logits_RTV[rows_R1, columns_RC]
+
+    def _prefilled(self, rows: list[_Row]) -> tuple[Tensor, Any] | None:
+        """Compute the contexts of these rows, each of them once.
+
+        Returns:
+            The logits (N, V) of their last tokens and the cache; None where the base
+            has none to go on with for several rows.
+        """
+        wanted = {"use_cache": True, "logits_to_keep": 1}
+        taken = inspect.signature(self.model.get_base_model().forward).parameters
+        ids_NL = self._sent(_contexts(rows))
+        output = self._forward(
+            input_ids=ids_NL,
+            attention_mask=torch.ones_like(ids_NL),
+            **{name: value for name, value in wanted.items() if name in taken},
+        )
+        cache = cache_of(output)
+        return (output.logits[:, -1], cache) if has_rows(cache, len(ids_NL)) else None
+
+    def _on_cache(
+        self, rows: list[_Row], last_NV: Tensor, cache: Any
+    ) -> Iterator[tuple[list[_Row], Tensor]]:
+        """Yield rows and logits of continuations after contexts that are computed."""
+        numbers = {prompt: number for number, prompt in enumerate(_contexts(rows))}
+
+        def contexts(rows: list[_Row]) -> Tensor:
+            return self._sent([[numbers[row.prompt] for row in rows]])[0]
+
+        for batch in _batches([row for row in rows if row.answer]):
+            answers, contexts_R = [row.answer for row in batch], contexts(batch)
+            logits_RAV = self._forward(
+                input_ids=self._sent(answers),
+                attention_mask=self._sent([[1] * row.width for row in batch]),
+                labels=self._sent(answers, -100),
+                past_key_values=rows_of(cache, contexts_R),
+            ).logits
+            yield batch, torch.cat([last_NV[contexts_R].unsqueeze(1), logits_RAV], 1)
+        # Of one token, which has the logits of the context's last.
+        short = [row for row in rows if not row.answer]
+        if short:
+            yield short, last_NV[contexts(short)].unsqueeze(1)
+
+    def _forward(self, **inputs: Any) -> Any:
+        dtype = self.mixed_precision_dtype
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            return self.model(**inputs)
+
+    def _sent(self, rows: Iterable[Sequence[int]], padding: int = 0) -> Tensor:
+        return _sent(rows, self.device, padding)
+
+
+def _sent(rows: Iterable[Sequence[int]], device: torch.device, padding: int) -> Tensor:
+    """Return padded rows on a device, whose work under way is not waited for."""
+    tensor = pad_sequence([torch.tensor(row) for row in rows], True, padding)
+    return tensor.to(device, non_blocking=True)
+
+
+def _by_width(row: _Row) -> int:
+    return -row.width
+
+
+def _contexts(rows: Iterable[_Row]) -> list[tuple[int, ...]]:
+    return [*dict.fromkeys(row.prompt for row in rows)]
+
+
+def _batches(rows: list[_Row]) -> Iterator[list[_Row]]:
+    start = 0
+    while start < len(rows):
+        stop = start + rows[start].batch_size
+        yield rows[start:stop]
+        start = stop
+
+
+def _with_shared_contexts(
+    rows: list[_Row], least_tokens: int
+) -> tuple[list[list[_Row]], list[_Row]]:
+    """Return batches of rows whose contexts are computed once, and the other rows.
+
+    Contexts of a batch are equally long, so that their cache has no padding. A batch
+    must save the work of the forwards that it takes more, each of ``least_tokens``.
+    """
+    by_context: dict[Any, list[_Row]] = defaultdict(list)
+    for row in rows:
+        by_context[row.prompt].append(row)
+    batches: list[list[_Row]] = []
+    others: list[_Row] = []
+    open_batches: dict[int, list[_Row]] = {}
+    for context, group in by_context.items():
+        batch = open_batches.get(len(context), [])
+        if len(group) == 1:
+            others += group
+        elif batch and len(batch) + len(group) <= batch[0].batch_size:
+            batch += group
+        else:
+            open_batches[len(context)] = group
+            batches.append(group)
+    shared = []
+    for batch in batches:
+        size, saved = batch[0].batch_size, len(batch) - len(_contexts(batch))
+        answers = sum(bool(row.answer) for row in batch)
+        more = 1 + ceil(answers / size) - len(batch) / size
+        if saved * len(batch[0].prompt) >= least_tokens * more:
+            shared.append(batch)
+        else:
+            others += batch
+    return shared, others
+
+
+def _scores(
+    rows: list[_Row], logits_RCV: Tensor, dtype: torch.dtype | None
+) -> list[tuple[int, _Score]]:
+    """Return the scores of these rows' requests, by number; a device is waited for once
+    for all of them."""
+    asked = [
+        (place, *request) for place, row in enumerate(rows) for request in row.asked
+    ]
+    places, numbers, continuations = zip(*asked, strict=True)
+    device = logits_RCV.device
+    tokens_QC = _sent(continuations, device, -1)
+    rows_Q1 = _sent([places], device, 0).T
+    columns_C = torch.arange(tokens_QC.shape[1], device=device)
+    padding_QC = tokens_QC < 0
+    logs_RCV = logits_RCV.log_softmax(-1, dtype=dtype)
+    logs_QC = logs_RCV[rows_Q1, columns_C, tokens_QC.clamp(min=0)]
+    likeliest_QC = logs_RCV.argmax(-1)[rows_Q1, columns_C]
+    are_likeliest_Q = ((likeliest_QC == tokens_QC) | padding_QC).all(1)
+    totals_Q = logs_QC.masked_fill(padding_QC, 0).sum(1)
+    scores = zip(totals_Q.tolist(), are_likeliest_Q.tolist(), strict=True)
+    return [*zip(numbers, scores, strict=True)]
 
 
 def check_rolling(positions: str) -> None:

@@ -59,8 +59,8 @@ class Columns:
     def first(self, count: int) -> Columns:
         return self._each(lambda t_BW: t_BW[:, :count])
 
-    def expanded(self, rows: int) -> Columns:
-        return self._each(lambda t_1W: t_1W.expand(rows, -1))
+    def selected(self, rows: Tensor) -> Columns:
+        return self._each(lambda t_BW: t_BW[rows])
 
     def followed_by(self, later: Columns) -> Columns:
         return Columns(
@@ -183,5 +183,10 @@ class CacheRecord:
             return self
         if self.rows != 1 or any(reading.adapters.by_row for reading in self.readings):
             return None
-        readings = [r._replace(seen=r.seen.expanded(rows)) for r in self.readings]
-        return CacheRecord(readings, self.computed, self.columns.expanded(rows))
+        device = self.columns.real_BW.device
+        return self.selected(torch.zeros(rows, dtype=torch.long, device=device))
+
+    def selected(self, rows: Tensor) -> CacheRecord:
+        """Return the record of these rows, none of which has an adapter of its own."""
+        readings = [r._replace(seen=r.seen.selected(rows)) for r in self.readings]
+        return CacheRecord(readings, self.computed, self.columns.selected(rows))

@@ -6,12 +6,13 @@ Shapes: B batch, W columns of the cache.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import (
     DynamicIndexedLayer,
     DynamicLayer,
@@ -50,6 +51,30 @@ def record_of(cache: Any, past: int, rows: int) -> CacheRecord | None:
     if record is None or record.computed < past or record.is_packed:
         return None
     return record.of_rows(rows)
+
+
+def has_rows(cache: Any, rows: int) -> bool:
+    """Whether a cache of so many rows is known and of kinds of which :func:`rows_of`
+    makes others: a forward replaces keys and values, and they keep nothing else."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    if type(cache) is not DynamicCache:  # MiniMax's keeps states, too
+        return False
+    if any(type(layer) not in kinds for layer in cache.layers):
+        return False
+    return record_of(cache, columns_in(cache), rows) is not None
+
+
+def rows_of(cache: Cache, rows: Tensor) -> Cache:
+    """Return a cache of these rows of another, which may be repeated and stays as it
+    is, with its record."""
+    made, record = copy.copy(cache), CacheRecord.of(cache)
+    assert record is not None, "has_rows comes first"
+    made.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in made.layers:
+        if layer.is_initialized:
+            layer.batch_select_indices(rows.to(layer.device))
+    CacheRecord.put(made, record.selected(rows))
+    return made
 
 
 def fitting_columns(
