@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import random
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -69,6 +71,18 @@ class Batch:
     inputs: dict[str, Any]
     prompts: list[int]
     useful_tokens: int
+
+
+def clock(setting: Setting) -> Callable[[], float]:
+    """Seconds, once the device has done what it was given."""
+    if setting.device == "cpu":
+        return time.perf_counter
+
+    def synchronised() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return synchronised
 
 
 def llama_config(setting: Setting) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from itertools import count
 from tempfile import TemporaryDirectory
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.base import Batch, Setting, packed, padded, rectangle, share
+from benchmarks.base import Batch, Setting, clock, packed, padded, rectangle, share
 from benchmarks.contestants import (
     CONTESTANTS,
     Contestant,
@@ -20,18 +19,6 @@ from benchmarks.contestants import (
     frozen_prompt,
     ours,
 )
-
-
-def clock(setting: Setting) -> Callable[[], float]:
-    """Seconds, once the device has done what it was given."""
-    if setting.device == "cpu":
-        return time.perf_counter
-
-    def synchronised() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return synchronised
 
 
 def make_optimizer(contestant: Contestant) -> Any:

@@ -332,6 +332,32 @@ SUITE: dict[str, Benchmark] = {
         ("base", "ours"),
         _TOKEN_BY_TOKEN,
     ),
+    # Eight choices of eight tokens after a context of 480.
+    "multiple-choice": Benchmark(
+        "multiple_choice",
+        ("whole-rows", "ours"),
+        _sizes(
+            toy=_TOY.but(length=110, prompt=100),
+            quick=[Setting(batch=8, length=487, prompt=480)],
+            full=[
+                Setting(batch=8, length=487, prompt=480),
+                Setting(batch=4, length=135, prompt=120),
+            ],
+            gpu=[_LLAMA_8B.but(batch=8, length=487, prompt=480)],
+        ),
+        repetitions=_repetitions(full=9),
+    ),
+    "generate-with-many-adapters": Benchmark(
+        "many_adapters",
+        ("fresh", "ours"),
+        _sizes(
+            toy=_TOY.but(batch=1, first=0),
+            quick=[Setting(batch=1, length=480, prompt=480, first=0)],
+            full=[Setting(batch=1, length=480, prompt=480, first=0)],
+            gpu=[_LLAMA_8B.but(batch=1, length=480, prompt=480, first=0)],
+        ),
+        repetitions=_repetitions(full=9),
+    ),
     "first-adapter": Benchmark(
         "first_adapter",
         ("lora", "ours"),

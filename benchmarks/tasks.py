@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.base import Setting, build_base, rectangle, share
+from benchmarks import shared_prompts
+from benchmarks.base import Setting, build_base, clock, rectangle, share
 from benchmarks.contestants import CONTESTANTS, our_config, ours
 from benchmarks.steps import (
-    clock,
     compiled_step,
     logged_step,
     make_optimizer,
@@ -248,6 +248,8 @@ TASKS: dict[str, Callable[[str, nn.Module, Setting], Callable[[], float]]] = {
     "prefill": prefill,
     "decode": decode,
     "generate": generate,
+    "multiple_choice": shared_prompts.multiple_choice,
+    "many_adapters": shared_prompts.many_adapters,
     "trained": trained,
     "building": building,
     "first_adapter": first_adapter,

@@ -184,6 +184,22 @@ def test_no_step_waits_for_the_device():
     check(synchronisation("toy"))
 
 
+def test_choices_are_scored_by_whole_rows_or_on_a_cache(monkeypatch):
+    from axolotl_reft.lm_eval import LoreftLM
+
+    shapes, forward = [], LoreftLM._forward
+
+    def noted(lm, **inputs):
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return forward(lm, **inputs)
+
+    monkeypatch.setattr(LoreftLM, "_forward", noted)
+    (toy,) = SUITE["multiple-choice"].sizes["toy"]
+    for name in ("whole-rows", "ours"):
+        tasks.TASKS["multiple_choice"](name, build_base(toy), toy)()
+    assert shapes == [(2, 110), (1, 100), (2, 10)]
+
+
 def test_contestants_take_turns_and_not_always_after_the_same_one():
     order = []
     turns = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
