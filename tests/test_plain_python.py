@@ -70,17 +70,18 @@ def tiny(tmp_path_factory):
     return directory
 
 
-def test_there_are_five_snippets():
+def test_there_are_six_snippets():
     assert [title for title, _ in SNIPPETS] == [
         "transformers' Trainer",
         "TRL's SFTTrainer",
         "TRL's other trainers",
         "Using it",
+        "One prompt, several answers",
         "On a base in 4 bits",
     ]
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(6))
 def test_the_snippets_run(tiny, monkeypatch, number):
     monkeypatch.chdir(tiny)
     names = {}
@@ -90,7 +91,7 @@ def test_the_snippets_run(tiny, monkeypatch, number):
     exec(code, names)
     saved = "adapter-dpo" if number == 2 else "adapter"
     assert (tiny / saved / "adapter_config.json").is_file()
-    if number == 4:
+    if number == 5:
         kinds = {type(m).__name__ for m in names["base"].modules()}
         assert "Linear4bit" in kinds
         assert isinstance(names["model"], PeftModel)
