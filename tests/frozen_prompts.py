@@ -6,6 +6,7 @@ Shapes: B batch, T tokens.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -81,9 +82,10 @@ def difference(got, expected):
 
 
 @contextmanager
-def two_parts(model, when=True, cache=CACHE) -> Iterator[SimpleNamespace]:
-    """The model computes in two parts; yields what was told, what is kept, and the
-    ``numbers`` of tokens of the parts of each forward (none for a forward in one)."""
+def two_parts(model, when=True, cache=CACHE, checks=False) -> Iterator[SimpleNamespace]:
+    """The model computes in two parts, and ``checks`` its base first; yields what was
+    told, and the ``numbers`` of tokens of all calls of the backbone's forward, each
+    with whether it is one of two parts."""
     told, numbers = [], []
     use_frozen_prompt(model, when, cache, told.append)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -96,6 +98,8 @@ def two_parts(model, when=True, cache=CACHE) -> Iterator[SimpleNamespace]:
             return plain(*args, **inputs)
 
         frozen._forward = note
+        if not checks:
+            frozen._checked |= set(product([True, False], repeat=2))
         if not frozen.reason:
             noted = replace(frozen._partial_forward, forward=note)
             frozen._partial_forward = noted

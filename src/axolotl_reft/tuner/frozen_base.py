@@ -74,6 +74,8 @@ class Fingerprint:
         tensors = [t.to_local() for t in sharded] or [t for _, t in named]
         kind = tensors[0].device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        dtypes = {tensor.dtype for tensor in tensors if not tensor.dtype == torch.long}
+        self.is_float32 = dtypes == {torch.float32} and not autocast
         self._seen = autocast, tuple(_seen(t) for t in tensors)
 
     def __eq__(self, other: object) -> bool:

@@ -47,6 +47,9 @@ _NOT_IN_ORDER = (
     "the tokens of a sample do not follow each other, or padding predicts a trained one"
 )
 _OF_A_BATCH = {_ELSEWHERE, _NOT_WORTH, _NOT_IN_ORDER}
+# How far a base may be off in two parts, of its hidden states' norm; in float32 it is
+# by rounding alone.
+_ALLOWED = {True: 1e-2, False: 0.1}
 _NAMES = "__module__", "__name__", "__qualname__", "__doc__"
 
 
@@ -84,6 +87,7 @@ class FrozenPrompt:
         self._before = self._backbone.__dict__.get("forward")
         self._lower: LowerLayers | None = None
         self._has_vectors = True  # layers return one for each token
+        self._checked = set[tuple[bool, bool]]()
         self.reason = why_not(model, backbones, state)
         if self.reason:
             self._explain(self.reason)
@@ -131,6 +135,14 @@ class FrozenPrompt:
         others = {k: v for k, v in inputs.items() if k not in drops}
         partial_forward = replace(self._partial_forward, others=others)
         try:
+            batch = parts.batch if isinstance(parts, TwoParts) else parts
+            if reason := self._check_base(batch, base, partial_forward, inputs):
+                self.reason = reason
+                self.kept.clear()
+                self._explain(reason)
+                self._state.thread.context = context
+                return self._forward(*args, **kwargs)
+            self._state.thread.context = context
             if isinstance(parts, TwoParts):
                 self._say(f"{_text_of(parts)}; {self._text_of_kept}")
                 return partial_forward.in_two_parts(parts, passes, context, self.kept)
@@ -147,6 +159,47 @@ class FrozenPrompt:
                 return self._forward(*args, **kwargs)
         finally:
             self._state.thread.context = context
+
+    def _check_base(
+        self,
+        batch: HostBatch,
+        base: Fingerprint,
+        partial_forward: PartialForward,
+        inputs: Inputs,
+    ) -> str:
+        """Return why the bare base is not the same in two parts; once for each form of
+        batch. Some take no notice of a cache, or number positions in their own way."""
+        samples = batch.samples
+        rows = {sample.row for sample in samples}
+        form = any(s.begin for s in samples), len(samples) > len(rows)
+        if form in self._checked or (base.is_sharded and self._checked):
+            return ""
+        self._checked.add(form)
+        halves = [s._replace(split=(s.begin + s.end) // 2) for s in samples]
+        nothing = KeptStates(0, torch.device("cpu"))
+        parts = TwoParts.of(replace(batch, samples=halves, edited={}), nothing)
+        shape = batch.ids_BT.shape[0], batch.ids_BT.shape[1]
+        context = ForwardContext(shape, self._state.adapters, None)
+        passes: int | None = len(parts.groups) if parts else 0
+        if base.is_sharded:
+            passes = _agreed(parts is None, passes or 0, self._backbone.device)
+        if parts is None or passes is None:
+            return ""
+        with torch.no_grad():
+            self._state.thread.context = context
+            whole_BTD = self._forward(**inputs).last_hidden_state
+            got_BTD = partial_forward.in_two_parts(parts, passes, context, nothing)[0]
+        real_BT = torch.zeros(shape, dtype=torch.bool)
+        for row, begin, _, end in samples:
+            real_BT[row, begin:end] = True
+        real_BT = real_BT.to(whole_BTD.device)
+        expected_ND = whole_BTD[real_BT].float()
+        off = (got_BTD[real_BT] - expected_ND).norm() / expected_ND.norm()
+        if base.is_sharded:
+            dist.all_reduce(off, dist.ReduceOp.MAX)
+        if off <= _ALLOWED[base.is_float32]:
+            return ""
+        return f"the base by itself is off by {off:.0%} in two parts"
 
     # --- whether -------------------------------------------------------------------
 

@@ -70,6 +70,7 @@ def _of_base(
     yield shares_keys_and_values(config), "layers share keys and values"
     caches = other_caches(config)
     yield caches, f"a cache has more than keys and values ({', '.join(sorted(caches))})"
+    yield backbone._is_stateful, f"layers of {name} carry a state"
     types = getattr(config, "layer_types", None) or ()
     yield "chunked_attention" in types, "attention is in chunks"
     rope = _BY_LENGTH & set(_rope_types(config))
