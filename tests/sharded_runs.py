@@ -122,7 +122,7 @@ def train_sharded(rank, directory):
         if processes > 1:
             accelerator = prepare(model, **arguments)
             _watch(model, lent)
-        losses = [_step(model, number, rank, processes) for number in range(STEPS)]
+        losses = [step(model, number, rank, processes) for number in range(STEPS)]
         trained = [key for key, p in model.named_parameters() if p.requires_grad]
         state = model.state_dict()
         kinds = {type(state[key]) is DTensor for key in trained}
@@ -146,7 +146,7 @@ def _watch(model, lent):
             module.register_forward_pre_hook(note)
 
 
-def _step(model, number, rank, processes):
+def step(model, number, rank, processes):
     """One step of SGD on the global batch, of which each process computes its rows; one
     process computes all in turn, in pieces of the same rounding. Its loss."""
     rows = samples()[number * GLOBAL_BATCH :][:GLOBAL_BATCH]

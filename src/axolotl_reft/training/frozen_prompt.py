@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,13 @@ from axolotl_reft.tuner.model import hooks_of
 
 # Of the memory that is free: what prefixes may take by default, and at most.
 _SHARE, _MOST = 0.25, 0.8
-_CGROUP = Path("/sys/fs/cgroup")
+# Control groups: of the process, and where they are, by version (2, and 1).
+_GROUPS, _CGROUP = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_FILES = {
+    "": ("memory.max", "memory.current", "memory.stat"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
+}
+_IDLE_PAGES = {"": "inactive_file", "memory": "total_inactive_file"}
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +100,10 @@ def _use(
     limit = size.bytes
     if limit is None or limit:
         free = free_memory(device)
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if device.type == "cpu":
+            free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         most = int(free * _MOST)
-        limit = int(free * _SHARE / processes) if limit is None else limit
+        limit = int(free * _SHARE) if limit is None else limit
         if limit > most:
             tell(f"frozen_prompt_cache: {most / 1e9:.3g} GB, of what is free")
             limit = most
@@ -119,17 +126,31 @@ class ForgetKept(TrainerCallback):
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device; on the host, within its control
-    group."""
+    """Return the bytes that are free on a device; on the host, within the control
+    groups of the process."""
     if device.type != "cpu":
         return int(torch.get_device_module(device).mem_get_info(device)[0])
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-        stat = dict(map(str.split, (_CGROUP / "memory.stat").read_text().splitlines()))
-    except OSError:
-        return free
-    # Pages of files are given back when memory is short.
-    used -= int(stat["inactive_file"])
-    return free if limit == "max" else min(free, int(limit) - used)
+    return min([int(psutil.virtual_memory().available), *_free_in_groups()])
+
+
+def _free_in_groups() -> Iterator[int]:
+    """Yield what is free in each control group with a limit, outermost last."""
+    groups = _GROUPS.read_text().splitlines() if _GROUPS.exists() else []
+    for line in groups:
+        _, kind, path = line.split(":", 2)
+        if kind not in _FILES:
+            continue
+        root = _CGROUP / kind
+        group = root / path.lstrip("/")
+        # A container may name groups that it does not see.
+        for directory in (group, *group.parents[: len(Path(path).parts) - 1]):
+            try:
+                limit, used, stat = (
+                    (directory / name).read_text().strip() for name in _FILES[kind]
+                )
+            except OSError:
+                continue
+            if limit != "max":
+                # Pages of files are given back when memory is short.
+                idle = dict(map(str.split, stat.splitlines()))[_IDLE_PAGES[kind]]
+                yield int(limit) - int(used) + int(idle)
