@@ -11,21 +11,23 @@ from axolotl_reft.tuner import frozen_base
 from axolotl_reft.tuner.model import hooks_of
 
 STEPS = 4
-# The 8 prompts of TRL's rows, or a step's one of which four answers are generated.
+# The 8 prompts of TRL's rows; or one for each four answers, of which GRPO takes two
+# steps.
 TRL_CASES = {
     "sft": ({}, 8),
     "smoothed": ({}, 8),
     "dpo": ({}, 8),
     "dpo, from an adapter": ({"loaded": True}, 8),
-    "dpo, the reference ahead": ({"precompute_ref_log_probs": True}, 8),
+    # Kept when the trainer is made, which computes the reference.
+    "dpo, the reference ahead": ({"precompute_ref_log_probs": True}, 0),
     "dpo, ipo": ({"loss_type": "ipo"}, 8),
     "kto": ({}, 8),
     "kto, from an adapter": ({"loaded": True}, 8),
     "orpo": ({}, 8),
     "cpo, simpo": ({"loss_type": "simpo", "cpo_alpha": 0.0}, 8),
     "tpo": ({}, 8),
-    "grpo": ({}, STEPS),
-    "grpo, from an adapter": ({"loaded": True}, STEPS),
+    "grpo": ({}, STEPS // 2),
+    "grpo, from an adapter": ({"loaded": True}, STEPS // 2),
     "rloo": ({}, STEPS),
 }
 
@@ -96,6 +98,22 @@ def test_trl_computes_each_prompt_once_with_the_same_losses(tmp_path, case):
     # Of chosen and rejected, of references, of KTO's pairs, of a group, of two epochs.
     assert sum(rows for rows, finds in in_parts if not finds) == prompts
     assert [finds for _, finds in in_parts].count(True) == len(plain)
+
+
+@torch.no_grad()
+def test_hidden_states_for_a_fused_loss_are_those_of_the_plain_forward(
+    tmp_path, tokens
+):
+    """What GRPO asks for with Liger's loss, which needs a GPU."""
+    trainer = build_trainer("grpo", tmp_path, positions="l3")
+    model, ids = trainer.model, tokens(3, 14) % 26 + 4
+    rows, found = forwards_of(model), []
+    for frozen_prompt in (False, True):
+        use_frozen_prompt(model, frozen_prompt)
+        mask = torch.ones_like(ids)
+        found.append(trainer._get_last_hidden_state(model, ids, mask, 4))
+    assert [finds for _, finds in rows] == [True, False, True]
+    torch.testing.assert_close(*found)
 
 
 def build_batches(tokens):
@@ -184,8 +202,7 @@ def test_with_true_a_batch_without_preambles_is_no_error(tmp_path, tokens):
     told = []
     use_frozen_prompt(model, True, tell=told.append)
     ids = tokens(2, 9)
-    for labels in (ids, ids.where(torch.arange(9) > 2, -100)):
-        model(input_ids=ids, labels=labels).loss.backward()
+    model(input_ids=ids, labels=ids).loss.backward()
     padding = torch.zeros_like(ids)
     model(input_ids=ids, labels=ids * 0 - 100, attention_mask=padding)
     assert told == [
