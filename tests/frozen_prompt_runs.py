@@ -8,7 +8,7 @@ last neither has a prompt: they compute their batches as a whole.
 import os
 
 import torch
-from distributed_runs import STEPS, adapted, trainer
+from distributed_runs import STEPS, adapted, collate, samples, trainer
 from sharded_runs import by_accelerate, step
 
 from axolotl_reft import use_frozen_prompt
@@ -43,10 +43,11 @@ def train_in_two_parts(rank, directory):
             if is_sharded:
                 if processes > 1:
                     by_accelerate(model, **settings)
-                losses = [
-                    step(model, number % STEPS, rank, processes)
-                    for number in range(steps)
-                ]
+                losses = []
+                for number in range(steps):
+                    losses.append(step(model, number % STEPS, rank, processes))
+                    _evaluate(model, rank)
+                    without[-1] = 0
             else:
                 run = trainer(model, directory, max_steps=steps)
                 run.train()
@@ -58,6 +59,15 @@ def train_in_two_parts(rank, directory):
             }
             results[name, when] = losses, numbers, without
     torch.save(results, directory / f"frozen{rank}.pt")
+
+
+@torch.no_grad()
+def _evaluate(model, rank):
+    """Leave the layers as forwards without backward leave them."""
+    batch = collate(samples()[2 * rank :][:2])
+    losses = {model.eval()(**batch).loss.item() for _ in range(2)}
+    assert len(losses) == 1
+    model.train()
 
 
 def _count_without_gradients(model):

@@ -5,7 +5,7 @@ from axolotl.utils.config import validate_config
 from yaml_config import validated
 
 from axolotl_reft import LoreftConfig, LoreftPlugin
-from axolotl_reft.plugin.args import LoreftBlock
+from axolotl_reft.plugin.args import LoreftBlock, adapter_settings
 
 
 def test_a_good_config_gets_every_default():
@@ -41,7 +41,7 @@ def test_without_the_adapter_the_plugin_asks_for_nothing():
 
 def test_ranks_may_differ_by_layer():
     block = validated(loreft={"rank": {"0-7": 4, 8: 2, "all": 1}}).loreft
-    assert LoreftConfig(**block).rank == {"0-7": 4, "8": 2, "all": 1}
+    assert LoreftConfig(**adapter_settings(block)).rank == {"0-7": 4, "8": 2, "all": 1}
 
 
 def test_layers_of_ranks_may_be_numbers_beside_text():

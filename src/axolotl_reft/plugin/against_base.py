@@ -53,7 +53,7 @@ def check_against_base(
             saved.modules_to_save = block.modules_to_save
         differences = ", ".join(
             f"{key}: {plain(theirs)} (here {plain(ours)})"
-            for key in LoreftBlock.model_fields
+            for key in adapter_settings(LoreftBlock.model_fields)
             if (theirs := getattr(saved, key)) != (ours := getattr(block, key))
         )
         message = f"{setting}: the adapter in {directory!r} has {differences}"
