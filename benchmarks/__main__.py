@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import plot, scale, table
+from benchmarks import frozen_rule, plot, scale, table
 from benchmarks.harness import RESULTS, before_and_after
 from benchmarks.parts import PARTS, build
 from benchmarks.running import ELSEWHERE, run, workers
@@ -14,8 +15,13 @@ from benchmarks.suite import SUITE, Benchmark, with_before
 from benchmarks.synchronisation import synchronisation
 
 _ALONE = {**PARTS, "synchronisation": synchronisation}
-# Made of results that are there.
-_MADE = {"table", "plot", "scale"}
+# Made of results that are there, and printed.
+_MADE: dict[str, Callable[[Path], object]] = {
+    "table": table.write,
+    "plot": lambda results: "\n".join(map(str, plot.write(results))),
+    "scale": scale.tables,
+    "rule": frozen_rule.rule_table,
+}
 _COMPARISONS = Path("build/comparisons")
 
 
@@ -31,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         "what",
         nargs="*",
         default=["all"],
-        help=f"all, table, plot, scale, or of: {', '.join([*SUITE, *_ALONE])}",
+        help=f"all, table, plot, scale, rule, or of: {', '.join([*SUITE, *_ALONE])}",
     )
     parser.add_argument(
         "--size", default="quick", choices=["toy", "quick", "full", "gpu"]
@@ -75,7 +81,7 @@ def _selected(
         suite = {n: with_before(b) for n, b in SUITE.items() if "ours" in b.contestants}
     if options.contestants:
         chosen = tuple(options.contestants.split(","))
-        for name in set(names) - _MADE:
+        for name in set(names) - _MADE.keys():
             known = suite[name].contestants if name in suite else ()
             if missing := [one for one in chosen if one not in known]:
                 parser.error(
@@ -105,12 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
     changes = {name: value for name, value in changes.items() if value}
     elsewhere = workers(pythons, options.before)
     for name in names:
-        if name == "table":
-            print(table.write(results))
-        elif name == "plot":
-            print(*plot.write(results), sep="\n")
-        elif name == "scale":
-            print(scale.tables(results))
+        if name in _MADE:
+            print(_MADE[name](results))
         elif name in _ALONE or suite[name].sizes[options.size]:
             if name == "build":
                 result = build(options.size, options.before)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import axolotl_reft
-from benchmarks import harness, plot, steps, table, tasks
+from benchmarks import frozen_rule, harness, plot, steps, table, tasks
 from benchmarks.__main__ import main
 from benchmarks.base import Setting, build_base, packed, padded, rectangle, share
 from benchmarks.contestants import CONTESTANTS
@@ -237,6 +237,84 @@ def test_fewer_logits_have_the_loss_of_all():
         losses.append(contestant.loss(contestant.collate(rectangle(TOY))))
     torch.testing.assert_close(*losses)
     assert seen == [40, 24]
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """The shapes of ids that models embed."""
+    shapes, forward = [], torch.nn.Embedding.forward
+
+    def noted(self, ids):
+        shapes.append(tuple(ids.shape))
+        return forward(self, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", noted)
+    return shapes
+
+
+LAST = TOY.but(first=0, last=3)
+WHOLE, BEFORE, BEHIND = (2, 40), (2, 17), (2, 23)
+
+
+@pytest.mark.parametrize(
+    "name, shapes",
+    [
+        ("ours", [WHOLE] * 2),
+        ("labelled", [WHOLE] * 2),
+        ("frozen", [BEFORE, BEHIND] * 2),
+        ("kept", [BEFORE, BEHIND, BEHIND]),
+    ],
+)
+def test_only_named_contestants_compute_in_two_parts(name, shapes, embedded):
+    base, losses = build_base(LAST), []
+    contestants = {}
+    for each in ("labelled", name):
+        torch.manual_seed(0)
+        contestants[each] = CONTESTANTS[each](share(base), LAST)
+    for contestant in contestants.values():
+        embedded.clear()
+        for _ in range(2):
+            loss = contestant.loss(contestant.collate(rectangle(LAST)))
+            losses.append(loss.item())
+    assert embedded == shapes
+    assert losses == pytest.approx(losses[:1] * len(losses), rel=1e-5)
+
+
+def test_a_shared_prompt_is_computed_once_where_it_is_kept(embedded):
+    setting, base = LAST.but(shared=12), build_base(LAST)
+    for name, second in (("labelled", [WHOLE]), ("kept", [(2, 5), BEHIND])):
+        turn = steps.shared_prompt_step(name, base, setting)
+        turn()
+        embedded.clear()
+        turn()
+        assert embedded == second
+
+
+def test_a_preference_step_computes_its_prompts_once(embedded):
+    pair, base = LAST.but(batch=1), build_base(LAST)
+    for name, shapes in (
+        ("ours", [WHOLE, WHOLE]),
+        ("frozen", [(1, 17), BEHIND, BEHIND]),
+        ("kept", [BEHIND, BEHIND]),
+    ):
+        turn = steps.preference_step(name, base, pair)
+        turn()
+        embedded.clear()
+        turn()
+        assert embedded == shapes
+
+
+def test_the_rule_is_tabulated_beside_what_was_measured(tmp_path, results):
+    settings = [TOY.but(hidden_size=1024, first=0, length=n) for n in (40, 400)]
+    values = {"labelled": [1.0], "frozen": [0.5], "kept": [1.1]}
+    result = harness.read(results / "one.json")
+    result.benchmark = "frozen-prompt-rule"
+    result.series = [Series(setting.asdict(), values) for setting in settings]
+    result.write(tmp_path)
+    assert frozen_rule.rule_table(tmp_path).splitlines()[2:] == [
+        "| 1024 | 2×40 | 13 | 0.50 | two parts | 1.10 | two parts (!) |",
+        "| 1024 | 2×400 | 13 | 0.50 | whole (!) | 1.10 | whole |",
+    ]
 
 
 def test_the_floor_goes_back_to_the_first_edited_layer_and_no_further():
