@@ -88,6 +88,7 @@ class FrozenPrompt:
         self._lower: LowerLayers | None = None
         self._has_vectors = True  # layers return one for each token
         self._checked = set[tuple[bool, bool]]()
+        self._mode, self._whole = (False, False), 0  # forwards as a whole in a row
         self.reason = why_not(model, backbones, state)
         if self.reason:
             self._explain(self.reason)
@@ -115,6 +116,8 @@ class FrozenPrompt:
         context = self._state.thread.context
         if context is None or self.reason or torch.compiler.is_compiling():
             return self._forward(*args, **kwargs)
+        if self._looks_away():
+            return self._forward(*args, **kwargs)
         inputs = dict(zip(self._names, args, strict=False)) | kwargs
         base = Fingerprint(self._backbone, self._prefix)
         if base != self._base:
@@ -129,8 +132,10 @@ class FrozenPrompt:
                 parts = _ELSEWHERE
             passes = agreed or 0
         if isinstance(parts, str):
+            self._whole += parts != NOT_ASKED
             self._explain(parts)
             return self._forward(*args, **kwargs)
+        self._whole = 0
         drops = {"past_key_values", "use_cache", *OF_TOKENS, *OF_THE_HEAD}
         others = {k: v for k, v in inputs.items() if k not in drops}
         partial_forward = replace(self._partial_forward, others=others)
@@ -159,6 +164,19 @@ class FrozenPrompt:
                 return self._forward(*args, **kwargs)
         finally:
             self._state.thread.context = context
+
+    def _looks_away(self) -> bool:
+        """Whether to look at no more than every eighth forward, since the last ones
+        were as a whole; under FSDP2 all processes look."""
+        if self._base is None or self._base.is_sharded:
+            return False
+        mode = self._backbone.training, torch.is_grad_enabled()
+        if self._mode != mode:
+            self._mode, self._whole = mode, 0
+        if self._whole < 8 or self.when is True:
+            return False
+        self._whole += 1
+        return self._whole % 8 > 0
 
     def _check_base(
         self,
@@ -233,7 +251,11 @@ class FrozenPrompt:
         backward = 1 - below if self._is_of_a_step else 0.0
         tokens = context.shape[0] * context.shape[1]
         if not reason:
-            parts, reason = TwoParts.of(batch, self.kept), _NOT_WORTH
+            # Labels that are shifted come with the columns whose logits are computed:
+            # of the others nobody sees hidden states.
+            needs_hidden = inputs.get("shift_labels") is None or base.is_sharded
+            parts = TwoParts.of(batch, self.kept, needs_hidden)
+            reason = _NOT_WORTH
             if parts and (
                 self.when is True or saves_time(self._backbone, tokens, parts, backward)
             ):

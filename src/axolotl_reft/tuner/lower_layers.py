@@ -17,14 +17,7 @@ from torch import Tensor, nn
 
 from axolotl_reft.tuner.context import ModelState
 from axolotl_reft.tuner.layout import hidden_states_of, with_hidden_states
-
-
-class _StopError(Exception):
-    """Ends a forward behind the lower layers."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
+from axolotl_reft.tuner.preamble_cache import StopForwardError
 
 
 class LowerLayers:
@@ -57,7 +50,7 @@ class LowerLayers:
             return with_hidden_states(self._like, thread.below)
         output = forward(*args, **kwargs)
         if thread.stops_below and layer is self._layers[-1]:
-            raise _StopError(output)
+            raise StopForwardError(output)
         return output
 
     def compute(self, forward: Callable[[], Any]) -> Tensor:
@@ -68,7 +61,7 @@ class LowerLayers:
         try:
             with torch.no_grad():
                 forward()
-        except _StopError as stop:
+        except StopForwardError as stop:
             output = stop.output
         finally:
             thread.stops_below = False

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from axolotl_reft.prompts.kept import KeptStates, States
 from axolotl_reft.tuner.context import ForwardContext, ModelState
 from axolotl_reft.tuner.lower_layers import LowerLayers
-from axolotl_reft.tuner.preamble_cache import PreambleCache
+from axolotl_reft.tuner.preamble_cache import PreambleCache, StopForwardError
 from axolotl_reft.tuner.two_parts import HostBatch, TokenRun, TwoParts, grouped
 
 # What transformers' layers read: a cache that gives the same again may stay when
@@ -56,12 +56,13 @@ class PartialForward:
         states = {preamble: list(found) for preamble, found in parts.kept.items()}
         with self._cached_under_checkpointing():
             for group in parts.groups:
-                new = self._compute_before([states[p] for p in group], group)
+                before, stops = [states[p] for p in group], not parts.needs_hidden
+                new = self._compute_before(before, group, stops)
                 for preamble, computed in zip(group, new, strict=True):
                     states[preamble].append(computed)
-                    kept.add(preamble.start, preamble.tensor, computed)
+                    kept.add(parts.root(preamble), preamble.tensor, computed)
             for _ in range(passes - len(parts.groups)):
-                self._compute_before([[]], [TokenRun(0, (0,))])
+                self._compute_before([[]], [TokenRun(0, (0,))], stops=False)
             rows = [states[preamble] for preamble in parts.preambles]
             output, source_N, target_N = self._compute_behind(rows, parts, context)
         h_MWD = output.last_hidden_state
@@ -97,14 +98,19 @@ class PartialForward:
         return _laid_out(batch, [found[run] for run in runs], like)
 
     def _compute_before(
-        self, rows: list[list[States]], group: list[TokenRun]
+        self, rows: list[list[States]], group: list[TokenRun], stops: bool
     ) -> list[States]:
-        """Return the states of the tokens that are missing behind those before them."""
-        cache = PreambleCache(rows, self.windows)
+        """Return the states of the tokens that are missing behind those before them;
+        with ``stops``, hidden states of no size."""
+        cache = PreambleCache(rows, self.windows, stops)
         done = [sum(states.tokens for states in pieces) for pieces in rows]
         counts = [len(run.ids) - n for run, n in zip(group, done, strict=True)]
-        output = self._compute_rows(cache, group, done, counts)
-        return cache.computed(counts, output.last_hidden_state)
+        try:
+            output = self._compute_rows(cache, group, done, counts)
+            hidden = output.last_hidden_state
+        except StopForwardError:
+            hidden = torch.empty(len(group), max(counts), 0)
+        return cache.computed(counts, hidden)
 
     def _compute_rows(
         self,
@@ -197,11 +203,13 @@ class PartialForward:
 
 
 def _laid_out(batch: HostBatch, rows: list[list[States]], like: Tensor) -> Tensor:
-    """Return the hidden states of samples' first tokens in the batch (B, T, D)."""
+    """Return the hidden states of samples' first tokens in the batch (B, T, D); zeros
+    elsewhere, and for those of no size."""
     h_BTD = like.new_zeros(*batch.ids_BT.shape, like.shape[-1])
     for sample, pieces in zip(batch.samples, rows, strict=True):
         column = sample.begin
         for piece in pieces:
-            h_BTD[sample.row, column : column + piece.tokens] = piece.hidden
+            if piece.hidden.shape[-1]:
+                h_BTD[sample.row, column : column + piece.tokens] = piece.hidden
             column += piece.tokens
     return h_BTD

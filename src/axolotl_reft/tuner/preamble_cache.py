@@ -32,6 +32,14 @@ def other_caches(config: PretrainedConfig) -> set[str]:
     return {k.__name__ for k in kinds - {DynamicLayer, DynamicSlidingWindowLayer}}
 
 
+class StopForwardError(Exception):
+    """Ends a forward from which nothing more is needed, with the last output."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+
 class PreambleCache(Cache):
     """Gives each layer the columns before its new tokens, and keeps no new ones, so
     that checkpointing may compute a layer again.
@@ -40,10 +48,14 @@ class PreambleCache(Cache):
         rows: for each row, the states of the tokens before, in pieces; they end at the
             same column.
         windows: of the layers, as :func:`windows_of` returns them.
+        stops: with the last layer's keys and values, no hidden states are needed.
     """
 
     def __init__(
-        self, rows: Sequence[Sequence[States]], windows: Sequence[int | None]
+        self,
+        rows: Sequence[Sequence[States]],
+        windows: Sequence[int | None],
+        stops: bool = False,
     ) -> None:
         lengths = [sum(states.tokens for states in pieces) for pieces in rows]
         self.width = max(lengths)
@@ -51,6 +63,7 @@ class PreambleCache(Cache):
             _PreambleLayer(rows, number, self.width, window)
             for number, window in enumerate(windows)
         ]
+        layers[-1].stops = stops
         super().__init__(layers=layers)
 
     def computed(self, counts: Sequence[int], hidden_BSD: Tensor) -> list[States]:
@@ -61,6 +74,8 @@ class PreambleCache(Cache):
 
 
 class _PreambleLayer(CacheLayerMixin):
+    stops = False
+
     def __init__(
         self,
         rows: Sequence[Sequence[States]],
@@ -79,6 +94,8 @@ class _PreambleLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         self.new = key_states.detach(), value_states.detach()
+        if self.stops:
+            raise StopForwardError(key_states)
         if not self._seen:
             return key_states, value_states
         keys = [[s.keys[self._number] for s in pieces] for pieces in self._rows]

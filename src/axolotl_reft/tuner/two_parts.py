@@ -6,8 +6,8 @@ Shapes: B batch, T tokens, N edited tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -103,21 +103,33 @@ class TwoParts:
 
     Attributes:
         preambles: of the samples, in their order.
+        needs_hidden: their last hidden states are asked for; else keys and values are
+            enough.
         kept: states of the first tokens of each preamble, in pieces.
     """
 
     batch: HostBatch
     preambles: list[TokenRun]
-    kept: dict[TokenRun, list[States]]
+    needs_hidden: bool
+    kept: dict[TokenRun, list[States]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, batch: HostBatch, kept: KeptStates) -> TwoParts | None:
+    def of(
+        cls, batch: HostBatch, kept: KeptStates, needs_hidden: bool = True
+    ) -> TwoParts | None:
         """Split a batch; None where nothing is before the edited tokens."""
         preambles = [batch.run(s.row, s.begin, s.split) for s in batch.samples]
         if not any(preamble.ids for preamble in preambles):
             return None
-        found = {p: kept.find(p.start, p.tensor) for p in dict.fromkeys(preambles)}
-        return cls(batch, preambles, found)
+        parts = cls(batch, preambles, needs_hidden)
+        for preamble in dict.fromkeys(preambles):
+            root = parts.root(preamble)
+            parts.kept[preamble] = kept.find(root, preamble.tensor)
+        return parts
+
+    def root(self, preamble: TokenRun) -> Hashable:
+        """Return where in the tree a preamble's states are kept."""
+        return preamble.start, self.needs_hidden
 
     @cached_property
     def groups(self) -> list[list[TokenRun]]:
