@@ -68,26 +68,29 @@ def assert_as_whole(model, inputs):
     expected_loss, expected = gradients(model, inputs)
     lowest = model.get_base_model().base_model.layers[0]
     use_frozen_prompt(model)
-    computed = calls_of(lowest.mlp)
-    for _ in range(2):
+    computed, counts = calls_of(lowest.mlp), []
+    for _ in range(3):
         loss, got = gradients(model, inputs)
         torch.testing.assert_close(loss, expected_loss)
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
+        counts.append(len(computed))
     use_frozen_prompt(model, False)
-    return computed
+    return counts
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_step_is_that_of_the_whole_and_the_lower_layers_run_once(settings, left):
-    assert len(assert_as_whole(adapted(**settings), batch(left))) == 1
+    first, *later = assert_as_whole(adapted(**settings), batch(left))
+    assert first > 0
+    assert later == [first, first]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_under_gradient_checkpointing(reentrant):
     model = adapted(positions="f3+l3")
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert len(assert_as_whole(model, batch())) == 1
+    assert len(set(assert_as_whole(model, batch()))) == 1
 
 
 def test_packed_samples_are_kept_each_by_itself():
