@@ -13,6 +13,7 @@ import torch
 from conftest import VOCABULARY
 
 from axolotl_reft.training.frozen_prompt import use_frozen_prompt
+from axolotl_reft.tuner.compat import cache_of
 from axolotl_reft.tuner.model import hooks_of
 from axolotl_reft.tuner.preamble_cache import PreambleCache
 
@@ -113,8 +114,7 @@ def _tokens(args, inputs):
     """The tokens of a backbone's forward, and whether it is one of two parts."""
     ids = inputs.get("input_ids", args[0] if args else None)
     tokens = ids if ids is not None else inputs["inputs_embeds"][..., 0]
-    cache = inputs.get("past_key_values")
-    return tokens.numel(), isinstance(cache, PreambleCache)
+    return tokens.numel(), isinstance(cache_of(inputs), PreambleCache)
 
 
 def assert_same_in_two_parts(model, *batches, tolerance=TOLERANCE, **settings):

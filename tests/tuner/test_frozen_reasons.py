@@ -108,7 +108,7 @@ BASES = {
     ),
     "recurrent": (
         lambda: build("falcon_mamba", state_size=8),
-        "FalconMambaModel takes no past_key_values and no position_ids",
+        "FalconMambaModel takes no cache and no position_ids",
     ),
     "a state that takes a cache": (
         lambda: build("recurrent_gemma", lru_width=32),

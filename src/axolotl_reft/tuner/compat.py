@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -41,6 +41,11 @@ def cache_of(holder: object) -> Any:
     if not isinstance(holder, tuple):
         return None
     return next((held for held in holder if isinstance(held, Cache)), None)
+
+
+def cache_name(parameters: Container[str]) -> str | None:
+    """Return the parameter of a model's forward that takes a ``Cache``."""
+    return next((n for n in ("cache", "past_key_values") if n in parameters), None)
 
 
 def pages_of(inputs: Mapping[str, object]) -> object | None:

@@ -136,7 +136,7 @@ class FrozenPrompt:
             self._explain(parts)
             return self._forward(*args, **kwargs)
         self._whole = 0
-        drops = {"past_key_values", "use_cache", *OF_TOKENS, *OF_THE_HEAD}
+        drops = {"cache", "past_key_values", "use_cache", *OF_TOKENS, *OF_THE_HEAD}
         others = {k: v for k, v in inputs.items() if k not in drops}
         partial_forward = replace(self._partial_forward, others=others)
         try:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from axolotl_reft.prompts.positions import Positions
 from axolotl_reft.tuner.checkpointing import shares_keys_and_values
+from axolotl_reft.tuner.compat import cache_name, cache_of
 from axolotl_reft.tuner.context import ForwardContext, ModelState
 from axolotl_reft.tuner.layout import Layout
 from axolotl_reft.tuner.preamble_cache import other_caches
@@ -58,7 +59,12 @@ def _of_base(
         len(backbones) > 1,
         f"{type(model).__name__} holds a text model within another",
     )
-    missing = sorted({"past_key_values", "position_ids"} - _parameters(backbone))
+    parameters = inspect.signature(type(backbone).forward).parameters
+    taken = {
+        "cache": cache_name(parameters),
+        "position_ids": "position_ids" in parameters,
+    }
+    missing = [what for what, is_taken in taken.items() if not is_taken]
     yield missing, f"{name} takes no {' and no '.join(missing)}"
     # Encoders say so in their attention.
     bidirectional = any(getattr(m, "is_causal", True) is False for m in modules)
@@ -97,7 +103,7 @@ def _of_forward(
     returns_cache = inputs.get("use_cache")
     if returns_cache is None and not torch.is_grad_enabled():
         returns_cache = getattr(backbone.config, "use_cache", False)
-    yield returns_cache or inputs.get("past_key_values") is not None, NOT_ASKED
+    yield returns_cache or cache_of(inputs) is not None, NOT_ASKED
     layer = state.layers[0]
     # A reference's forward, of which the answers are known.
     yield layer._disable_adapters and not context.find_answers, NOT_ASKED
@@ -135,10 +141,6 @@ def early_positions(positions: Positions) -> tuple[bool, str]:
     """Return whether positions leave nothing before the edited tokens, and a text."""
     early = positions.everywhere or positions.first > 0
     return early, f"positions: {positions} edits the prompt's beginning"
-
-
-def _parameters(backbone: nn.Module) -> set[str]:
-    return set(inspect.signature(type(backbone).forward).parameters)
 
 
 def _randomness_of(backbone: Any) -> str:

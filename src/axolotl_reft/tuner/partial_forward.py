@@ -6,6 +6,7 @@ from the first edited token on.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from axolotl_reft.prompts.kept import KeptStates, States
+from axolotl_reft.tuner.compat import cache_name
 from axolotl_reft.tuner.context import ForwardContext, ModelState
 from axolotl_reft.tuner.lower_layers import LowerLayers
 from axolotl_reft.tuner.preamble_cache import PreambleCache, StopForwardError
@@ -180,12 +182,13 @@ class PartialForward:
             starts = before - torch.tensor(done)[:, None]
             stops = before + torch.tensor(counts)[:, None]
             mask = ((columns >= starts) & (columns < stops)).long().to(device)
+        parameters = inspect.signature(type(self.backbone).forward).parameters
         return self.forward(
             **self.others,
+            **{str(cache_name(parameters)): cache},
             input_ids=ids.to(device),
             attention_mask=mask,
             position_ids=positions.to(device),
-            past_key_values=cache,
             use_cache=False,
         )
 
