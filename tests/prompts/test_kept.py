@@ -6,12 +6,19 @@ import random
 import pytest
 import torch
 
+from axolotl_reft.prompts import kept as kept_states
 from axolotl_reft.prompts.kept import KeptStates, States
 
 LAYERS, HEADS, SIZE, WIDTH = 2, 2, 3, 5
 # Bytes of a token, in float32.
 TOKEN = 4 * (2 * LAYERS * HEADS * SIZE + WIDTH)
 HOST = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def soon_idle(monkeypatch):
+    """Few lookups are enough for an edge to be idle."""
+    monkeypatch.setattr(kept_states, "_IDLE", 4)
 
 
 def state_of(ids, count):
@@ -100,7 +107,7 @@ def test_without_a_limit_it_is_a_dictionary_of_beginnings(seed):
         check(kept)
 
 
-@pytest.mark.parametrize("tokens", [0, 4, 20])
+@pytest.mark.parametrize("tokens", [0, 4, 20, 60])
 @pytest.mark.parametrize("seed", range(2))
 def test_within_a_limit_what_is_found_is_right(seed, tokens):
     dice = random.Random(seed)

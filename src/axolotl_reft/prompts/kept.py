@@ -19,9 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A full tree keeps what has been used within so many times its number of edges; an
-# epoch in another order meets each sample again within twice the number of samples.
-_IDLE = 4
+# A full tree keeps what has been used within so many times its number of edges: an
+# epoch in another order meets each sample again within twice the number of samples, of
+# which a tree may hold few.
+_IDLE = 64
+# The share of the limit for what is added to a full tree: a training step may use it
+# again, and the next samples take its place.
+_GUESTS = 0.125
 
 
 class States(NamedTuple):
@@ -94,6 +98,8 @@ class KeptStates:
         # The one used longest ago first. What is above an edge is used with it, and
         # noted after it, so that the first has nothing below it.
         self._edges: OrderedDict[_Edge, None] = OrderedDict()
+        self._guests: OrderedDict[_Edge, None] = OrderedDict()  # of them
+        self._bytes_of_guests = 0
 
     def __len__(self) -> int:
         return len(self._edges)
@@ -152,12 +158,16 @@ class KeptStates:
         # Compact copies: a view would keep the tensors of the whole batch.
         new = states.columns(done - skipped, states.tokens)
         above = path[-1] if path else None
-        if not self._make_room(new.bytes):
+        is_guest = self.bytes + new.bytes > self.limit
+        if not self._make_room(new.bytes, path):
             return
         new = new.map(lambda t: t.to(self.device, copy=True).contiguous())
         added = _Edge(ids[done:].clone(), new, above, root)
         (above.below if above else self._roots[root])[int(ids[done])] = added
         self.bytes += new.bytes
+        if is_guest:
+            self._guests[added] = None
+            self._bytes_of_guests += new.bytes
         self._use([*path, added])
 
     def _use(self, path: list[_Edge]) -> None:
@@ -165,6 +175,8 @@ class KeptStates:
             edge.used = self.lookups
             self._edges[edge] = None
             self._edges.move_to_end(edge)
+            if edge in self._guests:
+                self._guests.move_to_end(edge)
 
     def _split(self, edge: _Edge, count: int) -> _Edge:
         """Cut an edge after some tokens, and return its first part."""
@@ -178,19 +190,36 @@ class KeptStates:
         first.below[int(edge.ids[count])] = edge
         edge.ids, edge.states, edge.above = edge.ids[count:], copies[1], first
         first.used = edge.used
+        if edge in self._guests:
+            self._guests[first] = None
         return first
 
-    def _make_room(self, size: int) -> bool:
-        """Remove what has been idle, and return whether there is room."""
+    def _make_room(self, size: int, path: list[_Edge]) -> bool:
+        """Remove what has been idle, or guests, but none of the path; return whether
+        there is room."""
         while self.bytes + size > self.limit:
-            oldest = next(iter(self._edges), None)
-            if oldest is None or self.lookups - oldest.used < _IDLE * len(self):
+            removed = next(iter(self._edges), None)
+            if removed is None or removed in path or not self._can_go(removed, size):
+                leaves = (g for g in self._guests if not g.below and g not in path)
+                removed = next(leaves, None)
+            if removed is None:
                 return False
-            del self._edges[oldest]
-            siblings = oldest.above.below if oldest.above else self._roots[oldest.root]
-            del siblings[int(oldest.ids[0])]
-            self.bytes -= oldest.states.bytes
+            self._remove(removed)
         return True
+
+    def _can_go(self, edge: _Edge, size: int) -> bool:
+        """Whether an edge is idle, or guests have less than their share."""
+        is_idle = self.lookups - edge.used >= _IDLE * len(self)
+        return is_idle or self._bytes_of_guests + size <= _GUESTS * self.limit
+
+    def _remove(self, edge: _Edge) -> None:
+        del self._edges[edge]
+        siblings = edge.above.below if edge.above else self._roots[edge.root]
+        del siblings[int(edge.ids[0])]
+        self.bytes -= edge.states.bytes
+        if edge in self._guests:
+            del self._guests[edge]
+            self._bytes_of_guests -= edge.states.bytes
 
 
 def _common(a_N: Tensor, b_N: Tensor) -> int:
