@@ -41,7 +41,7 @@ TRAININGS = {
 
 def read_with_positions(file, read=training.read_data):
     """As axolotl reads data that it packs, whose mask it drops then."""
-    return read(file).map(lambda row: {"position_ids": range(len(row["labels"]))})
+    return read(file).map(lambda row: {"position_ids": list(range(len(row["labels"])))})
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -61,29 +62,32 @@ class Fingerprint:
     parameters' places in memory, versions and dtypes, and the dtype of autocast."""
 
     def __init__(self, backbone: nn.Module, adapters: str) -> None:
+        modules = list(_modules_of(backbone, adapters))
         named = [
             (path + name, tensor)
-            for path, module in _modules_of(backbone, adapters)
+            for path, module in modules
             for tensors in (module._parameters, module._buffers)
             for name, tensor in tensors.items()
             if tensor is not None
         ]
         self.trained = next((n for n, t in named if t.requires_grad), None)
-        # While FSDP2 computes, it has some parameters whole, for a short time.
-        sharded = [t for _, t in named if isinstance(t, DTensor)]
-        self.is_sharded = bool(sharded)
-        tensors = [t.to_local() for t in sharded] or [t for _, t in named]
-        kind = tensors[0].device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        dtypes = {tensor.dtype for tensor in tensors if not tensor.dtype == torch.long}
-        self.is_float32 = dtypes == {torch.float32} and not autocast
-        self._seen = autocast, tuple(_seen(t) for t in tensors)
+        device = named[0][1].device.type
+        is_autocast = torch.is_autocast_enabled(device)
+        self._autocast = is_autocast and torch.get_autocast_dtype(device)
+        self.is_sharded = any(isinstance(module, FSDPModule) for _, module in modules)
+        if self.is_sharded:
+            named = [(n, t.to_local()) for n, t in named if isinstance(t, DTensor)]
+        dtypes = {t.dtype for _, t in named if t.dtype != torch.long}
+        self.is_float32 = dtypes <= {torch.float32} and not is_autocast
+        self._seen = {name: _seen(tensor) for name, tensor in named}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Fingerprint) and self._seen == other._seen
-
-    def __hash__(self) -> int:
-        return hash(self._seen)
+        if not isinstance(other, Fingerprint) or self._autocast != other._autocast:
+            return False
+        if not (self.is_sharded and other.is_sharded):
+            return self._seen == other._seen
+        # FSDP2 has parameters whole while it computes, or until backward.
+        return all(other._seen.get(n, seen) == seen for n, seen in self._seen.items())
 
 
 def _modules_of(backbone: nn.Module, adapters: str) -> Iterator[tuple[str, nn.Module]]:
