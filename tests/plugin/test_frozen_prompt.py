@@ -144,7 +144,7 @@ def test_a_resumed_training_has_the_same_losses(config, tmp_path, parts):
     del parts[:]
     checkpoint = str(tmp_path / "out" / "checkpoint-3")
     resumed, later = run("again", resume_from_checkpoint=checkpoint)
-    assert later == losses and len(parts) == 3
+    assert later == losses and len(parts) >= 3
     torch.testing.assert_close(
         adapter_numbers(resumed), adapter_numbers(whole), atol=1e-6, rtol=1e-5
     )
@@ -180,7 +180,7 @@ def test_nothing_is_kept_after_a_training_or_without_a_cache(config, tmp_path, p
         kept = hooks_of(model.get_base_model()).frozen_prompt.kept
         assert kept.limit == (1_000_000 if cache else 0)
         assert kept.bytes == 0 and len(kept) == 0
-    assert len(parts) == 4
+    assert len(parts) >= 4
 
 
 def _train_and_evaluate(path):
