@@ -8,6 +8,7 @@ from trl_trainers import build_trainer
 
 from axolotl_reft import use_frozen_prompt
 from axolotl_reft.tuner import frozen_base
+from axolotl_reft.tuner.frozen_prompt import FrozenPrompt
 from axolotl_reft.tuner.model import hooks_of
 
 STEPS = 4
@@ -34,8 +35,11 @@ TRL_CASES = {
 
 @pytest.fixture(autouse=True)
 def a_pass_takes_no_time(monkeypatch):
-    """Models are tiny, and would never be worth it."""
+    """Models are tiny, and would never be worth it. Nor is the base compared with
+    itself, whose forwards would count."""
     monkeypatch.setattr(frozen_base, "_FLOPS_OF_A_PASS", {"cpu": 0})
+    monkeypatch.setattr(frozen_base, "_SAVED", 0.0)
+    monkeypatch.setattr(FrozenPrompt, "_check_base", lambda *args: "")
 
 
 def hooks_in(model):
