@@ -193,3 +193,14 @@ def test_a_copy_begins_empty():
     assert (other.limit, other.device, len(other), other.bytes) == (10**9, HOST, 0, 0)
     kept.clear()
     assert (len(kept), kept.bytes, visit(kept, [1, 2])) == (0, 0, 0)
+
+
+def test_states_behind_what_was_forgotten_meanwhile_are_not_kept():
+    kept, ids = KeptStates(TOKEN * 100, HOST), [1, 2, 3, 4, 5]
+    visit(kept, ids[:3])
+    (piece,) = kept.find(0, array(ids))
+    kept.clear()
+    kept.add(0, array(ids), state_of(ids, len(ids) - piece.tokens))
+    assert not kept.find(0, array(ids))
+    assert visit(kept, ids) == 0
+    assert visit(kept, ids) == 5
