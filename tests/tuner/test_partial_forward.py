@@ -55,6 +55,20 @@ def test_where_labels_alone_have_logits_the_last_layer_skips_the_preambles(model
         assert len(last) == len(first) - 1
 
 
+def test_an_answer_ahead_of_the_first_edited_token_is_in_the_loss(model):
+    """Behind a prompt of one token, of which nothing is edited."""
+    batch = ragged([40, 34], [30, 24])
+    batch["labels"][0, 1:5] = batch["input_ids"][0, 1:5]
+    labelled = batch | labelled_logits(batch)
+    assert "shift_labels" in labelled
+    expected = _without_logits(model, labelled)
+    with two_parts(model) as seen:
+        torch.testing.assert_close(
+            _without_logits(model, labelled), expected, atol=1e-6, rtol=1e-4
+        )
+        assert seen.numbers[0][1]
+
+
 def test_neftune_s_noise_is_of_the_whole(model):
     with two_parts(model, "auto") as seen:
         embeddings = model.get_input_embeddings()

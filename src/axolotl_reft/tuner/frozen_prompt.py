@@ -253,7 +253,8 @@ class FrozenPrompt:
         if not reason:
             # Labels that are shifted come with the columns whose logits are computed:
             # of the others nobody sees hidden states.
-            needs_hidden = inputs.get("shift_labels") is None or base.is_sharded
+            is_labelled = inputs.get("shift_labels") is not None
+            needs_hidden = batch.answers_early or base.is_sharded or not is_labelled
             parts = TwoParts.of(batch, self.kept, needs_hidden)
             reason = _NOT_WORTH
             if parts and (

@@ -47,12 +47,14 @@ class HostBatch:
         samples: those that have anything to compute.
         ids_BT, positions_BT: token ids and position ids.
         edited: flat indices (N,) of the batch, by adapter and side.
+        answers_early: an answer's token may be predicted before the first edited one.
     """
 
     samples: list[Sample]
     ids_BT: Tensor
     positions_BT: Tensor
     edited: Mapping[str, list[Tensor]]
+    answers_early: bool
 
     @classmethod
     def read(
@@ -89,7 +91,11 @@ class HostBatch:
             return None
         if answer_BT is not None and _is_predicted_by_others(answer_BT, samples):
             return None
-        return cls(samples, inputs["input_ids"].to(_HOST), positions_BT, edited)
+        early = answer_BT is None or any(
+            answer_BT[s.row, s.begin + 1 : s.split + 1].any() for s in samples
+        )
+        ids_BT = inputs["input_ids"].to(_HOST)
+        return cls(samples, ids_BT, positions_BT, edited, early)
 
     def run(self, row: int, start: int, stop: int) -> TokenRun:
         """Return the tokens in some columns of a row."""
