@@ -203,6 +203,7 @@ def test_each_trainer_decides_anew_where_nothing_was_chosen(tmp_path, tokens):
     assert hooks_in(model).frozen_prompt is not None
 
 
+@pytest.mark.filterwarnings("ignore:LoReFT. every token of the first batch")
 def test_with_true_a_batch_without_preambles_is_no_error(tmp_path, tokens):
     model = build_adapter(build_model(), positions="l3").train()
     told = []
