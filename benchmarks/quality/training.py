@@ -1,0 +1,145 @@
+"""Training an adapter on conversations, and asking it the held-out ones.
+
+Shapes: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks.quality.tasks import Conversation, Task
+
+# Ids of a turn's prompt, from the end of the last answer on, and of its answer.
+Turn = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of a training.
+
+    Attributes:
+        loreft: settings of LoreftConfig.
+        seed: of the adapter's first parameters and of the order of the samples.
+    """
+
+    loreft: dict[str, Any]
+    learning_rate: float
+    seed: int
+    steps: int
+    batch: int
+
+
+def turns_of(tokenizer: Any, conversation: Conversation) -> list[Turn]:
+    """Tokenize a conversation in the chat template, the end of each turn in its
+    answer."""
+    messages = list[dict[str, str]]()
+    turns, before = list[Turn](), ""
+    for question, answer in conversation:
+        messages.append({"role": "user", "content": question})
+        prompt = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        assert prompt.startswith(before)
+        answered = answer + tokenizer.eos_token
+        ids = tokenizer([prompt.removeprefix(before), answered])["input_ids"]
+        turns.append((ids[0], ids[1]))
+        messages.append({"role": "assistant", "content": answer})
+        before = prompt + answered
+    return turns
+
+
+def row_of(turns: Sequence[Turn]) -> dict[str, list[int]]:
+    """Return a conversation's ids, and its labels: of answers only."""
+    return {
+        "input_ids": [i for prompt, answer in turns for i in prompt + answer],
+        "labels": [
+            label
+            for prompt, answer in turns
+            for label in [-100] * len(prompt) + answer
+        ],
+    }
+
+
+def train(
+    base: Any, tokenizer: Any, task: Task, training: Training
+) -> tuple[Any, float]:
+    """Return a base with a trained adapter, and the seconds that training took."""
+    from peft import get_peft_model
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    from axolotl_reft import LabelledLogits, LoreftConfig, turn_markers
+
+    torch.manual_seed(training.seed)
+    config = LoreftConfig(
+        task_type="CAUSAL_LM", turn_markers=turn_markers(tokenizer), **training.loreft
+    )
+    model = get_peft_model(base, config)
+    # As axolotl trains by default.
+    with TemporaryDirectory() as directory:
+        arguments = TrainingArguments(
+            directory,
+            learning_rate=training.learning_rate,
+            lr_scheduler_type="cosine",
+            max_steps=training.steps,
+            per_device_train_batch_size=training.batch,
+            seed=training.seed,
+            use_cpu=not torch.cuda.is_available(),
+            save_strategy="no",
+            report_to=[],
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        collator = DataCollatorForSeq2Seq(tokenizer)
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=[row_of(turns_of(tokenizer, c)) for c in task.train],
+            data_collator=LabelledLogits.of(model, collator),
+        )
+        start = perf_counter()
+        trainer.train()
+        return model, perf_counter() - start
+
+
+@torch.inference_mode()
+def accuracy(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    conversations: Sequence[Conversation],
+    batch: int = 50,
+) -> float:
+    """Return the share of right answers in %, by greedy decoding.
+
+    Each turn is asked after the right answers to those before.
+    """
+    questions = list[tuple[list[int], list[int]]]()
+    for conversation in conversations:
+        before = list[int]()
+        for prompt, answer in turns_of(tokenizer, conversation):
+            questions.append((before + prompt, answer))
+            before = before + prompt + answer
+    questions.sort(key=lambda question: len(question[0]))
+    most, right = max(len(answer) for _, answer in questions), 0
+    model.eval()
+    for start in range(0, len(questions), batch):
+        asked = questions[start : start + batch]
+        inputs = tokenizer.pad(
+            {"input_ids": [prompt for prompt, _ in asked]},
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device)
+        ids_BT = model.generate(**inputs, do_sample=False, max_new_tokens=most)
+        ids_BT = ids_BT[:, inputs["input_ids"].shape[1] :]
+        generated = tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
+        answers = tokenizer.batch_decode(
+            [answer for _, answer in asked], skip_special_tokens=True
+        )
+        right += sum(map(task.is_right, generated, answers))
+    return 100 * right / len(questions)
