@@ -5,6 +5,7 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -25,7 +26,7 @@ class Training:
 
     Attributes:
         loreft: settings of LoreftConfig.
-        seed: of the adapter's first parameters and of the order of the samples.
+        seed: of the adapter's first parameters, the samples and their order.
     """
 
     loreft: dict[str, Any]
@@ -59,9 +60,7 @@ def row_of(turns: Sequence[Turn]) -> dict[str, list[int]]:
     return {
         "input_ids": [i for prompt, answer in turns for i in prompt + answer],
         "labels": [
-            label
-            for prompt, answer in turns
-            for label in [-100] * len(prompt) + answer
+            label for prompt, answer in turns for label in [-100] * len(prompt) + answer
         ],
     }
 
@@ -75,6 +74,8 @@ def train(
 
     from axolotl_reft import LabelledLogits, LoreftConfig, turn_markers
 
+    samples = min(len(task.train), training.steps * training.batch)
+    chosen = random.Random(training.seed).sample(task.train, samples)
     torch.manual_seed(training.seed)
     config = LoreftConfig(
         task_type="CAUSAL_LM", turn_markers=turn_markers(tokenizer), **training.loreft
@@ -89,6 +90,7 @@ def train(
             max_steps=training.steps,
             per_device_train_batch_size=training.batch,
             seed=training.seed,
+            train_sampling_strategy="group_by_length",
             use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             report_to=[],
@@ -99,7 +101,7 @@ def train(
         trainer = Trainer(
             model,
             arguments,
-            train_dataset=[row_of(turns_of(tokenizer, c)) for c in task.train],
+            train_dataset=[row_of(turns_of(tokenizer, c)) for c in chosen],
             data_collator=LabelledLogits.of(model, collator),
         )
         start = perf_counter()
@@ -107,7 +109,7 @@ def train(
         return model, perf_counter() - start
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def accuracy(
     model: Any,
     tokenizer: Any,
@@ -128,6 +130,11 @@ def accuracy(
     questions.sort(key=lambda question: len(question[0]))
     most, right = max(len(answer) for _, answer in questions), 0
     model.eval()
+    # On a CPU, matmul expands a frozen head's weights to every row of a batch, which
+    # makes `generate` several times slower.
+    head = model.get_output_embeddings().weight
+    frozen = not head.requires_grad
+    head.requires_grad_(True)
     for start in range(0, len(questions), batch):
         asked = questions[start : start + batch]
         inputs = tokenizer.pad(
@@ -142,4 +149,5 @@ def accuracy(
             [answer for _, answer in asked], skip_special_tokens=True
         )
         right += sum(map(task.is_right, generated, answers))
+    head.requires_grad_(not frozen)
     return 100 * right / len(questions)
