@@ -95,12 +95,24 @@ def test_a_conversation_has_three_mappings_and_an_example_comes_once():
     assert found == tasks.linguistic_mappings(examples)
 
 
-def test_a_question_comes_once_with_its_choices_and_the_right_ones_text():
-    scores = {"Run": 0, "Sleep ": 1, "Eat": 0}
-    examples = [{"input": "Tired. What next? ", "target_scores": scores}] * 2
-    examples.append({"input": "Long?", "target_scores": {"No": 1, "y" * 61: 0}})
+def test_choices_are_numbered_as_in_llm_adapters():
+    scores = {"Run": 0, "Sleep": 1, "Eat": 0}
+    examples = [{"input": "Tired. What next? ", "target_scores": scores}]
     ((turn,),) = tasks.multiple_choice(examples)
-    assert turn == ("Tired. What next?\n- Run\n- Sleep\n- Eat", "Sleep")
+    assert turn == (
+        "Please choose the correct answer to the question: Tired. What next?\n\n"
+        "Answer1: Run\n\nAnswer2: Sleep\n\nAnswer3: Eat\n\n"
+        "Answer format: answer1/answer2/answer3",
+        "the correct answer is answer2",
+    )
+
+
+def test_questions_have_one_type_of_five():
+    targets = (["Date."], ["Date.", "Entity."], ["Law."])
+    examples = [{"input": f"{n}? ", "target": of} for n, of in enumerate(targets)]
+    ((turn,),) = tasks.question_types(examples)
+    assert turn[0].startswith("0?\n\nWhat is the answer's type: Humans, Entity, Date")
+    assert turn[1] == "Date"
 
 
 def test_reviews_are_clear_and_as_many_of_either_kind():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.quality.measuring import Measurement
 from benchmarks.quality.results import read, report
-from benchmarks.quality.tasks import TASKS, load
+from benchmarks.quality.tasks import DEFAULT, TASKS, load
 from benchmarks.smollm2 import smollm2
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -22,7 +22,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Train SmolLM2-135M-Instruct with LoReFT at several positions and "
         "measure the share of right answers. What --results holds is not run again.",
     )
-    parser.add_argument("--task", action="append", choices=TASKS, help="default: all")
+    parser.add_argument(
+        "--task",
+        action="append",
+        choices=TASKS,
+        help=f"may be repeated; default: {', '.join(DEFAULT)}",
+    )
     parser.add_argument("--positions", nargs="+", default=POSITIONS)
     parser.add_argument(
         "--learning-rate",
@@ -34,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument(
         "--answers", type=int, default=200, help="held-out answers of each task's test"
@@ -62,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
     tasks = cache(lambda name: load(name, options.answers))
     measurement = Measurement(results, options.results, base, tokenizer, tasks)
-    names = options.task or list(TASKS)
+    names = options.task or DEFAULT
     measurement.run(names, options.positions, options.learning_rate, options.seeds)
     print(report(results))
 

@@ -23,11 +23,10 @@ LINGUISTIC_MAPPINGS = {
     "past_tense": "Write the past tense of this verb: ",
     "plural": "Write the plural of this noun: ",
 }
+QUESTION_TYPES = ("Humans", "Entity", "Date", "Quantity", "Location")
 _TURNS = 3
 # Snippets whose mean rating, from -4 to 4, is nearer to 0 are neither.
 _CLEAR_RATING = 1
-# In characters; longer ones would make every batch of answers take longer.
-_LONGEST_CHOICE = 60
 _MAPPINGS = Package(
     "bigbench==1.0.0",
     tuple(
@@ -55,12 +54,13 @@ _SOCIAL_IQA = Package(
     ),
     source=True,
 )
-_WIKIHOW_STEPS = Package(
+_QUESTION_TYPES = Package(
     "bigbench==1.0.0",
     (
         PackagedFile(
-            "benchmark_tasks/goal_step_wikihow/step_inference/task.json",
-            "e3cba757d9f6050a90f4a9d7b32d0159f2c0d69a4b6656588f56593f85193494",
+            "benchmark_tasks/natural_instructions/"
+            "subtask046_miscellaenous_question_typing/task.json",
+            "8aea2ed4a22e6bd1f07d3879eb790bb7a8d83ae9f1a2e156050c1b8cc629d5be",
         ),
     ),
     source=True,
@@ -135,17 +135,33 @@ def linguistic_mappings(
 
 
 def multiple_choice(examples: list[dict[str, Any]]) -> list[Conversation]:
-    """Return BIG-bench's questions, each with its choices and the text of the right
-    one, without repeated questions and long choices."""
-    found = dict[str, tuple[str, str]]()
+    """Return BIG-bench's questions with several choices, as LLM-Adapters writes
+    them."""
+    conversations = list[Conversation]()
     for example in _shuffled(examples):
         scores: dict[str, int] = example["target_scores"]
-        if max(map(len, scores)) <= _LONGEST_CHOICE:
-            (right,) = (choice.strip() for choice, score in scores.items() if score)
-            question = example["input"].strip()
-            listed = "".join(f"\n- {choice.strip()}" for choice in scores)
-            found.setdefault(question, (question + listed, right))
-    return [[turn] for turn in found.values()]
+        numbered = {f"answer{n}": choice for n, choice in enumerate(scores, 1)}
+        (right,) = (n for n, choice in numbered.items() if scores[choice])
+        listed = "".join(f"{n.title()}: {of}\n\n" for n, of in numbered.items())
+        question = (
+            "Please choose the correct answer to the question: "
+            f"{example['input'].strip()}\n\n{listed}"
+            f"Answer format: {'/'.join(numbered)}"
+        )
+        conversations.append([(question, f"the correct answer is {right}")])
+    return conversations
+
+
+def question_types(examples: list[dict[str, Any]]) -> list[Conversation]:
+    """Return natural-instructions' questions with the type of their answer, of those
+    that have one of ``QUESTION_TYPES`` alone."""
+    asked = f"\n\nWhat is the answer's type: {', '.join(QUESTION_TYPES)}?"
+    typed = {f"{word}.": word for word in QUESTION_TYPES}
+    return [
+        [(example["input"].strip() + asked, typed[example["target"][0]])]
+        for example in _shuffled(examples)
+        if len(example["target"]) == 1 and example["target"][0] in typed
+    ]
 
 
 def review_sentiment(lines: list[str]) -> list[Conversation]:
@@ -184,9 +200,9 @@ def _read_social_iqa(kept: Path) -> list[Conversation]:
     return multiple_choice(_examples(file))
 
 
-def _read_wikihow_steps(kept: Path) -> list[Conversation]:
-    (file,) = fetch(_WIKIHOW_STEPS, kept)
-    return multiple_choice(_examples(file))
+def _read_question_types(kept: Path) -> list[Conversation]:
+    (file,) = fetch(_QUESTION_TYPES, kept)
+    return question_types(_examples(file))
 
 
 def _read_review_sentiment(kept: Path) -> list[Conversation]:
@@ -206,10 +222,12 @@ def _examples(file: Path) -> list[dict[str, Any]]:
 # By name: how the conversations are read, and what an answer chooses from.
 TASKS: dict[str, tuple[Callable[[Path], list[Conversation]], tuple[str, ...]]] = {
     "linguistic mappings": (_read_linguistic_mappings, ()),
-    "Social IQa": (_read_social_iqa, ()),
-    "wikiHow steps": (_read_wikihow_steps, ()),
+    "question types": (_read_question_types, QUESTION_TYPES),
     "review sentiment": (_read_review_sentiment, ("positive", "negative")),
+    "Social IQa": (_read_social_iqa, ("answer1", "answer2", "answer3")),
 }
+# A short training does not teach a small model Social IQa.
+DEFAULT = tuple(TASKS)[:3]
 
 
 def load(name: str, answers: int, kept: Path = KEPT) -> Task:
