@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=6)
     parser.add_argument(
         "--answers", type=int, default=200, help="held-out answers of each task's test"
     )

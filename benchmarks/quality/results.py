@@ -21,7 +21,7 @@ class Run:
         validation: right answers in % of those to choose a learning rate by; None
             where there was no choice.
         test: right answers in % of those that nothing was chosen by.
-        seconds: of the training.
+        seconds: of CPU time in training.
     """
 
     task: str
@@ -92,7 +92,7 @@ def read(path: Path, settings: dict[str, Any]) -> Results:
 def report(results: Results) -> str:
     """Return a table of test scores: their mean, and every seed's."""
     header = ["task", "positions", "parameters", "learning rate", "mean, %"]
-    header += ["least to most", "by seed", "s a step"]
+    header += ["least to most", "by seed", "CPU s a step"]
     lines = [table.row(header), table.row(["---"] * len(header))]
     for task, score in results.base.items():
         lines.append(table.row([task, "none", "", "", f"{score:.1f}", "", "", ""]))
