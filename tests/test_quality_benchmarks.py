@@ -226,7 +226,7 @@ def test_the_table_has_the_rate_that_validation_chose():
     def run(rate, seed, validation, test):
         return Run("fruit", "l7", rate, seed, 1000, validation, test, 30.0, 0.5)
 
-    runs = [run(1e-3, 0, 60, 90), run(2e-3, 0, 70, 80), run(2e-3, 1, None, 83)]
+    runs = [run(2e-3, 1, None, 83), run(1e-3, 0, 60, 90), run(2e-3, 0, 70, 80)]
     table = report(Results({}, {"fruit": 12.5}, runs))
     assert "| fruit | none |  |  | 12.5 |  |  |  |" in table
     line = "| fruit | l7 | 1,000 | 0.002 | 81.5 | 80.0 to 83.0 | 80.0, 83.0 | 0.50 |"

@@ -49,10 +49,12 @@ class Results:
     runs: list[Run] = field(default_factory=list)
 
     def of(self, task: str, positions: str) -> list[Run]:
-        """Return the runs with the learning rate that was best in validation."""
-        runs = [r for r in self.runs if (r.task, r.positions) == (task, positions)]
-        seed = runs[0].seed if runs else 0
-        tried = [run for run in runs if run.seed == seed]
+        """Return the runs with the learning rate that was best in validation, by
+        seed."""
+        wanted = (task, positions)
+        runs = [run for run in self.runs if (run.task, run.positions) == wanted]
+        runs.sort(key=lambda run: run.seed)
+        tried = [run for run in runs if run.seed == runs[0].seed]
         best = max(tried, key=lambda run: run.validation or 0, default=None)
         return [r for r in runs if best and r.learning_rate == best.learning_rate]
 
