@@ -27,41 +27,30 @@ QUESTION_TYPES = ("Humans", "Entity", "Date", "Quantity", "Location")
 _TURNS = 3
 # Snippets whose mean rating, from -4 to 4, is nearer to 0 are neither.
 _CLEAR_RATING = 1
-_MAPPINGS = Package(
+# By path below BIG-bench's tasks.
+_BIG_BENCH_TASKS = {
+    "linguistic_mappings/sentence_negation_json": (
+        "5597a0f3eada26930344924b203e25fbecc0b77de6495cc2caa726e273be6dfc"
+    ),
+    "linguistic_mappings/question_formation_json": (
+        "b301331de6a8d50653081ca631a153a0387a2da2f6a3019655bdff70e8df1729"
+    ),
+    "linguistic_mappings/past_tense_json": (
+        "3b7bdd89621a1288ba51633387c9e5a6077bd33b8fff9ee60653d99ef72aa8c1"
+    ),
+    "linguistic_mappings/plural_json": (
+        "0eadf3c471abe6e27ab1966c9c1f045708e2c9ecf9af3453dcfcf214ef5100de"
+    ),
+    "natural_instructions/subtask046_miscellaenous_question_typing": (
+        "8aea2ed4a22e6bd1f07d3879eb790bb7a8d83ae9f1a2e156050c1b8cc629d5be"
+    ),
+    "social_iqa": "edc9f568b70ae6d4af0783764dbe4e4f18aa1242c675a93f534338d73a565348",
+}
+_BIG_BENCH = Package(
     "bigbench==1.0.0",
     tuple(
-        PackagedFile(f"benchmark_tasks/linguistic_mappings/{name}_json/task.json", sha)
-        for name, sha in zip(
-            LINGUISTIC_MAPPINGS,
-            (
-                "5597a0f3eada26930344924b203e25fbecc0b77de6495cc2caa726e273be6dfc",
-                "b301331de6a8d50653081ca631a153a0387a2da2f6a3019655bdff70e8df1729",
-                "3b7bdd89621a1288ba51633387c9e5a6077bd33b8fff9ee60653d99ef72aa8c1",
-                "0eadf3c471abe6e27ab1966c9c1f045708e2c9ecf9af3453dcfcf214ef5100de",
-            ),
-            strict=True,
-        )
-    ),
-    source=True,
-)
-_SOCIAL_IQA = Package(
-    "bigbench==1.0.0",
-    (
-        PackagedFile(
-            "benchmark_tasks/social_iqa/task.json",
-            "edc9f568b70ae6d4af0783764dbe4e4f18aa1242c675a93f534338d73a565348",
-        ),
-    ),
-    source=True,
-)
-_QUESTION_TYPES = Package(
-    "bigbench==1.0.0",
-    (
-        PackagedFile(
-            "benchmark_tasks/natural_instructions/"
-            "subtask046_miscellaenous_question_typing/task.json",
-            "8aea2ed4a22e6bd1f07d3879eb790bb7a8d83ae9f1a2e156050c1b8cc629d5be",
-        ),
+        PackagedFile(f"benchmark_tasks/{path}/task.json", sha256)
+        for path, sha256 in _BIG_BENCH_TASKS.items()
     ),
     source=True,
 )
@@ -189,20 +178,21 @@ def _shuffled(items: list[_T]) -> list[_T]:
 
 
 def _read_linguistic_mappings(kept: Path) -> list[Conversation]:
-    files = fetch(_MAPPINGS, kept)
     return linguistic_mappings(
-        dict(zip(LINGUISTIC_MAPPINGS, map(_examples, files), strict=True))
+        {
+            name: _examples(f"linguistic_mappings/{name}_json", kept)
+            for name in LINGUISTIC_MAPPINGS
+        }
     )
 
 
 def _read_social_iqa(kept: Path) -> list[Conversation]:
-    (file,) = fetch(_SOCIAL_IQA, kept)
-    return multiple_choice(_examples(file))
+    return multiple_choice(_examples("social_iqa", kept))
 
 
 def _read_question_types(kept: Path) -> list[Conversation]:
-    (file,) = fetch(_QUESTION_TYPES, kept)
-    return question_types(_examples(file))
+    path = "natural_instructions/subtask046_miscellaenous_question_typing"
+    return question_types(_examples(path, kept))
 
 
 def _read_review_sentiment(kept: Path) -> list[Conversation]:
@@ -215,8 +205,9 @@ def _read_review_sentiment(kept: Path) -> list[Conversation]:
     return review_sentiment(text.splitlines())
 
 
-def _examples(file: Path) -> list[dict[str, Any]]:
-    return json.loads(file.read_text())["examples"]
+def _examples(path: str, kept: Path) -> list[dict[str, Any]]:
+    files = dict(zip(_BIG_BENCH_TASKS, fetch(_BIG_BENCH, kept), strict=True))
+    return json.loads(files[path].read_text())["examples"]
 
 
 # By name: how the conversations are read, and what an answer chooses from.
