@@ -45,6 +45,17 @@ def fell(losses):
 
 
 @pytest.mark.slow
+def test_the_losses_of_a_4_bit_base_are_the_same_in_two_parts(config, tmp_path):
+    runs = []
+    for frozen_prompt in (False, True):
+        block = {"positions": "l1", "rank": 4, "frozen_prompt": frozen_prompt}
+        output = str(tmp_path / str(frozen_prompt))
+        _, losses = train(config, 4, load_in_4bit=True, loreft=block, output_dir=output)
+        runs.append(losses)
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_a_4_bit_base_is_one_and_is_trained_on_and_comes_back(config, tmp_path):
     model, losses = train(config, load_in_4bit=True, output_dir=str(tmp_path))
     found = linears(trained_base(model))
