@@ -74,7 +74,7 @@ def test_more_than_is_free_is_not_used_and_said(machine, monkeypatch):
     told = []
     assert limit_of("7GB", told) == 7 * GB and not told
     assert limit_of("100GB", told) == 8 * GB
-    assert told == ["frozen_prompt_cache: 8 GB, of what is free"]
+    assert told == ["frozen_prompt_cache: lowered to 8 GB, 80% of what is free"]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert limit_of("7GB") == 2 * GB
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import build_model
+from frozen_prompts import ragged
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -36,16 +37,7 @@ def adapted(kind="llama", **settings):
 
 
 def batch(left=False):
-    width = max(LENGTHS)
-    torch.manual_seed(2)
-    ids_BT = torch.randint(3, 60, (len(LENGTHS), width))
-    mask_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, -100)
-    for row, (length, prompt) in enumerate(zip(LENGTHS, PROMPTS, strict=True)):
-        begin = width - length if left else 0
-        mask_BT[row, begin : begin + length] = 1
-        answer = slice(begin + prompt, begin + length)
-        labels_BT[row, answer] = ids_BT[row, answer]
-    return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
+    return ragged(LENGTHS, PROMPTS, left)
 
 
 def gradients(model, inputs):

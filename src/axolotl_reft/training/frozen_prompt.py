@@ -22,7 +22,7 @@ from axolotl_reft.tuner.frozen_reasons import early_positions
 from axolotl_reft.tuner.hooks import ModelHooks
 from axolotl_reft.tuner.model import hooks_of
 
-# Of the memory that is free: what prefixes may take by default, and at most.
+# Of the memory that is free: what is kept may take by default, and at most.
 _SHARE, _MOST = 0.25, 0.8
 # Control groups: of the process, and where they are, by version (2, and 1).
 _GROUPS, _CGROUP = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -105,7 +105,8 @@ def _use(
         most = int(free * _MOST)
         limit = int(free * _SHARE) if limit is None else limit
         if limit > most:
-            tell(f"frozen_prompt_cache: {most / 1e9:.3g} GB, of what is free")
+            share = f"{most / 1e9:.3g} GB, {_MOST:.0%} of what is free"
+            tell(f"frozen_prompt_cache: lowered to {share}")
             limit = most
     hooks.use_frozen_prompt(
         FrozenPrompt(

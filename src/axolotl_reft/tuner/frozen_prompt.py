@@ -23,6 +23,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from axolotl_reft.prompts.kept import KeptStates
+from axolotl_reft.tuner.compat import cache_name
 from axolotl_reft.tuner.context import ForwardContext, ModelState
 from axolotl_reft.tuner.frozen_base import Fingerprint, lower_saves_time, saves_time
 from axolotl_reft.tuner.frozen_reasons import (
@@ -95,8 +96,9 @@ class FrozenPrompt:
             return
         bases = [getattr(layer, "base_layer", layer) for layer in self._layers]
         windows = windows_of(self._backbone.config)
+        name = str(cache_name(self._names))  # why_not has seen to it
         self._partial_forward = PartialForward(
-            self._backbone, self._forward, bases, windows, state
+            self._backbone, self._forward, bases, windows, name, state
         )
 
     def attach(self) -> None:
@@ -158,7 +160,8 @@ class FrozenPrompt:
                 self._has_vectors = False
                 return self._forward(*args, **kwargs)
             self._say(
-                f"the {self._lower.count} frozen layers below: {self._text_of_kept}"
+                f"hidden states behind {self._lower.count} frozen layers, below the "
+                f"first edited one: {self._text_of_kept}"
             )
             with self._lower.given(h_BTD):
                 return self._forward(*args, **kwargs)

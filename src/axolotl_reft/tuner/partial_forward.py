@@ -6,7 +6,6 @@ from the first edited token on.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from axolotl_reft.prompts.kept import KeptStates, States
-from axolotl_reft.tuner.compat import cache_name
 from axolotl_reft.tuner.context import ForwardContext, ModelState
 from axolotl_reft.tuner.lower_layers import LowerLayers
 from axolotl_reft.tuner.preamble_cache import PreambleCache, StopForwardError
@@ -37,6 +35,7 @@ class PartialForward:
         forward: the backbone's own.
         layers: all of the backbone, without wrappers.
         windows: of their caches.
+        cache_name: the argument of the forward that takes a cache.
         others: a forward's further arguments.
     """
 
@@ -44,6 +43,7 @@ class PartialForward:
     forward: Callable[..., Any]
     layers: list[nn.Module]
     windows: list[int | None]
+    cache_name: str
     state: ModelState
     others: Mapping[str, Any] = field(default_factory=dict)
 
@@ -182,10 +182,9 @@ class PartialForward:
             starts = before - torch.tensor(done)[:, None]
             stops = before + torch.tensor(counts)[:, None]
             mask = ((columns >= starts) & (columns < stops)).long().to(device)
-        parameters = inspect.signature(type(self.backbone).forward).parameters
         return self.forward(
             **self.others,
-            **{str(cache_name(parameters)): cache},
+            **{self.cache_name: cache},
             input_ids=ids.to(device),
             attention_mask=mask,
             position_ids=positions.to(device),
