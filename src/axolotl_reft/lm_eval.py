@@ -13,7 +13,6 @@ the last), C of a continuation, Q requests, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from transformers import AutoConfig
 
 from axolotl_reft.saved.directory import check_adapter_fits, read_adapter_config
 from axolotl_reft.tuner.cached_edits import has_rows, rows_of
-from axolotl_reft.tuner.compat import cache_of
+from axolotl_reft.tuner.compat import cache_of, forward_parameters
 from axolotl_reft.tuner.model import LoreftModel
 
 # The request's text, tokens of its context, tokens of its continuation.
@@ -207,7 +206,7 @@ class LoreftLM(HFLM):
             has none to go on with for several rows.
         """
         wanted = {"use_cache": True, "logits_to_keep": 1}
-        taken = inspect.signature(self.model.get_base_model().forward).parameters
+        taken = forward_parameters(self.model.get_base_model())
         ids_NL = self._sent(_contexts(rows))
         output = self._forward(
             input_ids=ids_NL,

@@ -1,5 +1,6 @@
 """Models that an adapter cannot be made for, and what their owners read."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import peft
@@ -190,3 +191,21 @@ def test_a_name_that_is_taken_is_refused_with_another():
     with pytest.raises(ValueError, match="'default' .*choose another, such as 'adapte"):
         get_peft_model(model, LoreftConfig())
     get_peft_model(model, LoreftConfig(), adapter_name="adapter_1")
+
+
+def test_a_forward_of_any_arguments_on_the_base_changes_nothing(tokens):
+    """As a library that counts or times forwards puts it there."""
+    ids = tokens(2, 9)
+    labels = ids.clone()
+    labels[:, :5] = -100
+    given = ids, None, None, None, None, labels
+    expected = build_adapter(build_model()).get_base_model()(*given).logits
+    base = build_model()
+    for module in (base, base.model):
+        module.forward = partial(forward_of, module.forward)
+    got = build_adapter(base).get_base_model()(*given).logits
+    assert torch.equal(got, expected)
+
+
+def forward_of(plain, *args, **kwargs):
+    return plain(*args, **kwargs)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Container, Mapping
 from importlib.metadata import version
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
+from torch import nn
 from transformers import Cache
 
 # Caches of other classes: RWKV's, XLNet's, Reformer's, xLSTM's.
@@ -41,6 +43,12 @@ def cache_of(holder: object) -> Any:
     if not isinstance(holder, tuple):
         return None
     return next((held for held in holder if isinstance(held, Cache)), None)
+
+
+def forward_parameters(module: nn.Module) -> list[str]:
+    """Return the names of a forward's parameters as the class has them; a forward that
+    another library put on the instance may take anything."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def cache_name(parameters: Container[str]) -> str | None:

@@ -12,7 +12,6 @@ first edited one: they are kept, and those layers left out.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, update_wrapper
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from axolotl_reft.prompts.kept import KeptStates
-from axolotl_reft.tuner.compat import cache_name
+from axolotl_reft.tuner.compat import cache_name, forward_parameters
 from axolotl_reft.tuner.context import ForwardContext, ModelState
 from axolotl_reft.tuner.frozen_base import Fingerprint, lower_saves_time, saves_time
 from axolotl_reft.tuner.frozen_reasons import (
@@ -83,7 +82,7 @@ class FrozenPrompt:
         self._tell, self._told = tell, set[str]()
         self._base: Fingerprint | None = None
         self._forward = self._backbone.forward
-        self._names = list(inspect.signature(self._forward).parameters)
+        self._names = forward_parameters(self._backbone)
         # Of the instance: accelerate puts its own there.
         self._before = self._backbone.__dict__.get("forward")
         self._lower: LowerLayers | None = None

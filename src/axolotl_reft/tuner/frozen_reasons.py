@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from axolotl_reft.prompts.positions import Positions
 from axolotl_reft.tuner.checkpointing import shares_keys_and_values
-from axolotl_reft.tuner.compat import cache_name, cache_of
+from axolotl_reft.tuner.compat import cache_name, cache_of, forward_parameters
 from axolotl_reft.tuner.context import ForwardContext, ModelState
 from axolotl_reft.tuner.layout import Layout
 from axolotl_reft.tuner.preamble_cache import other_caches
@@ -59,7 +58,7 @@ def _of_base(
         len(backbones) > 1,
         f"{type(model).__name__} holds a text model within another",
     )
-    parameters = inspect.signature(type(backbone).forward).parameters
+    parameters = forward_parameters(backbone)
     taken = {
         "cache": cache_name(parameters),
         "position_ids": "position_ids" in parameters,

@@ -21,7 +21,6 @@ Shapes: B batch, T tokens of this forward.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import partial, update_wrapper
 from typing import Any
@@ -35,7 +34,7 @@ from axolotl_reft.prompts.generation import Generation
 from axolotl_reft.tuner import prompt_sources
 from axolotl_reft.tuner.cached_edits import columns_in
 from axolotl_reft.tuner.checkpointing import refuse_reentrant_checkpointing
-from axolotl_reft.tuner.compat import cache_of, pages_of
+from axolotl_reft.tuner.compat import cache_of, forward_parameters, pages_of
 from axolotl_reft.tuner.context import POSITIONS, FindSpans, ForwardContext, ModelState
 from axolotl_reft.tuner.executor import prepare_edits
 from axolotl_reft.tuner.frozen_prompt import FrozenPrompt
@@ -69,7 +68,7 @@ class ModelHooks:
         ]
         self.backbones = backbones(model, layers)
         for backbone in self.backbones:
-            names = list(inspect.signature(backbone.forward).parameters)
+            names = forward_parameters(backbone)
             before = partial(self._before_backbone, names)
             self._handles += [
                 backbone.register_forward_pre_hook(before, with_kwargs=True),
@@ -145,7 +144,7 @@ class ModelHooks:
         some models the mask."""
         inputs: Inputs = kwargs
         if len(args) > 1:
-            names = inspect.signature(module.forward).parameters
+            names = forward_parameters(module)
             inputs = dict(zip(names, args, strict=False)) | kwargs
         thread = self.state.thread
         thread.context = None  # of a forward that an exception ended

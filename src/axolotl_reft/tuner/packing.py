@@ -5,7 +5,6 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from axolotl_reft.prompts.batch import sample_starts
+from axolotl_reft.tuner.compat import forward_parameters
 
 # Of a config's ``layer_types``: those that carry a state from token to token whatever
 # the mask, and those that pool or choose tokens of a whole row. docs/support.md has
@@ -48,7 +48,7 @@ def what_joins_samples(model: PreTrainedModel) -> str:
         return f"{number} of {types.total()} layers ({', '.join(found)})"
     if kind in _RECURRENT:
         return f"the recurrent layers ({kind})"
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in forward_parameters(model):
         return f"the layers ({kind} has no position_ids)"
     attention = getattr(config, "_attn_implementation", None) or ""
     if kind in _MASKS_WITHOUT_POSITIONS and "flash" not in attention:
