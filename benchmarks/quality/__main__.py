@@ -1,4 +1,4 @@
-"""``python -m benchmarks.quality``: accuracy by positions on a pretrained model."""
+"""``python -m benchmarks.quality``: accuracy of adapters on a pretrained model."""
 
 from __future__ import annotations
 
@@ -7,38 +7,33 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.quality.measuring import Measurement
+from benchmarks.quality.methods import METHODS
 from benchmarks.quality.results import read, report
-from benchmarks.quality.tasks import DEFAULT, TASKS, load
-from benchmarks.smollm2 import smollm2
+from examples.real.models import smollm2
+from examples.real.tasks import TASKS, load
 
 RESULTS = Path(__file__).parent / "results.json"
-# In the order in which they are run.
-POSITIONS = ("l7", "f7+l7", "l1", "l4", "all")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
-        description="Train SmolLM2-135M-Instruct with LoReFT at several positions and "
+        description="Train SmolLM2-135M-Instruct on tasks with LoReFT and LoRA, and "
         "measure the share of right answers. What --results holds is not run again.",
     )
     parser.add_argument(
         "--task",
         action="append",
         choices=TASKS,
-        help=f"may be repeated; default: {', '.join(DEFAULT)}",
+        help="may be repeated; default: all",
     )
-    parser.add_argument("--positions", nargs="+", default=POSITIONS)
     parser.add_argument(
-        "--learning-rate",
-        nargs="+",
-        type=float,
-        default=[9e-4],
-        help="of several, the first seed chooses by validation, for each task and "
-        "positions",
+        "--method",
+        action="append",
+        choices=METHODS,
+        help="may be repeated; default: all",
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=6)
     parser.add_argument(
@@ -53,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = _parser().parse_args(arguments)
-    shared = ("rank", "steps", "batch", "answers")
+    shared = ("steps", "batch", "answers")
     settings = {
         "model": "SmolLM2-135M-Instruct",
         "dtype": "bfloat16",
@@ -67,8 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
     tasks = cache(lambda name: load(name, options.answers))
     measurement = Measurement(results, options.results, base, tokenizer, tasks)
-    names = options.task or DEFAULT
-    measurement.run(names, options.positions, options.learning_rate, options.seeds)
+    names = options.task or list(TASKS)
+    measurement.run(names, options.method or METHODS, options.seeds)
     print(report(results))
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.methods import METHODS
 from benchmarks.quality.results import Results, Run
-from benchmarks.quality.tasks import Task
 from benchmarks.quality.training import Training, accuracy, train
+from examples.real.tasks import Task
 
 
 @dataclass
@@ -28,14 +29,8 @@ class Measurement:
     tokenizer: Any
     tasks: Callable[[str], Task]
 
-    def run(
-        self,
-        names: Sequence[str],
-        positions: Iterable[str],
-        learning_rates: Sequence[float],
-        seeds: int,
-    ) -> None:
-        """Train on each task at all positions, with every learning rate and the first
+    def run(self, names: Sequence[str], methods: Iterable[str], seeds: int) -> None:
+        """Train each method on each task with all its learning rates and the first
         seed, then with the best rate and the others."""
         for name in names:
             if name not in self.results.base:
@@ -43,44 +38,36 @@ class Measurement:
                 score = accuracy(self.base, self.tokenizer, task, task.test)
                 self.results.base[name] = score
                 self.results.write(self.path)
-        choosing = len(learning_rates) > 1
-        for where in positions:
+        for method in methods:
             for name in names:
-                for learning_rate in learning_rates:
-                    self._ensure(name, where, learning_rate, 0, choosing)
-        for where in positions:
-            for seed in range(1, seeds):
-                for name in names:
-                    chosen = self.results.of(name, where)[0].learning_rate
-                    self._ensure(name, where, chosen, seed)
+                for learning_rate in METHODS[method].learning_rates:
+                    self._ensure(name, method, learning_rate, 0)
+                chosen = self.results.of(name, method)[0].learning_rate
+                for seed in range(1, seeds):
+                    self._ensure(name, method, chosen, seed)
 
-    def _ensure(
-        self,
-        name: str,
-        positions: str,
-        learning_rate: float,
-        seed: int,
-        validate: bool = False,
-    ) -> None:
-        if self.results.find(name, positions, learning_rate, seed):
+    def _ensure(self, name: str, method: str, learning_rate: float, seed: int) -> None:
+        if self.results.find(name, method, learning_rate, seed):
             return
         task, settings = self.tasks(name), self.results.settings
-        loreft = {"positions": positions, "rank": settings["rank"]}
         training = Training(
-            loreft, learning_rate, seed, settings["steps"], settings["batch"]
+            METHODS[method], learning_rate, seed, settings["steps"], settings["batch"]
         )
         model, seconds = train(self.base, self.tokenizer, task, training)
-        validation = None
-        if validate:
+        validation = test = None
+        best = [run.validation or 0 for run in self.results.of(name, method)[:1]]
+        if not seed:
             validation = accuracy(model, self.tokenizer, task, task.validation)
+        if validation is None or not best or validation > best[0]:
+            test = accuracy(model, self.tokenizer, task, task.test)
         run = Run(
             name,
-            positions,
+            method,
             learning_rate,
             seed,
             sum(p.numel() for p in model.parameters() if p.requires_grad),
             validation,
-            accuracy(model, self.tokenizer, task, task.test),
+            test,
             seconds,
             seconds / training.steps,
         )

@@ -20,17 +20,18 @@ class Run:
     Attributes:
         validation: right answers in % of those to choose a learning rate by; None
             where there was no choice.
-        test: right answers in % of those that nothing was chosen by.
+        test: right answers in % of those that nothing was chosen by; None where an
+            earlier learning rate was better in validation.
         seconds: of CPU time in training.
     """
 
     task: str
-    positions: str
+    method: str
     learning_rate: float
     seed: int
     parameters: int
     validation: float | None
-    test: float
+    test: float | None
     seconds: float
     seconds_per_step: float
 
@@ -48,22 +49,22 @@ class Results:
     base: dict[str, float] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
 
-    def of(self, task: str, positions: str) -> list[Run]:
-        """Return the runs with the learning rate that was best in validation, by
-        seed."""
-        wanted = (task, positions)
-        runs = [run for run in self.runs if (run.task, run.positions) == wanted]
+    def of(self, task: str, method: str) -> list[Run]:
+        """Return the runs with the learning rate that was best in validation, of equals
+        the first, by seed."""
+        wanted = (task, method)
+        runs = [run for run in self.runs if (run.task, run.method) == wanted]
         runs.sort(key=lambda run: run.seed)
         tried = [run for run in runs if run.seed == runs[0].seed]
         best = max(tried, key=lambda run: run.validation or 0, default=None)
         return [r for r in runs if best and r.learning_rate == best.learning_rate]
 
     def find(
-        self, task: str, positions: str, learning_rate: float, seed: int
+        self, task: str, method: str, learning_rate: float, seed: int
     ) -> Run | None:
-        wanted = (task, positions, learning_rate, seed)
+        wanted = (task, method, learning_rate, seed)
         for run in self.runs:
-            if (run.task, run.positions, run.learning_rate, run.seed) == wanted:
+            if (run.task, run.method, run.learning_rate, run.seed) == wanted:
                 return run
         return None
 
@@ -93,19 +94,19 @@ def read(path: Path, settings: dict[str, Any]) -> Results:
 
 def report(results: Results) -> str:
     """Return a table of test scores: their mean, and every seed's."""
-    header = ["task", "positions", "parameters", "learning rate", "mean, %"]
+    header = ["task", "method", "parameters", "learning rate", "mean, %"]
     header += ["least to most", "by seed", "CPU s a step"]
     lines = [table.row(header), table.row(["---"] * len(header))]
     for task, score in results.base.items():
         lines.append(table.row([task, "none", "", "", f"{score:.1f}", "", "", ""]))
-        for positions in dict.fromkeys(run.positions for run in results.runs):
-            if runs := results.of(task, positions):
-                lines.append(table.row([task, positions, *_cells(runs)]))
+        for method in dict.fromkeys(run.method for run in results.runs):
+            if runs := results.of(task, method):
+                lines.append(table.row([task, method, *_cells(runs)]))
     return "\n".join([*lines, ""])
 
 
 def _cells(runs: Sequence[Run]) -> list[str]:
-    scores = [run.test for run in runs]
+    scores = [run.test for run in runs if run.test is not None]
     return [
         f"{runs[0].parameters:,}",
         f"{runs[0].learning_rate:g}",

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality.tasks import Conversation, Task
+from benchmarks.quality.methods import Method
+from examples.real.tasks import Conversation, Task
 
 # Ids of a turn's prompt, from the end of the last answer on, and of its answer.
 Turn = tuple[list[int], list[int]]
@@ -26,11 +27,10 @@ class Training:
     """Settings of a training.
 
     Attributes:
-        loreft: settings of LoreftConfig.
         seed: of the adapter's first parameters, the samples and their order.
     """
 
-    loreft: dict[str, Any]
+    method: Method
     learning_rate: float
     seed: int
     steps: int
@@ -73,15 +73,12 @@ def train(
     from peft import get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    from axolotl_reft import LabelledLogits, LoreftConfig, turn_markers
+    from axolotl_reft import LabelledLogits
 
     samples = min(len(task.train), training.steps * training.batch)
     chosen = random.Random(training.seed).sample(task.train, samples)
     torch.manual_seed(training.seed)
-    config = LoreftConfig(
-        task_type="CAUSAL_LM", turn_markers=turn_markers(tokenizer), **training.loreft
-    )
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, training.method.config(tokenizer))
     # As axolotl trains by default.
     with TemporaryDirectory() as directory:
         arguments = TrainingArguments(
@@ -99,11 +96,13 @@ def train(
             disable_tqdm=True,
         )
         collator = DataCollatorForSeq2Seq(tokenizer)
+        if not training.method.is_lora:
+            collator = LabelledLogits.of(model, collator)
         trainer = Trainer(
             model,
             arguments,
             train_dataset=[row_of(turns_of(tokenizer, c)) for c in chosen],
-            data_collator=LabelledLogits.of(model, collator),
+            data_collator=collator,
         )
         # Of this process: others on the machine hardly lengthen them.
         start = process_time()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.base import Setting, build_base
-from benchmarks.smollm2 import smollm2
+from examples.real.models import smollm2
 
 KEPT = Path("build/serving")
 # By the names of the tables: settings of LoReFT.

