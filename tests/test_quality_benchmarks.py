@@ -12,7 +12,7 @@ from benchmarks.quality.measuring import Measurement
 from benchmarks.quality.methods import Method
 from benchmarks.quality.results import Results, Run, read, report
 from benchmarks.quality.training import accuracy, row_of, train, turns_of
-from examples.real.tasks import Task
+from examples.real.tasks import Task, first_of
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -71,7 +71,7 @@ def test_accuracy_asks_every_turn_after_the_right_answers(tokenizer, toy, monkey
 
     monkeypatch.setattr(toy, "generate", generate)
     toy.requires_grad_(False)
-    task = Task("toy", [], [], [], ("a", "b"))
+    task = Task("toy", [], [], [], first_of("a", "b"))
     found = [[("q", "a"), ("c", "b")], [("long question", "b")]]
     assert accuracy(toy, tokenizer, task, found, batch=2) == pytest.approx(200 / 3)
     assert not toy.lm_head.weight.requires_grad
@@ -103,7 +103,7 @@ def test_runs_are_kept_and_only_missing_ones_are_made(
         return train(base, tokenizer, task, training)
 
     monkeypatch.setattr(measuring, "train", trained)
-    task = Task("fruit", FRUIT, FRUIT[:1], FRUIT, ("yes", "no"))
+    task = Task("fruit", FRUIT, FRUIT[:1], FRUIT)
     path, settings = tmp_path / "results.json", {"steps": 2, "batch": 2}
     before = {name: p.clone() for name, p in toy.named_parameters()}
     made = Results(settings)
@@ -131,7 +131,7 @@ def test_runs_are_kept_and_only_missing_ones_are_made(
 
 
 def test_a_rate_that_validation_passes_over_is_not_tested(toy, tokenizer, monkeypatch):
-    task = Task("fruit", FRUIT, FRUIT[:1], FRUIT, ("yes", "no"))
+    task = Task("fruit", FRUIT, FRUIT[:1], FRUIT)
     scores = iter([None, 60.0, 1.0, 50.0])
 
     def accuracy(model, tokenizer, task, conversations):

@@ -8,7 +8,7 @@ import pytest
 
 from examples.real import packages, tasks
 from examples.real.packages import Package, PackagedFile, fetch
-from examples.real.tasks import Task
+from examples.real.tasks import Task, exact, first_of, last_number
 
 CONTENT = b"ten\n"
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -91,24 +91,54 @@ def test_reviews_are_clear_and_as_many_of_either_kind():
 
 def test_parts_of_a_task_share_no_conversation(monkeypatch):
     conversations = [[(str(n), "a"), (str(-n), "b")] for n in range(1, 31)]
-    monkeypatch.setitem(tasks.TASKS, "toy", (lambda kept: conversations, ("a", "b")))
+    monkeypatch.setitem(tasks.TASKS, "toy", (lambda kept: conversations, exact))
     task = tasks.load("toy", 20)
     assert [*task.test, *task.validation, *task.train] == conversations
     assert (len(task.test), len(task.validation)) == (10, 5)
 
 
 @pytest.mark.parametrize(
-    "choices, generated, right",
+    "answer, generated, right",
     [
-        ((), " does he\n", True),
-        ((), "does he need", False),
-        ((), "Does he", False),
-        (("does he", "he does"), "He does, does he", False),
-        (("does he", "he does"), "Does he? Yes.", True),
-        (("does he", "he does"), "undoes he", False),
+        (exact, " does he\n", True),
+        (exact, "does he need", False),
+        (exact, "Does he", False),
+        (first_of("does he", "he does"), "He does, does he", False),
+        (first_of("does he", "he does"), "Does he? Yes.", True),
+        (first_of("does he", "he does"), "undoes he", False),
     ],
 )
-def test_an_answer_is_the_same_text_or_the_first_choice_named(
-    choices, generated, right
-):
-    assert Task("toy", [], [], [], choices).is_right(generated, "does he") is right
+def test_an_answer_is_the_same_text_or_the_first_choice_named(answer, generated, right):
+    assert Task("toy", [], [], [], answer).is_right(generated, "does he") is right
+
+
+def test_the_last_number_of_an_answer_counts():
+    task = Task("toy", [], [], [], last_number)
+    right = "cat 1, dog 12. The answer is 12."
+    assert task.is_right("cat 12", right) and not task.is_right("12 or 2", right)
+    assert not task.is_right("none", right)
+
+
+def test_items_are_listed_and_those_of_the_kind_counted():
+    examples = [
+        {
+            "input": "I have a cat, two dogs, and a plum. How many animals do I have?",
+            "target": ["three", "3"],
+        },
+        {"input": "I have two plums. How many fruits do I have?", "target": ["", "2"]},
+        {
+            "input": "I have a plum, and an apple. How many fruits do I have?",
+            "target": ["two", "2"],
+        },
+        {
+            "input": "I have two dogs, and a cat. How many animals do I have?",
+            "target": ["three", "3"],
+        },
+    ]
+    found = dict(turns[0] for turns in tasks.object_counting(examples))
+    assert found[examples[0]["input"]] == "cat 1, dogs 3. The answer is 3."
+    assert len(found) == 4
+    listed = dict(turns[0] for turns in tasks.item_lists(examples))
+    items = "I have a cat, two dogs, and a plum."
+    answer = listed[f"Write the items of this text as JSON.\n\n{items}"]
+    assert answer == '{"cat": 1, "dogs": 2, "plum": 1}'

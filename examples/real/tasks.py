@@ -16,6 +16,8 @@ from examples.real.packages import Package, PackagedFile, fetch
 KEPT = Path("build/data")
 # Questions with their answers, in turns.
 Conversation = Sequence[tuple[str, str]]
+# Finds in a text what is compared.
+Answer = Callable[[str], str | None]
 # How they are asked, by the name of BIG-bench's task.
 LINGUISTIC_MAPPINGS = {
     "sentence_negation": "Negate this sentence: ",
@@ -72,34 +74,45 @@ _SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 _T = TypeVar("_T")
 
 
+def exact(text: str) -> str | None:
+    """Return the text without white space around it."""
+    return text.strip()
+
+
+def first_of(*choices: str) -> Answer:
+    """Return what finds the first choice that a text names, as in LLM-Adapters'
+    evaluation."""
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, choices)) + r")\b", re.I)
+
+    def found(text: str) -> str | None:
+        match = pattern.search(text)
+        return match and match.group().lower()
+
+    return found
+
+
+def last_number(text: str) -> str | None:
+    """Return the last number of a text, as in LLM-Adapters' evaluation."""
+    return next(iter(re.findall(r"\d+", text)[::-1]), None)
+
+
 @dataclass(frozen=True)
 class Task:
     """A task's conversations.
 
     Attributes:
-        choices: the words that an answer chooses from; none if it is free.
+        answer: what of an answer's text must be the same.
     """
 
     name: str
     train: Sequence[Conversation]
     validation: Sequence[Conversation]
     test: Sequence[Conversation]
-    choices: tuple[str, ...] = ()
+    answer: Answer = exact
 
     def is_right(self, generated: str, answer: str) -> bool:
-        """Tell whether a generated answer is the right one.
-
-        Where there are choices, the first one named decides, as in LLM-Adapters'
-        evaluation; elsewhere the text must be the same but for white space around it.
-        """
-        if self.choices:
-            return self._chosen(generated) == self._chosen(answer)
-        return generated.strip() == answer
-
-    def _chosen(self, text: str) -> str | None:
-        pattern = r"\b(" + "|".join(map(re.escape, self.choices)) + r")\b"
-        found = re.search(pattern, text, re.IGNORECASE)
-        return found and found.group().lower()
+        """Tell whether a generated answer is the right one."""
+        return self.answer(generated) == self.answer(answer)
 
 
 def linguistic_mappings(
@@ -158,23 +171,43 @@ def question_types(examples: list[dict[str, Any]]) -> list[Conversation]:
 
 
 def object_counting(examples: list[dict[str, Any]]) -> list[Conversation]:
-    """Return BIG-bench's word problems with the number as a word."""
-    return [[(of["input"], of["target"][0])] for of in _shuffled(examples)]
+    """Return BIG-bench's word problems, answered by counting what is asked for. Some
+    texts list other things as well; those without tell what an item is."""
+    parsed = [_items(example["input"]) for example in examples]
+    kinds = dict[str, str]()
+    for example, (asked, counts) in zip(examples, parsed, strict=True):
+        if sum(counts.values()) == int(example["target"][1]):
+            kinds |= dict.fromkeys(counts, asked)
+    conversations = list[Conversation]()
+    for example, (asked, counts) in _shuffled(list(zip(examples, parsed, strict=True))):
+        steps, total = list[str](), 0
+        for name, number in counts.items():
+            if kinds[name] == asked:
+                total += number
+                steps.append(f"{name} {total}")
+        assert total == int(example["target"][1])
+        answer = f"{', '.join(steps)}. The answer is {total}."
+        conversations.append([(example["input"], answer)])
+    return conversations
 
 
 def item_lists(examples: list[dict[str, Any]]) -> list[Conversation]:
     """Return the texts of BIG-bench's word problems with what they list as JSON."""
     conversations = list[Conversation]()
     for example in _shuffled(examples):
-        text = example["input"].partition(" How many")[0]
-        listed = text.removeprefix("I have ").removesuffix(".").replace(" and ", " ")
-        counts = {}
-        for item in listed.split(", "):
-            number, _, name = item.strip().partition(" ")
-            counts[name] = _NUMBERS[number]
+        text = example["input"].partition(" How many ")[0]
         asked = f"Write the items of this text as JSON.\n\n{text}"
-        conversations.append([(asked, json.dumps(counts))])
+        conversations.append([(asked, json.dumps(_items(text)[1]))])
     return conversations
+
+
+def _items(text: str) -> tuple[str, dict[str, int]]:
+    """Return what a word problem asks for, and how many of each item it lists."""
+    listed, _, asked = text.partition(" How many ")
+    listed = listed.removeprefix("I have ").removesuffix(".").replace(" and ", " ")
+    split = (item.strip().partition(" ") for item in listed.split(", "))
+    counts = {name: _NUMBERS[number] for number, _, name in split}
+    return asked.removesuffix(" do I have?"), counts
 
 
 def review_sentiment(lines: list[str]) -> list[Conversation]:
@@ -242,21 +275,21 @@ def _examples(path: str, kept: Path) -> list[dict[str, Any]]:
     return json.loads(files[path].read_text())["examples"]
 
 
-# By name: how the conversations are read, and what an answer chooses from.
-TASKS: dict[str, tuple[Callable[[Path], list[Conversation]], tuple[str, ...]]] = {
-    "linguistic mappings": (_read_linguistic_mappings, ()),
-    "question types": (_read_question_types, QUESTION_TYPES),
-    "item lists": (_read_item_lists, ()),
-    "object counting": (_read_object_counting, ()),
-    "Social IQa": (_read_social_iqa, ("answer1", "answer2", "answer3")),
-    "review sentiment": (_read_review_sentiment, ("positive", "negative")),
+# By name: how the conversations are read, and what of an answer must be right.
+TASKS: dict[str, tuple[Callable[[Path], list[Conversation]], Answer]] = {
+    "linguistic mappings": (_read_linguistic_mappings, exact),
+    "question types": (_read_question_types, first_of(*QUESTION_TYPES)),
+    "item lists": (_read_item_lists, exact),
+    "object counting": (_read_object_counting, last_number),
+    "Social IQa": (_read_social_iqa, first_of("answer1", "answer2", "answer3")),
+    "review sentiment": (_read_review_sentiment, first_of("positive", "negative")),
 }
 
 
 def load(name: str, answers: int, kept: Path = KEPT) -> Task:
     """Return a task with so many held-out answers to test, half as many to validate and
     the rest to train."""
-    read, choices = TASKS[name]
+    read, answer = TASKS[name]
     conversations = read(kept)
     tested = answers // len(conversations[0])
     validated = tested // 2
@@ -265,5 +298,5 @@ def load(name: str, answers: int, kept: Path = KEPT) -> Task:
         conversations[tested + validated :],
         conversations[tested : tested + validated],
         conversations[:tested],
-        choices,
+        answer,
     )
