@@ -158,10 +158,11 @@ def test_results_with_other_settings_are_not_added_to(tmp_path):
 
 def test_the_table_has_the_rate_that_validation_chose():
     def run(rate, seed, validation, test):
-        return Run("fruit", "LoReFT", rate, seed, 1000, validation, test, 30.0, 0.5)
+        losses = [1.0] * 60
+        return Run("fruit", "LoReFT", rate, seed, 9, validation, test, 30.0, losses)
 
     runs = [run(2e-3, 1, None, 83), run(1e-3, 0, 60, 90), run(2e-3, 0, 70, 80)]
     table = report(Results({}, {"fruit": 12.5}, runs))
     assert "| fruit | none |  |  | 12.5 |  |  |  |" in table
-    line = "| LoReFT | 1,000 | 0.002 | 81.5 | 80.0 to 83.0 | 80.0, 83.0 | 0.50 |"
+    line = "| LoReFT | 9 | 0.002 | 81.5 | 80.0 to 83.0 | 80.0, 83.0 | 0.50 |"
     assert line in table and "90" not in table

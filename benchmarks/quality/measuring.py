@@ -53,7 +53,8 @@ class Measurement:
         training = Training(
             METHODS[method], learning_rate, seed, settings["steps"], settings["batch"]
         )
-        model, seconds = train(self.base, self.tokenizer, task, training)
+        trained = train(self.base, self.tokenizer, task, training)
+        model = trained.model
         validation = test = None
         best = [run.validation or 0 for run in self.results.of(name, method)[:1]]
         if not seed:
@@ -68,8 +69,8 @@ class Measurement:
             sum(p.numel() for p in model.parameters() if p.requires_grad),
             validation,
             test,
-            seconds,
-            seconds / training.steps,
+            trained.cpu_seconds,
+            trained.losses,
         )
         self.base = model.unload()
         self.results.runs.append(run)

@@ -23,6 +23,7 @@ class Run:
         test: right answers in % of those that nothing was chosen by; None where an
             earlier learning rate was better in validation.
         seconds: of CPU time in training.
+        losses: step by step.
     """
 
     task: str
@@ -33,7 +34,7 @@ class Run:
     validation: float | None
     test: float | None
     seconds: float
-    seconds_per_step: float
+    losses: list[float]
 
 
 @dataclass
@@ -113,5 +114,5 @@ def _cells(runs: Sequence[Run]) -> list[str]:
         f"{mean(scores):.1f}",
         f"{min(scores):.1f} to {max(scores):.1f}",
         ", ".join(f"{score:.1f}" for score in scores),
-        f"{mean(run.seconds_per_step for run in runs):.2f}",
+        f"{mean(run.seconds / len(run.losses) for run in runs):.2f}",
     ]

@@ -9,10 +9,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
-from time import process_time
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
+from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.quality.methods import Method
 from examples.real.tasks import Conversation, Task
@@ -66,10 +67,24 @@ def row_of(turns: Sequence[Turn]) -> dict[str, list[int]]:
     }
 
 
-def train(
-    base: Any, tokenizer: Any, task: Task, training: Training
-) -> tuple[Any, float]:
-    """Return a base with a trained adapter, and the CPU time that training took."""
+@dataclass(frozen=True)
+class Trained:
+    """What a training gave.
+
+    Attributes:
+        cpu_seconds: of this process; others on the machine hardly lengthen them.
+        losses: step by step.
+        step_seconds: wall time, step by step.
+    """
+
+    model: Any
+    cpu_seconds: float
+    losses: list[float]
+    step_seconds: list[float]
+
+
+def train(base: Any, tokenizer: Any, task: Task, training: Training) -> Trained:
+    """Train an adapter on a base."""
     from peft import get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -92,7 +107,7 @@ def train(
             use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             report_to=[],
-            logging_strategy="no",
+            logging_steps=1,
             disable_tqdm=True,
         )
         collator = DataCollatorForSeq2Seq(tokenizer)
@@ -104,10 +119,27 @@ def train(
             train_dataset=[row_of(turns_of(tokenizer, c)) for c in chosen],
             data_collator=collator,
         )
-        # Of this process: others on the machine hardly lengthen them.
+        clock = _Clock()
+        trainer.add_callback(clock)
+        trainer.remove_callback(PrinterCallback)
         start = process_time()
         trainer.train()
-        return model, process_time() - start
+        history = trainer.state.log_history
+        losses = [log["loss"] for log in history if "loss" in log]
+        return Trained(model, process_time() - start, losses, clock.seconds)
+
+
+class _Clock(TrainerCallback):
+    """Measures the wall time of each step."""
+
+    def __init__(self) -> None:
+        self.seconds = list[float]()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._start = perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(perf_counter() - self._start)
 
 
 @torch.no_grad()
@@ -129,8 +161,6 @@ def accuracy(
             questions.append((before + prompt, answer))
             before = before + prompt + answer
     questions.sort(key=lambda question: len(question[0]))
-    # Enough for a model that was not trained to come to the point.
-    most = max(_FEWEST_TOKENS, *(len(answer) for _, answer in questions))
     right = 0
     model.eval()
     # On a CPU, matmul expands a frozen head's weights to every row of a batch, which
@@ -140,6 +170,8 @@ def accuracy(
     head.requires_grad_(True)
     for start in range(0, len(questions), batch):
         asked = questions[start : start + batch]
+        # Enough for a model that was not trained to come to the point.
+        most = max(_FEWEST_TOKENS, *(len(answer) for _, answer in asked))
         inputs = tokenizer.pad(
             {"input_ids": [prompt for prompt, _ in asked]},
             padding_side="left",
