@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
         "what",
         nargs="*",
         default=["all"],
-        help=f"all, table, plot, scale, rule, or of: {', '.join([*SUITE, *_ALONE])}",
+        help="quality (with options of its own), all, table, plot, scale, rule, or "
+        f"of: {', '.join([*SUITE, *_ALONE])}",
     )
     parser.add_argument(
         "--size", default="quick", choices=["toy", "quick", "full", "gpu"]
@@ -93,6 +95,11 @@ def _selected(
 
 
 def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["quality"]:
+        from benchmarks.quality.__main__ import main as quality
+
+        return quality(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     narrowed = options.before or options.contestants

@@ -158,15 +158,15 @@ def peak_memory(name: str, base: nn.Module, setting: Setting) -> Callable[[], fl
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
-    before = torch.cuda.memory_allocated() if cuda else _resident("VmRSS")
+    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     contestant = CONTESTANTS[name](share(base), setting)
     batch = contestant.collate(rectangle(setting))
     train(contestant, make_optimizer(contestant), [batch] * 3)
-    peak = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
     return lambda: float(peak - before)
 
 
-def _resident(which: str) -> int:
+def resident(which: str) -> int:
     """Bytes in memory now (VmRSS) or at most (VmHWM); a process inherits the other
     measure, ``ru_maxrss``, from the one that started it."""
     status = Path("/proc/self/status").read_text()

@@ -7,7 +7,8 @@ import torch
 from chat_templates import build_byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.quality import measuring
+from benchmarks.quality import costs, measuring, plots
+from benchmarks.quality.costs import Cost
 from benchmarks.quality.measuring import Measurement
 from benchmarks.quality.methods import Method
 from benchmarks.quality.results import Results, Run, read, report
@@ -166,3 +167,45 @@ def test_the_table_has_the_rate_that_validation_chose():
     assert "| fruit | none |  |  | 12.5 |  |  |  |" in table
     line = "| LoReFT | 9 | 0.002 | 81.5 | 80.0 to 83.0 | 80.0, 83.0 | 0.50 |"
     assert line in table and "90" not in table
+
+
+def test_plots_have_a_panel_for_each_task(tmp_path):
+    def run(task, method, test):
+        return Run(task, method, 1e-3, 0, 1000, 50, test, 30.0, [2.0, 1.0])
+
+    runs = [run("fruit", "LoReFT l7", 80), run("stones", "LoRA r8", 70)]
+    results = Results({}, {"fruit": 12.5, "stones": 50}, runs)
+    paths = plots.write(results, tmp_path)
+    assert len(paths) == 3
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_costs_are_ratios_within_rounds(tmp_path):
+    found = [
+        Cost("LoRA r8", 200, [2.0, 4.0], [10.0, 5.0], 80_000_000, 20_000),
+        Cost("LoReFT l7", 20, [1.0, 1.0], [20.0, 20.0], 40_000_000, 2_000),
+    ]
+    costs.write(found, tmp_path / "costs.json")
+    assert costs.read(tmp_path / "costs.json") == found
+    line = (
+        "| LoReFT l7 | 20 | 1.00 | 0.38 (0.25–0.50) | 40 | 2 | 20 | 3.00 (2.00–4.00) |"
+    )
+    assert line in costs.report(found)
+
+
+def test_methods_take_turns_and_leave_the_base_as_it_was(tokenizer, toy, monkeypatch):
+    made_up = {
+        "LoReFT": Method({"positions": "l2", "rank": 2}),
+        "LoRA": Method({"r": 2, "target_modules": ["q_proj"]}),
+    }
+    before = {name: p.clone() for name, p in toy.named_parameters()}
+    monkeypatch.setattr(costs, "METHODS", made_up)
+    monkeypatch.setattr(costs, "_memory_of", lambda method: 7)
+    task = Task("fruit", FRUIT, FRUIT, FRUIT)
+    monkeypatch.setattr(costs, "load", lambda name, answers: task)
+    found = costs.measure(toy, tokenizer, 2, 2)
+    assert [cost.method for cost in found] == ["LoReFT", "LoRA"]
+    for cost in found:
+        assert len(cost.step_seconds) == len(cost.tokens_per_second) == 2
+        assert cost.adapter > 4 * cost.parameters and cost.memory == 7
+    assert all(torch.equal(p, before[name]) for name, p in toy.named_parameters())

@@ -1,1 +1,1 @@
-"""Accuracy of adapters on a real pretrained model: ``python -m benchmarks.quality``."""
+"""Accuracy of adapters on a real pretrained model: ``python -m benchmarks quality``."""

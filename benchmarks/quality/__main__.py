@@ -1,4 +1,4 @@
-"""``python -m benchmarks.quality``: accuracy of adapters on a pretrained model."""
+"""``python -m benchmarks quality``: accuracy of adapters on a pretrained model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 from functools import cache
 from pathlib import Path
 
+from benchmarks.quality import costs, plots
 from benchmarks.quality.measuring import Measurement
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.results import read, report
-from examples.real.models import smollm2
+from benchmarks.quality.training import base_of
 from examples.real.tasks import TASKS, load
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -17,7 +18,7 @@ RESULTS = Path(__file__).parent / "results.json"
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality",
+        prog="python -m benchmarks quality",
         description="Train SmolLM2-135M-Instruct on tasks with LoReFT and LoRA, and "
         "measure the share of right answers. What --results holds is not run again.",
     )
@@ -40,14 +41,25 @@ def _parser() -> argparse.ArgumentParser:
         "--answers", type=int, default=200, help="held-out answers of each task's test"
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--plot", type=Path, metavar="DIR", help="draw what --results holds, and end"
+    )
+    parser.add_argument(
+        "--costs",
+        type=int,
+        metavar="ROUNDS",
+        help="measure time and memory of all methods in turns instead",
+    )
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     options = _parser().parse_args(arguments)
+    if options.costs:
+        found = costs.measure(*base_of(), options.batch, options.costs)
+        costs.write(found)
+        print(costs.report(found))
+        return
     shared = ("steps", "batch", "answers")
     settings = {
         "model": "SmolLM2-135M-Instruct",
@@ -55,11 +67,10 @@ def main(arguments: list[str] | None = None) -> None:
         **{name: getattr(options, name) for name in shared},
     }
     results = read(options.results, settings)
-    # On a CPU, eager attention is faster than sdpa for short rows in bfloat16.
-    base = AutoModelForCausalLM.from_pretrained(
-        smollm2(), dtype=torch.bfloat16, attn_implementation="eager"
-    )
-    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    if options.plot:
+        print(*plots.write(results, options.plot), sep="\n")
+        return
+    base, tokenizer = base_of()
     tasks = cache(lambda name: load(name, options.answers))
     measurement = Measurement(results, options.results, base, tokenizer, tasks)
     names = options.task or list(TASKS)

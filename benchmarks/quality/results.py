@@ -50,6 +50,10 @@ class Results:
     base: dict[str, float] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
 
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(run.method for run in self.runs))
+
     def of(self, task: str, method: str) -> list[Run]:
         """Return the runs with the learning rate that was best in validation, of equals
         the first, by seed."""
@@ -100,7 +104,7 @@ def report(results: Results) -> str:
     lines = [table.row(header), table.row(["---"] * len(header))]
     for task, score in results.base.items():
         lines.append(table.row([task, "none", "", "", f"{score:.1f}", "", "", ""]))
-        for method in dict.fromkeys(run.method for run in results.runs):
+        for method in results.methods:
             if runs := results.of(task, method):
                 lines.append(table.row([task, method, *_cells(runs)]))
     return "\n".join([*lines, ""])

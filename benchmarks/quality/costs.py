@@ -1,0 +1,158 @@
+"""What methods cost: a step's time and memory, the adapter's bytes, and generation.
+
+The methods take turns in one process. The memory of each is that of another process,
+``python -m benchmarks.quality.costs METHOD``.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks import table
+from benchmarks.harness import hardware, middle_half, now, take_turns, versions
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.training import Training, base_of, head_by_copy, train, turns_of
+from benchmarks.tasks import resident
+from examples.real.tasks import Task, load
+
+RESULTS = Path(__file__).parent / "costs.json"
+TASK = "linguistic mappings"
+_STEPS, _ROWS, _TOKENS = 4, 20, 32
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method costs.
+
+    Attributes:
+        step_seconds: median of a training's steps but for the first, in each round.
+        tokens_per_second: of greedy generation for 20 prompts at once, in each round.
+        memory: bytes beyond the base, at the highest in a training.
+        adapter: bytes of its file.
+    """
+
+    method: str
+    parameters: int
+    step_seconds: list[float]
+    tokens_per_second: list[float]
+    memory: int
+    adapter: int
+
+
+def measure(base: Any, tokenizer: Any, batch: int, rounds: int) -> list[Cost]:
+    """Let the methods take turns."""
+    task, sizes = load(TASK, 200), dict[str, tuple[int, int]]()
+
+    def turn(method: str) -> tuple[float, float]:
+        training = Training(METHODS[method], 1e-3, 0, _STEPS, batch)
+        trained = train(base, tokenizer, task, training)
+        model = trained.model
+        found = median(trained.step_seconds[1:]), _generate(model, tokenizer, task)
+        with TemporaryDirectory() as directory:
+            model.save_pretrained(directory)
+            size = (Path(directory) / "adapter_model.safetensors").stat().st_size
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        sizes[method] = parameters, size
+        model.unload()
+        return found
+
+    names = list(METHODS)
+    values = take_turns({name: partial(turn, name) for name in names}, rounds)
+    costs = list[Cost]()
+    for name in names:
+        steps, tokens = map(list, zip(*values[name], strict=True))
+        parameters, size = sizes[name]
+        costs.append(Cost(name, parameters, steps, tokens, _memory_of(name), size))
+    return costs
+
+
+def write(costs: Sequence[Cost], path: Path = RESULTS) -> None:
+    machine = hardware() | {"threads": torch.get_num_threads()}
+    about = {"versions": versions(), "hardware": machine, "date": now()}
+    content = {"costs": [asdict(cost) for cost in costs], **about}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read(path: Path = RESULTS) -> list[Cost]:
+    """Read what was measured; nothing, if it was not."""
+    if not path.exists():
+        return []
+    return [Cost(**cost) for cost in json.loads(path.read_text())["costs"]]
+
+
+def report(costs: Sequence[Cost], floor: str = "LoRA r8") -> str:
+    """Return a table; times as medians of the rounds' ratios to the floor's."""
+    header = ["method", "parameters", "step, s", f"step / {floor}", "memory, MB"]
+    header += ["adapter, kB", "tokens/s", f"tokens/s / {floor}"]
+    lines = [table.row(header), table.row(["---"] * len(header))]
+    (slowest,) = (cost for cost in costs if cost.method == floor)
+    for cost in costs:
+        steps = _ratios(cost.step_seconds, slowest.step_seconds)
+        tokens = _ratios(cost.tokens_per_second, slowest.tokens_per_second)
+        cells = [cost.method, f"{cost.parameters:,}"]
+        cells += [f"{median(cost.step_seconds):.2f}", steps, f"{cost.memory / 1e6:.0f}"]
+        cells += [f"{cost.adapter / 1e3:,.0f}"]
+        cells += [f"{median(cost.tokens_per_second):.0f}", tokens]
+        lines.append(table.row(cells))
+    return "\n".join([*lines, ""])
+
+
+def _ratios(own: Sequence[float], floor: Sequence[float]) -> str:
+    middle, low, high = middle_half(a / b for a, b in zip(own, floor, strict=True))
+    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
+
+
+@torch.no_grad()
+def _generate(model: Any, tokenizer: Any, task: Task) -> float:
+    """Return the tokens a second."""
+    prompts = [turns_of(tokenizer, c)[0][0] for c in task.test[:_ROWS]]
+    inputs = tokenizer.pad(
+        {"input_ids": prompts}, padding_side="left", return_tensors="pt"
+    )
+    model.eval()
+    with head_by_copy(model):
+        start = perf_counter()
+        ids_BT = model.generate(
+            **inputs, do_sample=False, max_new_tokens=_TOKENS, min_new_tokens=_TOKENS
+        )
+    new = ids_BT.shape[1] - inputs["input_ids"].shape[1]
+    return ids_BT.shape[0] * new / (perf_counter() - start)
+
+
+def _memory_of(method: str) -> int:
+    module = "benchmarks.quality.costs"
+    done = subprocess.run(
+        [sys.executable, "-m", module, method],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return int(done.stdout.splitlines()[-1])
+
+
+def _memory(method: str, batch: int = 6) -> int:
+    """Return the bytes that a training needs beyond the base, at its highest."""
+    base, tokenizer = base_of()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    training = Training(METHODS[method], 1e-3, 0, _STEPS, batch)
+    train(base, tokenizer, load(TASK, 200), training)
+    return resident("VmHWM") - before
+
+
+if __name__ == "__main__":
+    print(_memory(sys.argv[1]))
