@@ -12,7 +12,8 @@ from benchmarks.quality.costs import Cost
 from benchmarks.quality.measuring import Measurement
 from benchmarks.quality.methods import Method
 from benchmarks.quality.results import Results, Run, read, report
-from benchmarks.quality.training import accuracy, row_of, train, turns_of
+from benchmarks.quality.training import row_of, train
+from examples.real.answers import accuracy, turns_of
 from examples.real.tasks import Task, first_of
 
 CHATML = (

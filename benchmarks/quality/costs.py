@@ -24,8 +24,9 @@ import torch
 from benchmarks import table
 from benchmarks.harness import hardware, middle_half, now, take_turns, versions
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.training import Training, base_of, head_by_copy, train, turns_of
+from benchmarks.quality.training import Training, base_of, train
 from benchmarks.tasks import resident
+from examples.real.answers import head_by_copy, turns_of
 from examples.real.tasks import Task, load
 
 RESULTS = Path(__file__).parent / "costs.json"

@@ -9,7 +9,8 @@ from typing import Any
 
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.results import Results, Run
-from benchmarks.quality.training import Training, accuracy, train
+from benchmarks.quality.training import Training, train
+from examples.real.answers import accuracy
 from examples.real.tasks import Task
 
 

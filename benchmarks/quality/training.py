@@ -1,13 +1,9 @@
-"""Training an adapter on conversations, and asking it the held-out ones.
-
-Shapes: B batch, T tokens.
-"""
+"""Training an adapter on conversations."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from time import perf_counter, process_time
@@ -17,12 +13,9 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.quality.methods import Method
+from examples.real.answers import Turn, turns_of
 from examples.real.models import smollm2
-from examples.real.tasks import Conversation, Task
-
-# Ids of a turn's prompt, from the end of the last answer on, and of its answer.
-Turn = tuple[list[int], list[int]]
-_FEWEST_TOKENS = 16
+from examples.real.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -38,25 +31,6 @@ class Training:
     seed: int
     steps: int
     batch: int
-
-
-def turns_of(tokenizer: Any, conversation: Conversation) -> list[Turn]:
-    """Tokenize a conversation in the chat template, the end of each turn in its
-    answer."""
-    messages = list[dict[str, str]]()
-    turns, before = list[Turn](), ""
-    for question, answer in conversation:
-        messages.append({"role": "user", "content": question})
-        prompt = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        assert prompt.startswith(before)
-        answered = answer + tokenizer.eos_token
-        ids = tokenizer([prompt.removeprefix(before), answered])["input_ids"]
-        turns.append((ids[0], ids[1]))
-        messages.append({"role": "assistant", "content": answer})
-        before = prompt + answered
-    return turns
 
 
 def row_of(turns: Sequence[Turn]) -> dict[str, list[int]]:
@@ -144,17 +118,6 @@ class _Clock(TrainerCallback):
         self.seconds.append(perf_counter() - self._start)
 
 
-@contextmanager
-def head_by_copy(model: Any) -> Iterator[None]:
-    """Spare ``generate`` a detour on a CPU: with a frozen head, matmul expands its
-    weights to every row of a batch, which takes several times as long."""
-    weight = model.get_output_embeddings().weight
-    was_trained = weight.requires_grad
-    weight.requires_grad_(True)
-    yield
-    weight.requires_grad_(was_trained)
-
-
 def base_of() -> tuple[Any, Any]:
     """Return SmolLM2-135M-Instruct in bfloat16, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -164,44 +127,3 @@ def base_of() -> tuple[Any, Any]:
         smollm2(), dtype=torch.bfloat16, attn_implementation="eager"
     )
     return base, AutoTokenizer.from_pretrained(smollm2())
-
-
-@torch.no_grad()
-def accuracy(
-    model: Any,
-    tokenizer: Any,
-    task: Task,
-    conversations: Sequence[Conversation],
-    batch: int = 50,
-) -> float:
-    """Return the share of right answers in %, by greedy decoding.
-
-    Each turn is asked after the right answers to those before.
-    """
-    questions = list[tuple[list[int], list[int]]]()
-    for conversation in conversations:
-        before = list[int]()
-        for prompt, answer in turns_of(tokenizer, conversation):
-            questions.append((before + prompt, answer))
-            before = before + prompt + answer
-    questions.sort(key=lambda question: len(question[0]))
-    right = 0
-    model.eval()
-    for start in range(0, len(questions), batch):
-        asked = questions[start : start + batch]
-        # Enough for a model that was not trained to come to the point.
-        most = max(_FEWEST_TOKENS, *(len(answer) for _, answer in asked))
-        inputs = tokenizer.pad(
-            {"input_ids": [prompt for prompt, _ in asked]},
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
-        with head_by_copy(model):
-            ids_BT = model.generate(**inputs, do_sample=False, max_new_tokens=most)
-        ids_BT = ids_BT[:, inputs["input_ids"].shape[1] :]
-        generated = tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
-        answers = tokenizer.batch_decode(
-            [answer for _, answer in asked], skip_special_tokens=True
-        )
-        right += sum(map(task.is_right, generated, answers))
-    return 100 * right / len(questions)

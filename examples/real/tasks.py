@@ -13,7 +13,11 @@ from typing import Any, TypeVar
 
 from examples.real.packages import Package, PackagedFile, fetch
 
-KEPT = Path("build/data")
+_HERE = Path(__file__).parent
+KEPT = _HERE / "fetched"
+WRITTEN = _HERE / "data"
+# Held-out answers of each task, from whose examples they are taken first.
+ANSWERS = 200
 # Questions with their answers, in turns.
 Conversation = Sequence[tuple[str, str]]
 # Finds in a text what is compared.
@@ -286,7 +290,7 @@ TASKS: dict[str, tuple[Callable[[Path], list[Conversation]], Answer]] = {
 }
 
 
-def load(name: str, answers: int, kept: Path = KEPT) -> Task:
+def load(name: str, answers: int = ANSWERS, kept: Path = KEPT) -> Task:
     """Return a task with so many held-out answers to test, half as many to validate and
     the rest to train."""
     read, answer = TASKS[name]
@@ -300,3 +304,31 @@ def load(name: str, answers: int, kept: Path = KEPT) -> Task:
         conversations[:tested],
         answer,
     )
+
+
+def folder_of(name: str) -> str:
+    """Return the name of a task's folder, which commands take, too."""
+    return name.lower().replace(" ", "-")
+
+
+def write(task: Task, written: Path = WRITTEN) -> Path:
+    """Write a task as ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl``, for
+    axolotl's ``type: chat_template``, and return their folder."""
+    folder = written / folder_of(task.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "validation", "test"):
+        lines = [
+            json.dumps({"messages": _messages(conversation)}, ensure_ascii=False)
+            for conversation in getattr(task, part)
+        ]
+        text = "".join(f"{line}\n" for line in lines)
+        (folder / f"{part}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def _messages(conversation: Conversation) -> list[dict[str, str]]:
+    return [
+        {"role": role, "content": content}
+        for turn in conversation
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]

@@ -1,0 +1,49 @@
+"""The folder's configs for axolotl, for any of its tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.real.tasks import TASKS, folder_of
+
+# By the names of their folders.
+TASK_NAMES = {folder_of(name): name for name in TASKS}
+
+
+def read(config: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
+    return settings
+
+
+def task_name(settings: dict[str, Any]) -> str:
+    """Return the task whose data a config trains on.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(settings["datasets"][0]["path"])
+    if path.parent.name not in TASK_NAMES:
+        raise ValueError(
+            f"{path} is no task's data; name the train.jsonl of one of "
+            f"{', '.join(TASK_NAMES)} below examples/real/data"
+        )
+    return TASK_NAMES[path.parent.name]
+
+
+def for_task(config: Path, folder: str) -> Path:
+    """Return a config that trains on a task, written beside its adapter unless it is
+    the given one."""
+    settings = read(config)
+    if TASK_NAMES[folder] == task_name(settings):
+        return config
+    path = Path(settings["datasets"][0]["path"])
+    settings["datasets"][0]["path"] = str(path.parents[1] / folder / path.name)
+    directory = Path(f"{settings['output_dir']}-{folder}")
+    settings["output_dir"] = str(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    written = directory / config.name
+    written.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    return written

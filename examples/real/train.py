@@ -1,0 +1,70 @@
+"""``python -m examples.real.train CONFIG``: train with axolotl, and score."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.real.score import report
+from examples.real.settings import TASK_NAMES, for_task, read
+
+_KEPT_LINES = 30
+_LOSS = re.compile(r"'loss': '([\d.e+-]+)'")
+_STEP = re.compile(r"(\d+)/(\d+) \[([\d:]+)<")
+
+
+def train(config: Path, options: Sequence[str]) -> None:
+    """Run ``axolotl train``, showing its progress only.
+
+    Raises:
+        SystemExit: it failed; with the end of its output.
+    """
+    command = ["axolotl", "train", str(config), *options]
+    log = Path(read(config)["output_dir"]) / "debug.log"
+    print(f"\n$ {' '.join(command)}\nIts output is in {log}.", flush=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    last, step = list[str](), ""
+    for line in process.stdout:
+        last = [*last, line][-_KEPT_LINES:]
+        if found := _STEP.findall(line):
+            number, total, time = found[-1]
+            step = f"step {number} of {total}, after {time}"
+        if found := _LOSS.findall(line):
+            print(f"  {step}: loss {found[-1]}", flush=True)
+    if process.wait():
+        print("".join(last))
+        raise SystemExit(f"axolotl train failed; all that it wrote is in {log}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.real.train",
+        description="Train a task with each config by axolotl train, then score the "
+        "adapters and their base. Other options are axolotl's, such as "
+        "--max-steps 100.",
+    )
+    parser.add_argument("config", nargs="+", type=Path)
+    parser.add_argument(
+        "--task", choices=TASK_NAMES, help="default: the one in the config"
+    )
+    parser.add_argument(
+        "--shown", type=int, default=3, metavar="N", help="questions to show"
+    )
+    options, others = parser.parse_known_args(arguments)
+    configs = [
+        for_task(config, options.task) if options.task else config
+        for config in options.config
+    ]
+    for config in configs:
+        train(config, others)
+    report(configs, options.shown)
+
+
+if __name__ == "__main__":
+    main()
