@@ -33,17 +33,25 @@ def task_name(settings: dict[str, Any]) -> str:
     return TASK_NAMES[path.parent.name]
 
 
-def for_task(config: Path, folder: str) -> Path:
-    """Return a config that trains on a task, written beside its adapter unless it is
-    the given one."""
+def adapted(config: Path, model: str | None, folder: str | None) -> Path:
+    """Return a config with another base or task, written beside its adapter unless it
+    is the given one.
+
+    Args:
+        model: the base's folder, and ``folder`` the task's; None leaves it.
+    """
     settings = read(config)
-    if TASK_NAMES[folder] == task_name(settings):
+    base = Path(settings["base_model"])
+    data = Path(settings["datasets"][0]["path"])
+    settings["base_model"] = str(base.with_name(model or base.name))
+    folder = folder or data.parent.name
+    settings["datasets"][0]["path"] = str(data.parents[1] / folder / data.name)
+    if settings == read(config):
         return config
-    path = Path(settings["datasets"][0]["path"])
-    settings["datasets"][0]["path"] = str(path.parents[1] / folder / path.name)
-    directory = Path(f"{settings['output_dir']}-{folder}")
+    name = config.stem.replace(base.name, model or base.name)
+    directory = Path(settings["output_dir"]).with_name(f"{name}-{folder}")
     settings["output_dir"] = str(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    written = directory / config.name
+    written = directory / f"{name}.yml"
     written.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     return written

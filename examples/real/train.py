@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.real.score import report
-from examples.real.settings import TASK_NAMES, for_task, read
+from examples.real.settings import TASK_NAMES, adapted, read
 
 _KEPT_LINES = 30
 _LOSS = re.compile(r"'loss': '([\d.e+-]+)'")
@@ -50,17 +50,15 @@ def main(arguments: list[str] | None = None) -> None:
         "--max-steps 100.",
     )
     parser.add_argument("config", nargs="+", type=Path)
+    parser.add_argument("--model", help="the base's folder; default: the config's")
     parser.add_argument(
-        "--task", choices=TASK_NAMES, help="default: the one in the config"
+        "--task", choices=TASK_NAMES, help="its data's folder; default: the config's"
     )
     parser.add_argument(
         "--shown", type=int, default=3, metavar="N", help="questions to show"
     )
     options, others = parser.parse_known_args(arguments)
-    configs = [
-        for_task(config, options.task) if options.task else config
-        for config in options.config
-    ]
+    configs = [adapted(path, options.model, options.task) for path in options.config]
     for config in configs:
         train(config, others)
     report(configs, options.shown)
