@@ -4,7 +4,7 @@ From the models' own config.json. Built on the meta device, where weights take n
 """
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -53,6 +53,10 @@ SHAPES = {
     "Qwen/Qwen3-32B": _qwen3(5120, 25600, 64, 64, False),
     # make_base.py's.
     "examples/tiny-llama/base": _shape("llama", 36, 104, 320, 6, 4, 4),
+    # SmolLM2-135M-Instruct.
+    "examples/real/smollm2": _shape(
+        "llama", 49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True
+    ),
 }
 # Bits a number in bitsandbytes' NF4 with double quantisation: 4, an 8-bit scale for 64
 # numbers, and a 32-bit one for 256 scales (arXiv 2305.14314, section 3).
@@ -83,16 +87,23 @@ def weight_bytes(base: PreTrainedModel, four_bit: bool) -> float:
 
 
 def count_parameters(
-    base: PreTrainedModel, reward: bool, block: dict[str, object]
+    base: PreTrainedModel, reward: bool, settings: dict[str, object]
 ) -> tuple[int, int]:
     """Trainable ones, as PEFT counts them, and the base's.
 
     Args:
         base: from :func:`build_on_meta`.
         reward: the model is a reward model.
-        block: the recipe's ``loreft:``.
+        settings: the recipe's.
     """
     total = base.num_parameters()
     task = "SEQ_CLS" if reward else "CAUSAL_LM"
-    model = get_peft_model(base, LoreftConfig(task_type=task, **block))
+    config: PeftConfig
+    if settings["adapter"] == "lora":
+        assert settings["lora_target_linear"]
+        rank = settings["lora_r"]
+        config = LoraConfig(task_type=task, r=rank, target_modules="all-linear")
+    else:
+        config = LoreftConfig(task_type=task, **settings["loreft"])
+    model = get_peft_model(base, config)
     return model.get_nb_trainable_parameters()[0], total

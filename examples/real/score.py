@@ -71,7 +71,7 @@ def score_adapter(config: Path) -> Scored:
 
 
 def table(rows: Sequence[Scored]) -> str:
-    """Return a Markdown table, and below it what each answered to a few questions."""
+    """Return a Markdown table."""
     lines = ["| task | adapter | parameters | right answers | training |"]
     lines.append("|---|---|---|---|---|")
     for row in rows:
@@ -132,7 +132,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def report(configs: Sequence[Path], shown: int) -> None:
-    """Print a table of a base and its adapters, with answers to a few questions."""
+    """Print a table of a base and its adapters, with answers to a few questions.
+
+    Raises:
+        ValueError: the configs have several bases or tasks.
+    """
+    kinds = {(read(path)["base_model"], task_name(read(path))) for path in configs}
+    if len(kinds) > 1:
+        listed = "; ".join(f"{task} on {base}" for base, task in sorted(kinds))
+        raise ValueError(
+            f"the configs are of several tasks or bases ({listed}); score each alone"
+        )
     print("Asking the held-out questions, without an adapter first.", flush=True)
     rows = [score_base(configs[0])]
     for config in configs:

@@ -45,6 +45,7 @@ def train(config: Path, options: Sequence[str]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m examples.real.train",
+        allow_abbrev=False,
         description="Train a task with each config by axolotl train, then score the "
         "adapters and their base. Other options are axolotl's, such as "
         "--max-steps 100.",
