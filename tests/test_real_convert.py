@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-# By scores: a lower one is merged later, whatever comes first in the vocabulary.
-SCORES = {"abc": -9.0, "bc": -1.0, "ab": -2.0, "▁a": -3.0, "▁": -8, "a": -5, "b": -6}
+# Higher scores are merged first, whatever comes first in the vocabulary.
+SCORES = {"ab": -2.0, "bc": -1.0, "▁a": -3.0, "▁": -8.0, "a": -5.0, "b": -6.0}
 WORDS = [*SCORES, "c", "user", "model"]
 
 
@@ -38,7 +38,7 @@ def tokens_of(tokenizer, text: str) -> list[str]:
 def test_gemmas_words_are_joined_in_the_order_of_their_scores(convert):
     tokenizer = convert._gemma(said)
     assert tokens_of(tokenizer, "abc") == ["<bos>", "a", "bc"]
-    assert tokens_of(tokenizer, "ab ab") == ["<bos>", "ab", "▁a", "b"]
+    assert tokens_of(tokenizer, "ab ab") == ["<bos>", "ab", "▁", "ab"]
 
 
 def test_gemmas_bytes_line_breaks_and_spaces_are_tokens(convert):

@@ -85,11 +85,12 @@ def _smollm2(read: Any, said: _Said) -> PreTrainedTokenizerFast:
 def _gemma(said: _Said) -> PreTrainedTokenizerFast:
     """Return a tokenizer made from the file's vocabulary.
 
-    What transformers 5.16.1 reads splits words that the vocabulary has, since it does
-    not take the merges' order from the scores, and neither adds <bos> nor knows the
-    special tokens of a chat.
+    The one that transformers 5.16.1 reads splits words that the vocabulary has, and
+    does not add <bos>.
     """
-    texts, kinds = said("tokens"), said("token_type")
+    # llama.cpp writes runs of spaces as such.
+    texts = [text.replace(" ", "▁") for text in said("tokens")]
+    kinds = said("token_type")
     vocabulary = {text: n for n, text in enumerate(texts)}
     scores = dict(zip(texts, said("scores"), strict=True))
     kind_of = dict(zip(texts, kinds, strict=True))
