@@ -20,9 +20,7 @@ REVIEWS = [
     [("Is it?\n\ngood film", "positive")],
     [("Is it?\n\nbad film", "negative")],
 ]
-TASK = Task(
-    "review sentiment", REVIEWS * 20, REVIEWS, REVIEWS, ("positive", "negative")
-)
+TASK = Task("review sentiment", REVIEWS * 20, REVIEWS, REVIEWS)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,7 @@ def encoder(tokenizer, tmp_path_factory):
 def test_a_classifier_reads_the_review_without_the_instruction(tokenizer):
     first, second = classify.rows_of(TASK, REVIEWS, tokenizer)
     assert tokenizer.decode(first["input_ids"]) == "[CLS] good film [SEP]"
-    assert (first["labels"], second["labels"]) == (0, 1)
+    assert (first["labels"], second["labels"]) == (1, 0)
 
 
 def test_a_table_has_each_methods_parameters_without_the_heads(

@@ -85,14 +85,18 @@ def rows_of(
     task: Task, conversations: Sequence[Conversation], tokenizer: Any
 ) -> list[dict[str, Any]]:
     """Tokenize questions without their instruction, and number their answers."""
-    text_of = TEXTS[task.name]
+    text_of, labels = TEXTS[task.name], labels_of(task)
     return [
         {
             **tokenizer(text_of(question), truncation=True, max_length=_MOST_TOKENS),
-            "labels": task.choices.index(answer),
+            "labels": labels.index(answer),
         }
         for ((question, answer),) in conversations
     ]
+
+
+def labels_of(task: Task) -> list[str]:
+    return sorted({answer for ((_, answer),) in task.train})
 
 
 def train(
@@ -102,7 +106,7 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(base)
     set_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=len(task.choices)
+        base, num_labels=len(labels_of(task))
     )
     head = sum(p.numel() for p in model.classifier.parameters())
     if method.config is None:
