@@ -63,12 +63,10 @@ def test_a_turn_of_gemmas_chat_ends_with_its_end_of_text(convert):
         {"role": "assistant", "content": "bc"},
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert (
-        "".join(tokenizer.convert_ids_to_tokens(ids))
-        == text
-        == (
-            "<bos><start_of_turn>user\na<end_of_turn>\n"
-            "<start_of_turn>model\nbc<end_of_turn>\n"
-        )
+    assert text == (
+        "<bos><start_of_turn>user\na<end_of_turn>\n"
+        "<start_of_turn>model\nbc<end_of_turn>\n"
     )
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # Whole tokens, and one <bos>.
+    assert [ids.count(number) for number in (2, 4, 5)] == [1, 2, 2]
