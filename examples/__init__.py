@@ -1,0 +1,1 @@
+"""Recipes and scripts, run from the root of the repository."""

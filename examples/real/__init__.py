@@ -1,0 +1,1 @@
+"""Pretrained models and data that ship in packages: ``python -m examples.real``."""
