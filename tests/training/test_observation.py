@@ -297,6 +297,21 @@ def test_each_turn_of_a_conversation_is_told(tmp_path):
             assert shown[1:4] == ["answerm</s>", *later]
 
 
+def test_the_line_break_after_the_last_answer_is_no_prompt(tmp_path):
+    """ChatML ends an answer with a marker that is trained and a line break that is not:
+    too short for a side, but no question."""
+    ids = TOKENIZER("a b c d : m </s> n").input_ids
+    labels = [-100] * 6 + ids[6:8] + [-100] * (len(ids) - 8)
+    row = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+    model = build_adapter(build_model(), positions="l2")
+    _, told = train(model, tmp_path, data=[row] * 4, max_steps=1)
+    text = lines(told)
+    assert text[0].endswith("two tokens")
+    assert text[1].endswith(", 6 in prompts, 2 edited")
+    shown = [line.split()[0] for line in text[2:5]]
+    assert shown == ["prompt", "answer", "other"]
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_answers_that_a_trainer_knows_are_told_apart(tmp_path, known):
     """As in preference training, where no labels reach the model."""

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from axolotl_reft.inspect import tokens
 from axolotl_reft.prompts.batch import sample_starts
+from axolotl_reft.prompts.spans import any_in_sample, more_in_sample
 from axolotl_reft.tuner.layer import interventions_of
 from axolotl_reft.tuner.model import hooks_of
 
@@ -109,9 +110,16 @@ class FirstBatch(TrainerCallback):
                 answer_BT = find_answers().expand(ids_BT.shape).cpu() != 0
         if spans is None:
             inside_BT = ~answer_BT
+        starts_BT = sample_starts(inputs, ids_BT.shape)
+        if starts_BT is not None:
+            starts_BT = starts_BT.cpu()
+        # Templates end an answer with a line break, which begins a prompt without one.
+        beside_BT = real_BT & ~inside_BT
+        ends_BT = any_in_sample(beside_BT, starts_BT)
+        ends_BT &= ~more_in_sample(beside_BT, starts_BT)
+        inside_BT, cut_BT = inside_BT & ~ends_BT, cut_BT & ~ends_BT
         parts_BT = torch.where(inside_BT, 0, torch.where(answer_BT, 1, 2))
         samples, any_cut = [], False
-        starts_BT = sample_starts(inputs, ids_BT.shape)
         pad = self._tokenizer.pad_token_id
         text_BT = real_BT if pad is None else ids_BT != pad
         found = _samples(text_BT, real_BT, starts_BT)
@@ -136,7 +144,7 @@ def _samples(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield row and columns of each sample with text; packed rows hold several."""
     for row, real_T in enumerate(real_BT):
-        starts = () if starts_BT is None else starts_BT[row].cpu().nonzero().flatten()
+        starts = () if starts_BT is None else starts_BT[row].nonzero().flatten()
         for at_N in torch.arange(len(real_T)).tensor_split(starts):
             at_N = at_N[real_T[at_N]]
             if text_BT[row, at_N].any():
