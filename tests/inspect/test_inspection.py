@@ -274,7 +274,8 @@ def test_json_holds_the_same(places):
 def test_prompts_are_read_from_text_and_json(tmp_path):
     file = tmp_path / "prompts"
     file.write_text(
-        'plain text\n\n{"prompt": "one\\ntwo"}\n"three"\n{"instruction": "4"}'
+        'plain text\n\n{"prompt": "one\\ntwo"}\n"three"\n'
+        '{"instruction": "4", "input": ""}'
     )
     prompts = ["plain text", "one\ntwo", "three", "4"]
     assert read_prompts(str(file)) == prompts
@@ -452,7 +453,11 @@ def test_damaged_weights_are_one_line_as_well(places):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "is empty; write one prompt a line"), ("{}", "has a line without a prompt")],
+    [
+        ("", "is empty; write one prompt a line"),
+        ("{}", "has a line without a prompt"),
+        ('{"instruction": "1", "input": "2"}', "write the whole prompt, as in training"),
+    ],
 )
 def test_a_prompts_file_without_prompts(tmp_path, text, message):
     (tmp_path / "file").write_text(text)

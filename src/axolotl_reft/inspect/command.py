@@ -93,7 +93,7 @@ def run(
 
 def read_prompts(path: str, sample: int | None = None, seed: int = 0) -> list[str]:
     """Read one prompt a line, or so many of them: text, a JSON string, or an object;
-    ValueError if the file cannot be read, is empty, or a line holds no prompt."""
+    ValueError if the file cannot be read, is empty, or a line holds no whole prompt."""
     try:
         lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -109,6 +109,12 @@ def read_prompts(path: str, sample: int | None = None, seed: int = 0) -> list[st
             with suppress(ValueError):
                 prompt = json.loads(line)
         if isinstance(prompt, dict):
+            if "prompt" not in prompt and prompt.get("input"):
+                raise ValueError(
+                    f"--prompts-file: {path!r} has an instruction with an input, which "
+                    "a data type's template would join; write the whole prompt, as in "
+                    f'training, as JSON such as {{"prompt": "…"}}; got {line[:60]!r}'
+                )
             prompt = prompt.get("prompt", prompt.get("instruction"))
         if not isinstance(prompt, str):
             raise ValueError(
