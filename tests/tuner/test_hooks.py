@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import build_adapter
+from conftest import HIDDEN, build_adapter, build_model
 from plain_reference import edited_by_hand, edited_tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
@@ -212,6 +212,19 @@ def test_packed_samples_are_edited_as_alone(tokens):
     both = [*first[0], *(t + 5 for t in second[0])]
     both += [*first[1], *(t + 5 for t in second[1])]
     assert packed.tolist() == both
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_head_gets_a_copy_of_the_last_hidden_states(tokens, rows):
+    """Torch calls the slice of one row contiguous, and multiplies it as slowly."""
+    adapter = build_adapter(build_model())
+    head, seen = adapter.get_base_model().lm_head, []
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    adapter.generate(tokens(rows, 9), **GREEDY)
+    assert [h.stride() for h in seen] == [(HIDDEN, HIDDEN, 1)] * 4
+    handle.remove()
+    adapter.unload()
+    assert not head._forward_pre_hooks
 
 
 def test_it_compiles_to_one_graph(tokens):

@@ -74,6 +74,9 @@ class ModelHooks:
                 backbone.register_forward_pre_hook(before, with_kwargs=True),
                 backbone.register_forward_hook(self._after_backbone),
             ]
+        head = model.get_output_embeddings() if model.can_generate() else None
+        if isinstance(head, nn.Linear):
+            self._handles.append(head.register_forward_pre_hook(copy_slice))
         model.disable_input_require_grads()
         self._replaced: list[tuple[nn.Module, str]] = []
         self._replace(model, "enable_input_require_grads", self._enable_input_grads)
@@ -283,6 +286,18 @@ def backbones(model: PreTrainedModel, layers: str) -> list[PreTrainedModel]:
         if isinstance(module, PreTrainedModel) and (found or module is base):
             found.append(module)
     return found
+
+
+def copy_slice(head: nn.Module, args: Args) -> Args | None:
+    """Copy the last hidden states that ``generate`` slices from those of its prompt.
+
+    On a CPU, torch multiplies a slice by a frozen weight in one product for each row,
+    for which it copies the weight; ``contiguous`` returns the slice of one row as it
+    is.
+    """
+    if not args or torch.is_grad_enabled() or args[0].device.type != "cpu":
+        return None
+    return args[0].clone(memory_format=torch.contiguous_format), *args[1:]
 
 
 def _named(names: list[str], args: Args, kwargs: Kwargs) -> Inputs:
