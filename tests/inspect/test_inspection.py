@@ -456,7 +456,7 @@ def test_damaged_weights_are_one_line_as_well(places):
     [
         ("", "is empty; write one prompt a line"),
         ("{}", "has a line without a prompt"),
-        ('{"instruction": "1", "input": "2"}', "write the whole prompt, as in training"),
+        ('{"instruction": "1", "input": "2"}', "write the whole prompt, as"),
     ],
 )
 def test_a_prompts_file_without_prompts(tmp_path, text, message):
