@@ -7,7 +7,8 @@ from axolotl import prompters
 from axolotl.utils.dict import DictDefault
 from chat import build_chat_tokenizer
 
-from axolotl_reft.plugin import prompt_forms
+from axolotl_reft.plugin import prompt_forms, running
+from axolotl_reft.plugin.plugin import LoreftPlugin
 from axolotl_reft.plugin.prompt_forms import warn_of_other_prompts
 
 RAW = {"format": "{instruction}", "no_input_format": "{instruction}"}
@@ -59,6 +60,24 @@ def test_a_prompters_name_is_told(warned, kind, prompter):
     assert warned(kind, "--chat").endswith(command)
     assert warned(kind, "--prompter", prompter) == ""
     assert warned(kind, f"--prompter={prompter}") == ""
+
+
+@pytest.mark.parametrize(
+    ("commands", "remedy"),
+    [
+        (["axolotl.cli.inference"], "do_sample=False"),
+        (["axolotl.cli.inference", "axolotl.cli.chat"], "/set repetition_penalty 1"),
+        (["axolotl.evaluate"], None),
+    ],
+)
+def test_axolotls_sampling_is_told(monkeypatch, commands, remedy):
+    told = []
+    monkeypatch.setattr(
+        prompt_forms.LOG, "info", lambda form, *parts: told.append(form % parts)
+    )
+    monkeypatch.setattr(running, "is_running", lambda name: name in commands)
+    LoreftPlugin().post_model_load(DictDefault({"adapter": "loreft"}), None)
+    assert [remedy in text for text in told] == ([True] if remedy else [])
 
 
 def test_a_form_without_a_prompter_can_be_typed(warned):

@@ -28,7 +28,11 @@ from axolotl_reft.plugin.args import adapter_settings, check_as_written
 from axolotl_reft.plugin.checkpointing import keep_shared_keys_and_values
 from axolotl_reft.plugin.labels import complete_batches
 from axolotl_reft.plugin.packing import warn_of_packing
-from axolotl_reft.plugin.prompt_forms import markers_of_data, warn_of_other_prompts
+from axolotl_reft.plugin.prompt_forms import (
+    markers_of_data,
+    tell_of_sampling,
+    warn_of_other_prompts,
+)
 from axolotl_reft.saved.card import keep_in_trainers_card
 from axolotl_reft.training.edit_log import EditLog
 from axolotl_reft.training.first_batch import FirstBatch
@@ -137,7 +141,9 @@ class LoreftPlugin(BasePlugin):
         if cfg.adapter != "loreft":
             return
         if running.is_running("axolotl.cli.inference"):
-            warn_of_other_prompts(cfg, chat=running.is_running("axolotl.cli.chat"))
+            chat = running.is_running("axolotl.cli.chat")
+            warn_of_other_prompts(cfg, chat)
+            tell_of_sampling(chat)
         if str(cfg.fsdp_version) == "2":
             # In the model's group its mixed precision would round the adapter at every
             # step. As axolotl's norms, its modules get float32 groups of their own.

@@ -101,6 +101,18 @@ def warn_of_other_prompts(cfg: DictDefault, chat: bool) -> None:
         )
 
 
+def tell_of_sampling(chat: bool) -> None:
+    """Tell that axolotl does not give the likeliest answer, and how to have it."""
+    remedy = "call generate(..., do_sample=False) in Python"
+    if chat:
+        remedy = "type /set temperature 0 and /set repetition_penalty 1"
+    LOG.info(
+        "axolotl samples answers, and makes words of the prompt less likely (a "
+        "repetition penalty of 1.1); for the most likely answer, %s",
+        remedy,
+    )
+
+
 def _trained_prompt(cfg: DictDefault, dataset: DictDefault, tokenizer: Any) -> str:
     """Return a prompt in training, with ``_TYPED`` for its instruction, or ""."""
     kind, system, prompter = dataset.type, "", None
