@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import fields
 from typing import Any, get_type_hints
 
@@ -18,7 +18,7 @@ from axolotl_reft.settings.frozen_prompt import check_frozen_prompt, parse_kept_
 from axolotl_reft.tuner.config import LoreftConfig
 
 _EXAMPLE = "loreft:\n  positions: f7+l7\n  rank: 8"
-_SWEEP = "\nA sweep lists whole blocks: loreft: [{rank: 4}, {rank: 8}]"
+_SWEEP = "In a file for axolotl's --sweep write loreft.rank: [4, 8]"
 # Fields of the adapter's config that no user writes.
 _SET_BY_THE_PACKAGE = (
     "turn_markers", "vocab_size", "format_version", "axolotl_reft_version",
@@ -92,6 +92,30 @@ class LoreftArgs(BaseModel):
         return self
 
 
+def move_into_block(settings: MutableMapping[str, Any]) -> None:
+    """Move keys such as ``loreft.rank`` into the block, over what it says.
+
+    axolotl's ``--sweep`` sets keys at the top alone.
+    """
+    for key in [key for key in settings if str(key).startswith("loreft.")]:
+        set_nested(settings, key, settings.pop(key))
+
+
+def set_nested(settings: MutableMapping[str, Any], key: str, value: Any) -> None:
+    """Set ``a.b.c``; a ValueError where ``a`` or ``a.b`` is no block of settings."""
+    *outer, last = key.split(".")
+    for name in outer:
+        if settings.get(name) is None:
+            settings[name] = {}
+        settings = settings[name]
+        if not isinstance(settings, MutableMapping):
+            raise ValueError(
+                f"{key}: {name} is {shown(settings)}, not a block of settings; write "
+                f"for example\n{_EXAMPLE}"
+            )
+    settings[last] = value
+
+
 def adapter_settings(block: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the block that are the adapter's, as LoreftConfig's."""
     return {key: block[key] for key in block if key in _FIELDS}
@@ -113,7 +137,7 @@ def _checked_block(data: Any) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(
             f"loreft: {shown(data)} is not a block of settings; write for example\n"
-            f"{_EXAMPLE}"
+            f"{_EXAMPLE}\n{_SWEEP}"
         )
     known = tuple(LoreftBlock.model_fields)
     if unknown := [key for key in data if key not in known]:
@@ -146,7 +170,6 @@ def _check_keys_at_the_top(settings: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{key}: is not a key at the top of the config.{advice} The adapter's "
                 f"settings go into a block, for example\n{_EXAMPLE}"
-                + (_SWEEP if "." in key else "")
             )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import MutableMapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from axolotl.cli.config import API_KEY_FIELDS
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.loaders.utils import load_model_config
 from axolotl.utils.dict import DictDefault
@@ -24,7 +26,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from axolotl_reft.core.interventions import INTERVENTION_CLASSES
 from axolotl_reft.plugin import quantised, running
 from axolotl_reft.plugin.against_base import check_against_base
-from axolotl_reft.plugin.args import adapter_settings, check_as_written
+from axolotl_reft.plugin.args import (
+    adapter_settings,
+    check_as_written,
+    move_into_block,
+)
 from axolotl_reft.plugin.checkpointing import keep_shared_keys_and_values
 from axolotl_reft.plugin.labels import complete_batches
 from axolotl_reft.plugin.packing import warn_of_packing
@@ -37,6 +43,7 @@ from axolotl_reft.saved.card import keep_in_trainers_card
 from axolotl_reft.training.edit_log import EditLog
 from axolotl_reft.training.first_batch import FirstBatch
 from axolotl_reft.training.frozen_prompt import use_frozen_prompt
+from axolotl_reft.training.run_record import RunRecord
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.lora import LayerLora
 
@@ -47,8 +54,11 @@ class LoreftPlugin(BasePlugin):
     """``adapter: loreft`` for axolotl."""
 
     _has_block = True
+    _written: dict[str, Any] = {}
 
-    def register(self, cfg: Mapping[str, Any]) -> None:
+    def register(self, cfg: MutableMapping[str, Any]) -> None:
+        move_into_block(cfg)
+        self._written = deepcopy({k: cfg[k] for k in cfg if k not in API_KEY_FIELDS})
         adapter = cfg.get("adapter")
         self._has_block = bool(cfg.get("loreft"))
         if adapter != "loreft" and str(adapter).lower() in ("loreft", "reft"):
@@ -172,7 +182,7 @@ class LoreftPlugin(BasePlugin):
         if cfg.adapter == "loreft":
             when, cache = cfg.loreft.frozen_prompt, cfg.loreft.frozen_prompt_cache
             use_frozen_prompt(trainer.model, when, cache, _log_once)
-        return edit_callbacks(cfg, trainer)
+        return [RunRecord(self._written), *edit_callbacks(cfg, trainer)]
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
         config = getattr(trainer.model, "peft_config", {}).get("default")
