@@ -45,6 +45,10 @@ ROOMS = {
         ("core", "inspect", "prompts", "settings", "tuner"),
         ("accelerate", "psutil", "torch", "transformers", "trl"),
     ),
+    "compare": (
+        ("errors", "inspect", "training", "tuner"),
+        ("peft", "safetensors", "transformers", "rich", "matplotlib"),
+    ),
     "plugin": (
         (
             "errors",
@@ -57,6 +61,7 @@ ROOMS = {
             "lm_eval",
             "inspect",
             "training",
+            "compare",
         ),
         (
             "axolotl",

@@ -34,17 +34,10 @@ def run(
 ) -> None:
     """Inspect an adapter and print its facts; the base is loaded if there are prompts.
     ValueError if an option, the adapter or the base cannot be used."""
-    has_prompts, folder = prompts or prompts_file, Path(plot or "").absolute().parent
+    check_output("inspect", plot, as_json)
+    has_prompts = prompts or prompts_file
     no_prompt = "there is no prompt to run; pass --prompt or --prompts-file"
-    missing = "is not installed; run pip install 'axolotl-reft[inspect]'"
     for is_wrong, message in (
-        (not as_json and find_spec("rich") is None, f"inspect: rich {missing}"),
-        (plot and find_spec("matplotlib") is None, f"--plot: matplotlib {missing}"),
-        (
-            plot and not plot.lower().endswith(PLOT_SUFFIXES),
-            f"--plot: {plot!r} does not end with one of {', '.join(PLOT_SUFFIXES)}",
-        ),
-        (plot and not folder.is_dir(), f"--plot: there is no folder {str(folder)!r}"),
         (chat and not has_prompts, f"--chat: {no_prompt}"),
         (base_model and not has_prompts, f"--base-model: {no_prompt}"),
         (sample and not prompts_file, "--sample: pass a file with --prompts-file"),
@@ -89,6 +82,23 @@ def run(
     if plot:
         # Standard output must stay valid JSON.
         print(f"wrote {plot}", file=sys.stderr if as_json else sys.stdout)
+
+
+def check_output(command: str, plot: str | None, as_json: bool) -> None:
+    """Raise ValueError if a command's results cannot be printed or drawn."""
+    folder = Path(plot or "").absolute().parent
+    missing = "is not installed; run pip install 'axolotl-reft[inspect]'"
+    for is_wrong, message in (
+        (not as_json and find_spec("rich") is None, f"{command}: rich {missing}"),
+        (plot and find_spec("matplotlib") is None, f"--plot: matplotlib {missing}"),
+        (
+            plot and not plot.lower().endswith(PLOT_SUFFIXES),
+            f"--plot: {plot!r} does not end with one of {', '.join(PLOT_SUFFIXES)}",
+        ),
+        (plot and not folder.is_dir(), f"--plot: there is no folder {str(folder)!r}"),
+    ):
+        if is_wrong:
+            raise ValueError(message)
 
 
 def read_prompts(path: str, sample: int | None = None, seed: int = 0) -> list[str]:

@@ -194,6 +194,16 @@ def inspect_adapter(directory: str, other: str | None = None) -> AdapterFacts:
     )
 
 
+def trained_parameters(directory: str) -> int:
+    """Count an adapter's trained parameters, LoRA and whole modules among them;
+    ValueError if it cannot be read."""
+    config = read_adapter_config(directory, "DIR")
+    saved = read_tensors(directory, "DIR")
+    whole, _ = _other_modules(config, saved.others)
+    states = (*saved.interventions.values(), saved.lora)
+    return sum(map(_trained, states)) + sum(whole.values())
+
+
 def _projection(state: dict[str, Tensor]) -> Tensor:
     """Return Pᵀ (D, R) of an intervention's tensors: R transposed, or a free W₂."""
     if "rotation" in state:
