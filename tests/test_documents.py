@@ -15,6 +15,7 @@ from documents import ROOT, dropped, validated
 
 from axolotl_reft.exchange.objects import INSTALL_COMMAND
 from axolotl_reft.plugin.args import LoreftBlock
+from axolotl_reft.plugin.sweep_file import read_sweep
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = sorted(
@@ -40,23 +41,27 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_documents_yaml(block):
+def test_a_documents_yaml(block, tmp_path):
     settings = yaml.safe_load(block)
+    if any(key.startswith("loreft.") for key in settings):
+        for run in swept(block, tmp_path):
+            assert list(dropped(run.config, validated(run.config))) == []
+        return
     if "base_model" not in settings:
         settings = yaml.safe_load(FIRST) | settings
     if block.startswith(REFUSED):
         with pytest.raises(ValueError):
             validated(settings)
         return
-    for one in alternatives(settings):
-        assert list(dropped(one, validated(one))) == []
+    assert list(dropped(settings, validated(settings))) == []
 
 
-def alternatives(settings):
-    """Of a file for ``axolotl train --sweep``, whose keys have lists of blocks."""
-    if not isinstance(settings["loreft"], list):
-        return [settings]
-    return [settings | {"loreft": block} for block in settings["loreft"]]
+def swept(block, directory):
+    """The runs of a file of settings to try."""
+    config, sweep = directory / "config.yml", directory / "sweep.yml"
+    config.write_text(FIRST)
+    sweep.write_text(block)
+    return read_sweep(str(config), str(sweep))
 
 
 def test_blocks_are_found_whole():

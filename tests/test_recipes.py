@@ -8,6 +8,9 @@ import yaml
 from documents import ROOT, dropped, validated
 from shapes import build_on_meta, count_parameters, weight_bytes
 
+from axolotl_reft.plugin.sweep_file import read_sweep
+
+SWEEP = ROOT / "examples" / "real" / "sweep.yml"
 # Not sweeps, nor what was written for a run.
 RECIPES = sorted(
     path
@@ -124,3 +127,14 @@ def test_its_row_in_the_table_is_its_settings(recipe):
 
 def test_the_table_has_no_other_rows():
     assert sorted(ROWS) == [name_of(path) for path in RECIPES]
+
+
+def test_each_run_of_the_sweep_is_valid():
+    runs = read_sweep(str(SWEEP.parent / "smollm2-loreft.yml"), str(SWEEP))
+    assert len({run.directory for run in runs}) == len(runs) == 12
+    assert {run.config["loreft"]["positions"] for run in runs} == {"l1", "l7", "f7+l7"}
+    for run in runs:
+        assert list(dropped(run.config, validated(run.config))) == []
+    command = "axolotl reft sweep examples/real/smollm2-loreft.yml examples/real/sweep"
+    assert command in header_of(SWEEP)
+    assert command in (ROOT / "docs" / "choosing.md").read_text()

@@ -136,23 +136,55 @@ def test_a_training_without_a_block_tells_its_settings(
     assert lines == told
 
 
-def test_a_sweep_lists_whole_blocks(config):
-    sweep = config.parent / "sweep.yml"
-    blocks = [{"rank": 2}, {"rank": 4, "positions": "l1"}]
-    sweep.write_text(yaml.safe_dump({"loreft": blocks}))
-    paths = [path for path, _ in generate_config_files(str(config), str(sweep))]
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        {"loreft": [{"rank": 2, "positions": "l1"}, {"rank": 4, "positions": "l1"}]},
+        {"loreft.rank": [2, 4], "loreft.positions": ["l1"]},
+    ],
+    ids=["blocks", "keys"],
+)
+def test_a_sweep_takes_keys_of_the_block_and_whole_blocks(config, sweep):
+    file = config.parent / "sweep.yml"
+    file.write_text(yaml.safe_dump(sweep))
+    paths = [path for path, _ in generate_config_files(str(config), str(file))]
     loaded = [load_cfg(path) for path in paths]
     assert sorted(cfg.loreft.rank for cfg in loaded) == [2, 4]
+    assert {cfg.loreft.positions for cfg in loaded} == {"l1"}
     assert len({cfg.output_dir for cfg in loaded}) == 2
+    # Keys change the block, and whole blocks replace it.
+    untied = "loreft" not in sweep
+    assert {cfg.loreft.tied_weights for cfg in loaded} == {not untied}
 
 
-def test_a_sweep_over_a_key_of_the_block_is_told_how(config):
+def test_a_sweep_over_a_nested_block_is_told_how(config):
+    """axolotl tries the block's keys as its values."""
     sweep = config.parent / "sweep.yml"
-    sweep.write_text(yaml.safe_dump({"loreft.rank": [2, 4]}))
+    sweep.write_text(yaml.safe_dump({"loreft": {"rank": [2, 4]}}))
     path, _ = next(generate_config_files(str(config), str(sweep)))
-    with pytest.raises(ValueError, match=r"loreft\.rank: is not a key at the top") as e:
+    message = "'rank' is not a block of settings"
+    with pytest.raises(ValueError, match=message) as error:
         load_cfg(path)
-    assert "A sweep lists whole blocks: loreft: [{" in str(e.value)
+    assert "for axolotl's --sweep write loreft.rank: [4, 8]" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("loreft.rnak", "unknown key 'rnak'. Did you mean 'rank'"),
+        ("reft.rank", "reft.rank: is not a key at the top of the config"),
+    ],
+)
+def test_a_wrong_key_in_a_sweep_is_told(config, key, message):
+    build_config(config.parent, **{key: 4})
+    with pytest.raises(ValueError, match=message):
+        load_cfg(str(config))
+
+
+def test_a_key_of_a_block_that_is_none_is_told(config):
+    build_config(config.parent, loreft=8, **{"loreft.rank": 4})
+    with pytest.raises(ValueError, match="loreft.rank: loreft is 8, not a block of s"):
+        load_cfg(str(config))
 
 
 def test_preprocess_needs_no_weights_of_the_base(config, monkeypatch):
@@ -234,7 +266,9 @@ ROWS = re.findall(r"^\| `axolotl (reft [\w-]+|[\w-]+).*?` \|(.*)\|$", TABLE, re.
 def test_the_table_has_every_command():
     named = {name.removeprefix("reft ") for name, _ in ROWS if " " in name}
     assert (
-        {"lm-eval", "config-schema", "export", "import"} <= named <= set(reft.commands)
+        {"lm-eval", "config-schema", "export", "import", "sweep", "compare"}
+        <= named
+        <= set(reft.commands)
     )
     theirs = set(cli.list_commands(None)) - {"reft"}
     assert {name for name, _ in ROWS if " " not in name} == theirs

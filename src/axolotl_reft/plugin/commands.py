@@ -23,7 +23,7 @@ class _PlainErrors(click.Group):
 
 @click.group(cls=_PlainErrors)
 def reft() -> None:
-    """Inspect LoReFT adapters, score them, and exchange them with pyreft."""
+    """Find settings for LoReFT, inspect adapters, score and exchange them."""
 
 
 @reft.command("export")
@@ -124,3 +124,40 @@ def inspect_command(directory: str, **options: Any) -> None:
     from axolotl_reft.inspect.command import run
 
     run(directory, **options)
+
+
+@reft.command("compare")
+@click.argument("directories", metavar="DIR...", nargs=-1, required=True)
+@click.option("--sort", metavar="COLUMN", help="Default: eval_loss, else the loss.")
+@click.option("--plot", metavar="FILE", help="Also draw it: .png, .svg or .pdf.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def compare_command(directories: tuple[str, ...], **options: Any) -> None:
+    """Compare what trainings gave: settings, losses, scores, sizes of edits, time.
+
+    A DIR is a training's output_dir, a checkpoint, or a directory of trainings, such as
+    a sweep's. LoRA's are read as well.
+    """
+    from axolotl_reft.compare.command import run
+
+    run(directories, **options)
+
+
+@reft.command("sweep")
+@click.argument("config", metavar="CONFIG", type=click.Path(exists=True))
+@click.argument("sweep", metavar="SWEEP", type=click.Path(exists=True))
+@click.option(
+    "--launcher",
+    type=click.Choice(["python", "accelerate", "torchrun"]),
+    default="python",
+    show_default=True,
+    help="python: in one process where it can be, the others: each run in its own.",
+)
+def sweep_command(config: str, sweep: str, launcher: str) -> None:
+    """Train CONFIG with every combination of the settings in SWEEP, and compare them.
+
+    SWEEP is a file such as `axolotl train --sweep` takes, in which keys of the loreft:
+    block can be swept too. A run that has finished is not trained again.
+    """
+    from axolotl_reft.plugin.sweep import run_sweep
+
+    run_sweep(config, sweep, launcher)
