@@ -14,6 +14,7 @@ from benchmarks.parts import PARTS, build
 from benchmarks.running import ELSEWHERE, run, workers
 from benchmarks.suite import SUITE, Benchmark, with_before
 from benchmarks.synchronisation import synchronisation
+from benchmarks.worker import environment
 
 _ALONE = {**PARTS, "synchronisation": synchronisation}
 # Made of results that are there, and printed.
@@ -24,12 +25,6 @@ _MADE: dict[str, Callable[[Path], object]] = {
     "rule": frozen_rule.rule_table,
 }
 _COMPARISONS = Path("build/comparisons")
-
-
-def environment(directory: str) -> str | None:
-    """The interpreter that ``make bench-environments`` made, if it did."""
-    python = Path(__file__).parent / "environments" / directory / "bin" / "python"
-    return str(python) if python.exists() else None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,18 +1,19 @@
 """Accuracy on a pretrained model (benchmarks/quality/), with a toy and no downloads."""
 
 import json
+import random
 
 import pytest
 import torch
 from chat_templates import build_byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.quality import costs, measuring, plots
+from benchmarks.quality import costs, measuring, plots, training
 from benchmarks.quality.costs import Cost
 from benchmarks.quality.measuring import Measurement
 from benchmarks.quality.methods import Method
 from benchmarks.quality.results import Results, Run, read, report
-from benchmarks.quality.training import row_of, train
+from benchmarks.quality.training import Training, row_of, train
 from examples.real.answers import accuracy, turns_of
 from examples.real.tasks import Task, first_of
 
@@ -97,7 +98,7 @@ def test_runs_are_kept_and_only_missing_ones_are_made(
     }
     monkeypatch.setattr(measuring, "METHODS", made_up)
     right = {1e-3: 50.0, 1e-2: 60.0, 1e-4: 40.0}
-    monkeypatch.setattr(measuring, "accuracy", lambda *_: right[rates[-1]])
+    monkeypatch.setattr(measuring, "accuracy", lambda *_, **__: right[rates[-1]])
     rates = [1e-4]
 
     def trained(base, tokenizer, task, training):
@@ -136,7 +137,7 @@ def test_a_rate_that_validation_passes_over_is_not_tested(toy, tokenizer, monkey
     task = Task("fruit", FRUIT, FRUIT[:1], FRUIT)
     scores = iter([None, 60.0, 1.0, 50.0])
 
-    def accuracy(model, tokenizer, task, conversations):
+    def accuracy(*_, **__):
         return next(scores)
 
     monkeypatch.setattr(measuring, "accuracy", accuracy)
@@ -210,3 +211,81 @@ def test_methods_take_turns_and_leave_the_base_as_it_was(tokenizer, toy, monkeyp
         assert len(cost.step_seconds) == len(cost.tokens_per_second) == 2
         assert cost.adapter > 4 * cost.parameters and cost.memory == 7
     assert all(torch.equal(p, before[name]) for name, p in toy.named_parameters())
+
+
+@pytest.fixture
+def pyreft(tokenizer, monkeypatch, tmp_path):
+    """A method that pyreft trains, and the processes that run: answers are yes."""
+    running = []
+
+    class Stub:
+        def __init__(self, python):
+            assert python == "its python"
+            running.append(self)
+
+        def train(self, model, rows, **settings):
+            self.trained = rows, settings
+            found = {"cpu_seconds": 2.0, "losses": [1.0], "step_seconds": [3.0]}
+            return {"parameters": 9, **found}
+
+        def generate(self, prompts, most):
+            return [tokenizer("yes")["input_ids"] for _ in prompts]
+
+        def unload(self):
+            running.remove(self)
+
+    method = Method({"positions": "f1+l2", "rank": 2}, (1e-3,), by_pyreft=True)
+    monkeypatch.setattr(measuring, "METHODS", {"pyreft": method})
+    monkeypatch.setattr(training, "PyreftModel", Stub)
+    monkeypatch.setattr(training, "smollm2", lambda: tmp_path)
+    return method, running
+
+
+def test_pyreft_trains_on_the_tokens_and_settings_of_all_methods(tokenizer, pyreft):
+    method, running = pyreft
+    task = Task("fruit", FRUIT, FRUIT[:1], FRUIT)
+    settings = Training(method, 1e-3, 3, steps=2, batch=1, pyreft="its python")
+    trained = train(None, tokenizer, task, settings)
+    rows, sent = running[0].trained
+    chosen = random.Random(3).sample(FRUIT, 2)
+    assert rows == [turn for found in chosen for turn in turns_of(tokenizer, found)]
+    assert sent == {
+        "learning_rate": 1e-3,
+        "seed": 3,
+        "steps": 2,
+        "batch": 1,
+        "positions": "f1+l2",
+        "rank": 2,
+    }
+    assert (trained.parameters, trained.cpu_seconds) == (9, 2.0)
+
+
+def test_answers_of_pyreft_are_judged_as_all_others(tokenizer, pyreft, tmp_path):
+    task = Task("fruit", FRUIT, FRUIT[:1], FRUIT)
+    made = Results({"steps": 2, "batch": 1}, {"fruit": 0.0})
+    tasks = {"fruit": task}.__getitem__
+    path = tmp_path / "results.json"
+    Measurement(made, path, None, tokenizer, tasks, "its python").run(
+        ["fruit"], ["pyreft"], 1
+    )
+    (run,) = made.runs
+    assert run.validation == 100 and run.test == pytest.approx(200 / 3)
+    assert run.parameters == 9 and pyreft[1] == []
+
+
+@pytest.mark.parametrize(
+    ("python", "reason"),
+    [
+        (None, "pyreft has no environment here; make bench-environments makes it"),
+        ("its python", "pyreft trains on one prompt a sample, and these have several"),
+    ],
+)
+def test_pyreft_is_left_out_where_it_cannot_train(pyreft, capsys, python, reason):
+    turns = [[("one", "two"), ("three", "four")]]
+    task = Task("talk", turns, turns, turns)
+    made = Results({}, {"talk": 0.0})
+    Measurement(made, None, None, None, {"talk": task}.__getitem__, python).run(
+        ["talk"], ["pyreft"], 1
+    )
+    assert f"pyreft is left out of talk: {reason}" in capsys.readouterr().out
+    assert made.runs == [] and pyreft[1] == []

@@ -11,6 +11,7 @@ from benchmarks.quality.measuring import Measurement
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.results import read, report
 from benchmarks.quality.training import base_of
+from benchmarks.worker import environment
 from examples.real.tasks import TASKS, load
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -33,6 +34,11 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         choices=METHODS,
         help="may be repeated; default: all",
+    )
+    parser.add_argument(
+        "--pyreft-python",
+        default=environment("pyreft"),
+        help="interpreter of pyreft's environment, where make has not made it",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
@@ -72,7 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     base, tokenizer = base_of()
     tasks = cache(lambda name: load(name, options.answers))
-    measurement = Measurement(results, options.results, base, tokenizer, tasks)
+    measurement = Measurement(
+        results, options.results, base, tokenizer, tasks, options.pyreft_python
+    )
     names = options.task or list(TASKS)
     measurement.run(names, options.method or METHODS, options.seeds)
     print(report(results))

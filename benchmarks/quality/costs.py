@@ -65,12 +65,12 @@ def measure(base: Any, tokenizer: Any, batch: int, rounds: int) -> list[Cost]:
         with TemporaryDirectory() as directory:
             model.save_pretrained(directory)
             size = (Path(directory) / "adapter_model.safetensors").stat().st_size
-        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        sizes[method] = parameters, size
+        sizes[method] = trained.parameters, size
         model.unload()
         return found
 
-    names = list(METHODS)
+    # What pyreft trains is in another process.
+    names = [name for name, method in METHODS.items() if not method.by_pyreft]
     values = take_turns({name: partial(turn, name) for name in names}, rounds)
     costs = list[Cost]()
     for name in names:

@@ -21,10 +21,13 @@ class Method:
     Attributes:
         settings: of LoreftConfig, or of LoraConfig where there are ``target_modules``.
         learning_rates: as many of each method.
+        by_pyreft: whether pyreft's own trainer trains it, with ``positions`` and
+            ``rank``.
     """
 
     settings: Mapping[str, Any]
     learning_rates: tuple[float, ...] = (4e-4, 9e-4, 2e-3)
+    by_pyreft: bool = False
 
     @property
     def is_lora(self) -> bool:
@@ -65,4 +68,6 @@ METHODS = {
     "LoReFT l7, rank 16": _loreft(rank=16),
     "LoReFT f7+l7, untied": _loreft(positions="f7+l7", tied_weights=False),
     "LoReFT f7+l7, 4 layers": _loreft(positions="f7+l7", layers=FOUR_LAYERS),
+    "pyreft f7+l7": Method({"positions": "f7+l7", "rank": 8}, by_pyreft=True),
+    "pyreft l7": Method({"positions": "l7", "rank": 8}, by_pyreft=True),
 }

@@ -6,16 +6,18 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
-from time import perf_counter, process_time
+from time import process_time
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 
+from benchmarks.quality.clock import Clock
 from benchmarks.quality.methods import Method
-from examples.real.answers import Turn, turns_of
+from benchmarks.quality.pyreft_trainer import PyreftModel
+from examples.real.answers import Turn, greedy, turns_of
 from examples.real.models import smollm2
-from examples.real.tasks import Task
+from examples.real.tasks import Conversation, Task
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Training:
 
     Attributes:
         seed: of the adapter's first parameters, the samples and their order.
+        pyreft: interpreter of its environment, for methods that it trains.
     """
 
     method: Method
@@ -31,6 +34,7 @@ class Training:
     seed: int
     steps: int
     batch: int
+    pyreft: str | None = None
 
 
 def row_of(turns: Sequence[Turn]) -> dict[str, list[int]]:
@@ -54,6 +58,7 @@ class Trained:
     """
 
     model: Any
+    parameters: int
     cpu_seconds: float
     losses: list[float]
     step_seconds: list[float]
@@ -68,6 +73,8 @@ def train(base: Any, tokenizer: Any, task: Task, training: Training) -> Trained:
 
     samples = min(len(task.train), training.steps * training.batch)
     chosen = random.Random(training.seed).sample(task.train, samples)
+    if training.method.by_pyreft:
+        return _train_by_pyreft(tokenizer, chosen, training)
     torch.manual_seed(training.seed)
     model = get_peft_model(base, training.method.config(tokenizer))
     # As axolotl trains by default.
@@ -95,27 +102,37 @@ def train(base: Any, tokenizer: Any, task: Task, training: Training) -> Trained:
             train_dataset=[row_of(turns_of(tokenizer, c)) for c in chosen],
             data_collator=collator,
         )
-        clock = _Clock()
+        clock = Clock()
         trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)
         start = process_time()
         trainer.train()
         history = trainer.state.log_history
         losses = [log["loss"] for log in history if "loss" in log]
-        return Trained(model, process_time() - start, losses, clock.seconds)
+        seconds = process_time() - start
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return Trained(model, parameters, seconds, losses, clock.seconds)
 
 
-class _Clock(TrainerCallback):
-    """Measures the wall time of each step."""
-
-    def __init__(self) -> None:
-        self.seconds = list[float]()
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(perf_counter() - self._start)
+def _train_by_pyreft(
+    tokenizer: Any, conversations: Sequence[Conversation], training: Training
+) -> Trained:
+    assert training.pyreft is not None
+    rows = list[Turn]()
+    for conversation in conversations:
+        (turn,) = turns_of(tokenizer, conversation)
+        rows.append(turn)
+    model = PyreftModel(training.pyreft)
+    found = model.train(
+        smollm2(),
+        rows,
+        learning_rate=training.learning_rate,
+        seed=training.seed,
+        steps=training.steps,
+        batch=training.batch,
+        **training.method.settings,
+    )
+    return Trained(model, **found)
 
 
 def base_of() -> tuple[Any, Any]:
@@ -127,3 +144,10 @@ def base_of() -> tuple[Any, Any]:
         smollm2(), dtype=torch.bfloat16, attn_implementation="eager"
     )
     return base, AutoTokenizer.from_pretrained(smollm2())
+
+
+def generate(model: Any, tokenizer: Any, prompts: list[list[int]], most: int) -> Any:
+    """Return the ids that greedy decoding adds to each prompt."""
+    if isinstance(model, PyreftModel):
+        return model.generate(prompts, most)
+    return greedy(model, tokenizer, prompts, most)

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,8 @@ from examples.real.tasks import Conversation, Task
 
 # Ids of a turn's prompt, from the end of the last answer on, and of its answer.
 Turn = tuple[list[int], list[int]]
+# The ids behind prompts, of a model and a tokenizer, so many at most.
+Generate = Callable[[Any, Any, list[list[int]], int], Any]
 _FEWEST_TOKENS = 16
 
 
@@ -56,9 +58,10 @@ def accuracy(
     task: Task,
     conversations: Sequence[Conversation],
     batch: int = 50,
+    generate: Generate | None = None,
 ) -> float:
     """Return the share of right answers in %, by greedy decoding."""
-    given = answers(model, tokenizer, task, conversations, batch)
+    given = answers(model, tokenizer, task, conversations, batch, generate)
     return 100 * sum(answer.right for answer in given) / len(given)
 
 
@@ -74,16 +77,31 @@ def head_by_copy(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
+def greedy(model: Any, tokenizer: Any, prompts: list[list[int]], most: int) -> Any:
+    """Return the ids that greedy decoding adds to each prompt."""
+    model.eval()
+    inputs = tokenizer.pad(
+        {"input_ids": prompts}, padding_side="left", return_tensors="pt"
+    ).to(model.device)
+    with head_by_copy(model):
+        ids_BT = model.generate(**inputs, do_sample=False, max_new_tokens=most)
+    return ids_BT[:, inputs["input_ids"].shape[1] :]
+
+
 def answers(
     model: Any,
     tokenizer: Any,
     task: Task,
     conversations: Sequence[Conversation],
     batch: int = 50,
+    generate: Generate | None = None,
 ) -> list[Answer]:
     """Decode the answer of every turn greedily.
 
     Each turn is asked after the right answers to those before.
+
+    Args:
+        generate: of what ``greedy`` cannot ask.
     """
     asked = list[tuple[list[int], str, str]]()
     lengths = list[int]()
@@ -99,19 +117,12 @@ def answers(
     # Of about equal lengths in a batch.
     order = sorted(range(len(asked)), key=lambda n: len(asked[n][0]))
     generated = [""] * len(asked)
-    model.eval()
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        inputs = tokenizer.pad(
-            {"input_ids": [asked[n][0] for n in chosen]},
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
         # Enough for a model that was not trained to come to the point.
         most = max(_FEWEST_TOKENS, *(lengths[n] for n in chosen))
-        with head_by_copy(model):
-            ids_BT = model.generate(**inputs, do_sample=False, max_new_tokens=most)
-        ids_BT = ids_BT[:, inputs["input_ids"].shape[1] :]
+        prompts = [asked[n][0] for n in chosen]
+        ids_BT = (generate or greedy)(model, tokenizer, prompts, most)
         texts = tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
         for n, text in zip(chosen, texts, strict=True):
             generated[n] = text
