@@ -295,7 +295,9 @@ def copy_slice(head: nn.Module, args: Args) -> Args | None:
     for which it copies the weight; ``contiguous`` returns the slice of one row as it
     is.
     """
-    if not args or torch.is_grad_enabled() or args[0].device.type != "cpu":
+    if not args or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if args[0].device.type != "cpu":
         return None
     return args[0].clone(memory_format=torch.contiguous_format), *args[1:]
 
