@@ -20,7 +20,9 @@ def edited_tokens(prompt, positions="f2+l3"):
 
 
 @contextmanager
-def edited_by_hand(base, adapter, tokens, place=lambda token: (slice(None), token)):
+def edited_by_hand(
+    base, adapter, tokens, place=lambda token: (slice(None), token), strength=1.0
+):
     """Yield a copy of the bare base whose layers edit these tokens of every row.
 
     ``adapter`` is a PEFT model with untied interventions on each layer's output;
@@ -32,14 +34,17 @@ def edited_by_hand(base, adapter, tokens, place=lambda token: (slice(None), toke
     for found in interventions_of(adapter, "default"):
         interventions.setdefault(found.layer, []).append(found.intervention)
     for number, sides in interventions.items():
-        layers[number].register_forward_hook(partial(_edit, sides, tokens, place))
+        layers[number].register_forward_hook(
+            partial(_edit, sides, tokens, place, strength)
+        )
     with torch.no_grad():
         yield copied
 
 
-def _edit(interventions, tokens, place, module, args, output):
+def _edit(interventions, tokens, place, strength, module, args, output):
     h = (output[0] if isinstance(output, tuple) else output).clone()
     for intervention, side in zip(interventions, tokens, strict=True):
         for token in side:
-            h[place(token)] = intervention(h[place(token)])
+            before = h[place(token)]
+            h[place(token)] = before + strength * (intervention(before) - before)
     return (h, *output[1:]) if isinstance(output, tuple) else h

@@ -245,6 +245,16 @@ def test_the_live_model_of_pyreft_shares_everything(tokens, tied):
     assert not any(".intv_" in name for name, _ in model.model.named_modules())
 
 
+def test_a_strength_has_no_place_in_pyreft():
+    model = build_adapter(build_model(), positions="f2+l3")
+    model.set_scale("default", 0.5)
+    message = "'default' has the strength 0.5, and pyreft's .* call model.set_scale"
+    with pytest.raises(ValueError, match=message):
+        to_pyreft(model)
+    model.set_scale("default", 1)
+    to_pyreft(model)
+
+
 def test_several_active_adapters_have_no_live_model():
     model = build_adapter(build_model())
     model.add_adapter("other", LoreftConfig(rank=2))

@@ -349,7 +349,7 @@ def test_what_a_deleted_adapter_asked_for_is_forgotten():
     state = layer.state
 
     def turns():
-        every = Adapters(tuple(state.adapters))
+        every = Adapters(tuple(state.adapters), (1.0,) * len(state.adapters))
         return {turns.every for turns in state.turns(every)}
 
     assert layer._edits_every_token and not turns()

@@ -35,6 +35,10 @@ def as_the_base(model, ids):
     return forward(model, ids, adapter_names=["__base__"])
 
 
+def weakened(model, ids):
+    return forward(model, ids, adapter_names=[("default", 0.5)])
+
+
 def generated(model, ids):
     out = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4,
@@ -72,7 +76,9 @@ def together(model, *calls):
     return results
 
 
-WAYS = [forward, labelled, with_gradients, as_the_base, generated, hidden_states]
+WAYS = [
+    forward, labelled, with_gradients, as_the_base, weakened, generated, hidden_states
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -21,7 +21,7 @@ from axolotl_reft.saved.directory import read_adapter_config
 from axolotl_reft.settings.components import to_pyreft_name
 from axolotl_reft.tuner.config import LoreftConfig
 from axolotl_reft.tuner.layer import interventions_of
-from axolotl_reft.tuner.model import find_decoder_layers
+from axolotl_reft.tuner.model import find_decoder_layers, hooks_of
 
 if TYPE_CHECKING:
     import pyreft
@@ -50,6 +50,13 @@ def to_pyreft(peft_model: PeftModel) -> pyreft.ReftModel:
     if not isinstance(config, LoreftConfig):
         raise ValueError(f"the active adapter {name!r} is not a LoReFT adapter")
     refuse_lora(config, f"the active adapter {name!r}")
+    hooks = hooks_of(peft_model.base_model.model)
+    strength = hooks.state.strengths.get(name, 1.0) if hooks else 1.0
+    if strength != 1:
+        raise ValueError(
+            f"the active adapter {name!r} has the strength {strength:g}, and pyreft's "
+            f"interventions have none; call model.set_scale({name!r}, 1)"
+        )
     tensors = [*peft_model.parameters(), *peft_model.buffers()]
     base = copy.deepcopy(peft_model, {id(t): t for t in tensors}).unload()
     path, _ = find_decoder_layers(base)

@@ -24,16 +24,19 @@ _ATTRIBUTE = "loreft_record"
 
 
 class Adapters(NamedTuple):
-    """Names of the active adapters, or of the adapter of each row."""
+    """Names and strengths of the active adapters, or of the adapter of each row."""
 
     names: tuple[str, ...]
+    strengths: tuple[float, ...]
     by_row: bool = False
 
-    def rows(self, name: str, count: int) -> list[bool]:
-        """Tell which rows an adapter edits."""
+    def rows(self, name: str, count: int) -> list[float | None]:
+        """Return the strength that an adapter has in each row; None where it is not."""
+        pairs = zip(self.names, self.strengths, strict=True)
+        found = [strength if own == name else None for own, strength in pairs]
         if self.by_row:
-            return [row == name for row in self.names]
-        return [name in self.names] * count
+            return found
+        return [next((s for s in found if s is not None), None)] * count
 
 
 @dataclass(frozen=True, eq=False)

@@ -110,18 +110,24 @@ def _edit_codes(
     columns: int,
 ) -> Tensor:
     """Return a number for each of the first columns (B, W): 0 where the adapter does
-    nothing, elsewhere what it does."""
-    spec, has_it = state.adapters[name], adapters.rows(name, rows)
-    codes_BW = torch.zeros(rows, columns, dtype=torch.int8)
-    if not any(has_it):
-        return codes_BW
-    if name in state.change_every_token:
+    nothing, elsewhere what it does, with the strength in the imaginary part."""
+    spec, codes_BW = state.adapters[name], torch.zeros(rows, columns)
+    changes_all = name in state.change_every_token
+    # At 0 nothing is edited, but trained embeddings have no strength.
+    weights = [
+        0 if s is None or (s == 0 and not changes_all) else 1 + 1j * s
+        for s in adapters.rows(name, rows)
+    ]
+    weights_B1 = torch.tensor(weights, dtype=torch.complex128).unsqueeze(1)
+    if not any(weights):
+        return codes_BW * weights_B1
+    if changes_all:
         codes_BW += 4
     if not spec.positions.everywhere:
         masks_BW = read(spec.turns).columns(0, columns).edited(spec.positions)
         prefix_BW, suffix_BW = (mask_BW.to("cpu") for mask_BW in masks_BW)
         codes_BW += prefix_BW + suffix_BW * (1 if spec.tied else 2)
-    return codes_BW * torch.tensor(has_it)[:, None]
+    return codes_BW * weights_B1
 
 
 def cut_back(cache: Any, past: int, keep: int, omitted: int) -> int:

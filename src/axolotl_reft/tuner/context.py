@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from axolotl_reft.core.affine import StackCache
 from axolotl_reft.core.scatter import EditIndices
+from axolotl_reft.core.strength import Strength
 from axolotl_reft.prompts.cached import Adapters, CacheRecord
 from axolotl_reft.prompts.generation import Generation
 from axolotl_reft.prompts.spans import PromptSpans, edit_indices
@@ -35,6 +36,10 @@ BASE = "__base__"
 
 # Returns the prompts of such turns, None where there is none.
 FindSpans = Callable[[Turns], PromptSpans | None]
+# The adapter of a row, and its strength.
+RowAdapter = tuple[str, float]
+# By adapter; those that are not here are 1.
+Strengths = Mapping[str, Strength]
 # Edits hidden states (B, T, D) at these indices; None for all tokens.
 Edit = Callable[[Tensor, EditIndices | None], Tensor]
 
@@ -60,6 +65,7 @@ class ForwardContext:
             a trainer tell them.
         is_compiled: the model is, and with it the layers.
         row_adapters: of each row; None where the active adapters edit all rows.
+        strengths: of the adapters, so that all layers and replays have the same.
         given: indices that a collator found, by adapter; on_host: with its batch.
         prepared: edits of several layers from one stack, by layer, site and adapter;
             each is taken once.
@@ -78,6 +84,7 @@ class ForwardContext:
     find_answers: Callable[[], Tensor] | None = None
     is_compiled: bool = field(default_factory=torch.compiler.is_compiling)
     row_adapters: list[str] | None = None
+    strengths: Strengths = field(default_factory=dict)
     given: Mapping[str, Sequence[Tensor]] | None = None
     on_host: OnHost | None = None
     prepared: dict[tuple[nn.Module, str, str], Edit] = field(default_factory=dict)
@@ -157,16 +164,31 @@ class ForwardContext:
         return self._tokens[adapter]
 
 
-def repeat_names(names: Sequence[str], rows: int, expands: bool = True) -> list[str]:
+def repeat_rows(
+    given: Sequence[RowAdapter], rows: int, expands: bool = True
+) -> list[RowAdapter]:
     """Return the adapter of each row, of which ``generate`` makes copies side by side
-    for beams; ValueError for another number of names (PEFT's message)."""
-    copies, rest = divmod(rows, len(names)) if names else (0, rows)
+    for beams; ValueError for another number of them (PEFT's message)."""
+    copies, rest = divmod(rows, len(given)) if given else (0, rows)
     if rest or (copies != 1 and not expands):
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but "
-            f"got {len(names)} and {rows} respectively."
+            f"got {len(given)} and {rows} respectively."
         )
-    return [name for name in names for _ in range(copies)]
+    return [row for row in given for _ in range(copies)]
+
+
+def strengths_by_row(adapters: Adapters, device: torch.device) -> Strengths:
+    """Return the strengths of rows' adapters: of one that has several, each row's."""
+    found: dict[str, Strength] = {}
+    every_B = adapters.strengths
+    for name in {*adapters.names} - {BASE}:
+        of_rows = {s for s in adapters.rows(name, len(every_B)) if s is not None}
+        if len(of_rows) > 1:
+            found[name] = torch.tensor(every_B, device=device).view(-1, 1, 1)
+        elif of_rows != {1.0}:
+            found[name] = of_rows.pop()
+    return found
 
 
 @dataclass(eq=False)
@@ -178,7 +200,7 @@ class ThreadState:
     mask: Any = None  # of the model, for a backbone that takes none
     generation: Generation | None = None
     step: Generation | None = None  # that it has prepared, for the next forward
-    adapter_names: Sequence[str] | None = None  # of a batch's rows
+    row_adapters: Sequence[RowAdapter] | None = None  # of a batch
     context: ForwardContext | None = None
     backbone: nn.Module | None = None  # whose forward made the context
     below: Tensor | None = None  # what the layers below the first edited one return
@@ -201,6 +223,7 @@ class ModelState:
 
     Attributes:
         adapters: settings of the adapters, by name.
+        strengths: those of the adapters that are not 1, never changed in place.
         layout: of the model's hidden states.
         change_every_token: names of those that do not stop at prompt positions.
         layers: the edited layers, in the order of the model.
@@ -218,6 +241,7 @@ class ModelState:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.adapters: dict[str, AdapterSpec] = {}
+        self.strengths: Mapping[str, float] = {}
         self.change_every_token: set[str] = set()
         self.layers: list[LoreftDecoderLayer] = []
         self.stacks: dict[Hashable, StackCache] = {}
@@ -227,16 +251,43 @@ class ModelState:
     def thread(self) -> ThreadState:
         return self._threads.state
 
+    def forget_adapter(self, name: str) -> None:
+        """Forget the settings of an adapter, and its strength."""
+        self.adapters.pop(name, None)
+        self.change_every_token.discard(name)
+        self.set_strength(name, 1.0)
+        self.stacks.clear()
+
+    def set_strength(self, adapter: str, strength: float) -> None:
+        """Set the strength of an adapter in the forwards that begin from now on."""
+        others = {n: s for n, s in self.strengths.items() if n != adapter}
+        self.strengths = others if strength == 1 else {**others, adapter: strength}
+
+    def strength(self, adapter: str) -> Strength:
+        """Return the strength in the forward under way in this thread, or the next."""
+        return (self.thread.context or self).strengths.get(adapter)
+
+    def with_strength(self, names: list[str]) -> list[str]:
+        """Return the adapters that may change a forward: without those of strength 0,
+        unless their parameters may be asked for gradients."""
+        strengths = (self.thread.context or self).strengths
+        if not strengths or torch.is_grad_enabled():
+            return names
+        none = {n for n, s in strengths.items() if isinstance(s, float) and s == 0}
+        return [name for name in names if name not in none]
+
     def active_adapters(self, rows: int) -> Adapters:
         """Return the adapters of the next forward in this thread."""
-        layer, names = self.layers[0], self.thread.adapter_names
+        layer, given = self.layers[0], self.thread.row_adapters
         if layer._disable_adapters:
-            return Adapters(())
-        if names is None:
+            return Adapters((), ())
+        if given is None:
             # A list since set_adapter; PEFT's property makes two more calls.
-            return Adapters(tuple(layer._active_adapter))
+            names = tuple(layer._active_adapter)
+            return Adapters(names, tuple(self.strengths.get(n, 1.0) for n in names))
         expands = self.thread.generation is not None
-        return Adapters(tuple(repeat_names(names, rows, expands)), by_row=True)
+        names, strengths = zip(*repeat_rows(given, rows, expands), strict=True)
+        return Adapters(names, strengths, by_row=True)
 
     def turns(self, adapters: Adapters) -> set[Turns]:
         """Return the turns whose prompts these adapters edit."""

@@ -22,7 +22,7 @@ from axolotl_reft.tuner.cached_edits import (
     record_of,
 )
 from axolotl_reft.tuner.compat import cache_of
-from axolotl_reft.tuner.context import ModelState, repeat_names
+from axolotl_reft.tuner.context import ModelState, repeat_rows
 from axolotl_reft.tuner.prompt_sources import tokens_of
 
 Args = tuple[Any, ...]
@@ -63,9 +63,9 @@ class GenerateHooks:
         given = [*args[:1], *(kwargs.get(name) for name in names)]
         first = next((value for value in given if value is not None), None)
         rows, width = (1, 1) if first is None else first.shape[:2]
-        names_of_rows = self._state.thread.adapter_names
-        if names_of_rows is not None and first is not None:
-            repeat_names(names_of_rows, rows, expands=False)  # for its check
+        row_adapters = self._state.thread.row_adapters
+        if row_adapters is not None and first is not None:
+            repeat_rows(row_adapters, rows, expands=False)  # for its check
         ids_BP = first if first is not None and first.ndim == 2 else None
         mask_BW, cache = _mask_2d(kwargs), cache_of(kwargs)
         adapters = self._state.active_adapters(rows)

@@ -35,7 +35,13 @@ from axolotl_reft.tuner import prompt_sources
 from axolotl_reft.tuner.cached_edits import columns_in
 from axolotl_reft.tuner.checkpointing import refuse_reentrant_checkpointing
 from axolotl_reft.tuner.compat import cache_of, forward_parameters, pages_of
-from axolotl_reft.tuner.context import POSITIONS, FindSpans, ForwardContext, ModelState
+from axolotl_reft.tuner.context import (
+    POSITIONS,
+    FindSpans,
+    ForwardContext,
+    ModelState,
+    strengths_by_row,
+)
 from axolotl_reft.tuner.executor import prepare_edits
 from axolotl_reft.tuner.frozen_prompt import FrozenPrompt
 from axolotl_reft.tuner.generating import GenerateHooks
@@ -185,9 +191,11 @@ class ModelHooks:
         default = getattr(module.config, "output_hidden_states", False)
         if default if asked is None else asked:
             context.edited_outputs = {}
-        if thread.adapter_names is not None:
+        if thread.row_adapters is not None:
             adapters = self.state.active_adapters(context.shape[0])
+            device = prompt_sources.tokens_of(inputs).device
             context.row_adapters = list(adapters.names)
+            context.strengths = strengths_by_row(adapters, device)
         # Rows that a trainer cut out of the collator's batch are found anew.
         elif given is not None and tuple(given["shape"]) == context.shape:
             context.given, context.on_host = given["indices"], given.get("on_host")
@@ -272,6 +280,7 @@ class ModelHooks:
             find_answers,
             is_prepared=step is not None,
             make_record=make_record,
+            strengths=state.strengths,
         )
 
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
 
 from axolotl_reft.core.interventions import INTERVENTION_CLASSES, Intervention
+from axolotl_reft.core.strength import at_strength
 from axolotl_reft.prompts.spans import PromptSpans
 from axolotl_reft.settings.components import find_site, is_inside_experts
 from axolotl_reft.settings.spec import AdapterSpec
@@ -159,9 +160,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             held = getattr(self, attribute)
             if adapter_name in held:
                 del held[adapter_name]
-        self.state.adapters.pop(adapter_name, None)
-        self.state.change_every_token.discard(adapter_name)
-        self.state.stacks.clear()
+        self.state.forget_adapter(adapter_name)
         self._refresh()
 
     def detach(self) -> None:
@@ -223,10 +222,11 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters:
             return []
         context = self.state.thread.context
-        if context is None or context.row_adapters is None:
-            # A list since set_adapter; PEFT's property makes two more calls.
-            return cast("list[str]", self._active_adapter)
-        return [name for name in dict.fromkeys(context.row_adapters) if name != BASE]
+        # A list since set_adapter; PEFT's property makes two more calls.
+        names = cast("list[str]", self._active_adapter)
+        if context is not None and context.row_adapters is not None:
+            names = [n for n in dict.fromkeys(context.row_adapters) if n != BASE]
+        return self.state.with_strength(names)
 
     def _edit_input(
         self, site: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any
@@ -266,7 +266,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
                 h, put_back = self._token_vectors(h, shape, site, all_vectors)
             if everywhere:
                 indices = context.row_tokens(name, h.device)
-            edit = None
+            edit, unedited = None, h
             # A layer that is compiled alone makes its own edit, in its graph.
             if context.is_compiled or not is_compiling():
                 edit = context.prepared.pop((self, site, name), None)
@@ -274,6 +274,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
                 h = edit(h, indices)
             else:
                 h = edit_hidden_states(h, indices, self.interventions(name))
+            h = at_strength(self.state.strength(name), unedited, h)
             if put_back is not None:
                 h = put_back(h)
         return h
@@ -312,15 +313,16 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
             lora = self.intv_lora[name] if name in self.intv_lora else None
             if not isinstance(lora, LayerLora) or path not in lora.paths:
                 continue
+            strength = self.state.strength(name)
             if context is None or context.row_adapters is None:
-                total = lora.add_to(total, path, args[0], None)
+                total = lora.add_to(total, path, args[0], None, strength)
                 continue
             rows = context.row_tokens(name, total.device)
             x_BTD, y_BTD = (
                 self._token_vectors(h, (*context.shape, h.shape[-1]), path, False)
                 for h in (args[0], total)
             )
-            added_BTD = lora.add_to(y_BTD.h_BTD, path, x_BTD.h_BTD, rows)
+            added_BTD = lora.add_to(y_BTD.h_BTD, path, x_BTD.h_BTD, rows, strength)
             total = y_BTD.put_back(added_BTD)
         return total.to(output.dtype)
 
@@ -344,6 +346,5 @@ def interventions_of(model: nn.Module, adapter: str) -> Iterator[FoundInterventi
 
 
 def _device_of(module: nn.Module) -> torch.device:
-    devices = (parameter.device for parameter in module.parameters())
-    real = (device for device in devices if device.type != "meta")
-    return next(real, torch.device("cpu"))
+    devices = (p.device for p in module.parameters() if not p.is_meta)
+    return next(devices, torch.device("cpu"))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from axolotl_reft.core.scatter import EditIndices, edit
+from axolotl_reft.core.strength import Strength, at_strength
 from axolotl_reft.core.tensors import AdapterLeaf
 from axolotl_reft.errors import did_you_mean, shown
 from axolotl_reft.settings.lora import ALL_LINEAR
@@ -67,13 +68,20 @@ class LayerLora(AdapterLeaf):
         return F.linear(F.linear(x, a), b) * self.scaling
 
     def add_to(
-        self, output: Tensor, path: str, x: Tensor, rows: EditIndices | None
+        self,
+        output: Tensor,
+        path: str,
+        x: Tensor,
+        rows: EditIndices | None,
+        strength: Strength = None,
     ) -> Tensor:
         """Return a module's output with this LoRA's, in these rows; None for all."""
         if rows is None:
-            return output + self(path, x)
-        x_ND = x.reshape(-1, x.shape[-1]).index_select(0, rows.all_N)
-        return edit(output, rows, [lambda y_ND: y_ND + self(path, x_ND)])
+            added = output + self(path, x)
+        else:
+            x_ND = x.reshape(-1, x.shape[-1]).index_select(0, rows.all_N)
+            added = edit(output, rows, [lambda y_ND: y_ND + self(path, x_ND)])
+        return at_strength(strength, output, added)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling}, dropout={self.dropout_p}"

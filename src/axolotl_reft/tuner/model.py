@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import _insert_adapter_name_into_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,12 +15,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from axolotl_reft.core.tensors import check_complete
 from axolotl_reft.settings.components import check_list_of_layers
+from axolotl_reft.settings.strength import read_strength
 from axolotl_reft.tuner import trained_modules
 from axolotl_reft.tuner.base_model import check_base_model, free_name
 from axolotl_reft.tuner.config import LoreftConfig
-from axolotl_reft.tuner.context import BASE, repeat_names
+from axolotl_reft.tuner.context import BASE
 from axolotl_reft.tuner.hooks import ModelHooks
 from axolotl_reft.tuner.layer import LoreftDecoderLayer
+from axolotl_reft.tuner.row_adapters import adapters_by_row
 
 _HOOKS = "loreft_hooks"
 _BNB_PACKS_ON_CPU = "support_avx512bf16_for_cpu"
@@ -89,52 +89,29 @@ class LoreftModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Edit each row of a batch by its adapter: PEFT's way to ``adapter_names``."""
-        names, hooks = kwargs.get("adapter_names"), hooks_of(self.model)
-        if names is None or hooks is None:
+        entries, hooks = kwargs.get("adapter_names"), hooks_of(self.model)
+        if entries is None or hooks is None:
             yield
             return
-        self._check_adapter_names(names)
-        handles = [
-            module.register_forward_pre_hook(
-                partial(_add_adapter_names, hooks), with_kwargs=True
-            )
-            for module in self.modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
-        ]
-        thread = hooks.state.thread
-        thread.adapter_names = names
-        try:
+        with adapters_by_row(self, hooks.state, entries):
             yield
-        finally:
-            thread.adapter_names = None
-            for handle in handles:
-                handle.remove()
 
-    def _check_adapter_names(self, names: object) -> None:
-        if not isinstance(names, (list, tuple)):
-            raise TypeError(f"adapter_names: {type(names)}, expected a list of str")
-        if self.training:
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the strength α of an adapter, as PEFT's LoRA layers do: edits become h +
+        α(Φ(h) − h), and LoRA beside them α times what it is.
+
+        1 is the adapter, 0 the model without it (but for ``modules_to_save``), exactly.
+        Of the live model, and not saved. ``ValueError`` for an adapter that is not
+        there, and for a strength that is not a finite number.
+        """
+        if adapter not in self.peft_config:
             raise ValueError(
-                "Cannot pass `adapter_names` when the model is in training mode. Call "
-                "model.eval() first"
+                f"set_scale: there is no adapter {adapter!r}, only "
+                f"{', '.join(self.peft_config)}"
             )
-        named = {name for name in names if name != BASE}
-        if unknown := named - self.peft_config.keys():
-            raise ValueError(
-                "adapter_names: non-existing adapter(s): "
-                f"{', '.join(sorted(map(str, unknown)))}; there are "
-                f"{', '.join(self.peft_config)}, and {BASE} for none"
-            )
-        used = named.union(self.active_adapters)
-        for path, module in self.model.named_modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                without = used - module._adapters
-                if without and without != used:
-                    raise ValueError(
-                        f"adapter_names: {min(without)!r} has no {path} of its own "
-                        "(modules_to_save) and others have, and PEFT cannot mix them "
-                        "in one batch; run them one after the other"
-                    )
+        self.model.__dict__[_HOOKS].state.set_strength(
+            adapter, read_strength(scale, f"set_scale: the strength of {adapter!r}")
+        )
 
     # PEFT 0.21 finds an adapter's tensors by module, and passes over those it has no
     # place for, which must be refused; 0.20 goes by the prefix, as here.
@@ -239,15 +216,6 @@ class LoreftModel(BaseTuner):
             hooks.detach()
             del model.__dict__[_HOOKS]
         return model
-
-
-def _add_adapter_names(
-    hooks: ModelHooks, module: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    names = hooks.state.thread.adapter_names  # None for another thread's batch
-    if names is not None:
-        kwargs = kwargs | {"adapter_names": repeat_names(names, len(args[0]))}
-    return args, kwargs
 
 
 def disable_cpu_packing(model: PreTrainedModel) -> None:

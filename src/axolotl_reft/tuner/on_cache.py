@@ -168,7 +168,7 @@ class _Forward:
         if keep < self.past:
             raise ValueError(
                 f"past_key_values: the cached columns from {keep} on were edited for "
-                f"another prompt or adapter; {_ANEW}"
+                f"another prompt, adapter or strength; {_ANEW}"
             )
         return self._spans_in(seen), lambda: self._record(seen)
 

@@ -159,6 +159,7 @@ class PartialForward:
         self.state.thread.context = ForwardContext(
             *(shape, context.adapters, lambda turns: None, cache.width),
             given=given,
+            strengths=context.strengths,
             prepared=context.prepared,
         )
         done = [len(preamble.ids) for preamble in parts.preambles]
