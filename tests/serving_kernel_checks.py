@@ -3,12 +3,14 @@
 Shapes: T tokens, E edits, R rank, D hidden size.
 """
 
+from itertools import cycle
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from axolotl_reft.kernels.serving import launch_edit
-from axolotl_reft.serving.edited_rows import EditedRows, edit_rows
+from axolotl_reft.serving.edited_rows import EditedRows, RowsOfEdit, edit_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Sums of float32 differ in their order, and so now and then in the last bit of others.
@@ -35,12 +37,16 @@ def build_stacks(edits=8, rank=4, width=70):
     return m_ERD, random(edits, rank), p_ERD
 
 
-def build_rows(step, edits=8, capacity=TOKENS + 12):
-    """Rows of a step, in buffers that are full of what must not be used."""
+def build_rows(step, edits=8, capacity=TOKENS + 12, strengths=(1.0,)):
+    """Rows of a step, in buffers that are full of what must not be used; edits have
+    these strengths in turn."""
     rows = EditedRows(capacity, edits, DEVICE)
     rows.rows_T.fill_(1)
     rows.edits_T.fill_(edits - 1)
-    rows.set((edit, torch.tensor(list(at)).numpy()) for edit, at in step.items())
+    rows.set(
+        RowsOfEdit(edit, torch.tensor(list(at)).numpy(), strength)
+        for (edit, at), strength in zip(step.items(), cycle(strengths), strict=False)
+    )
     return rows.tensors
 
 
@@ -74,6 +80,14 @@ def test_rows_are_edited_as_by_the_operations(dtype, has_residual, step):
     hidden_TD = random(TOKENS, 70, dtype=dtype)
     residual_TD = random(TOKENS, 70, dtype=dtype) if has_residual else None
     compare(hidden_TD, residual_TD, build_stacks(), build_rows(STEPS[step]))
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+def test_rows_have_their_strengths(dtype, step):
+    rows = build_rows(STEPS[step], strengths=(0.5, 1.0, -2.0))
+    hidden_TD, residual_TD = random(2, TOKENS, 70, dtype=dtype)
+    compare(hidden_TD, residual_TD, build_stacks(), rows)
 
 
 @pytest.mark.parametrize("edits", [2, 4, 6, 8])

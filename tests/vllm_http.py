@@ -157,7 +157,9 @@ class Reference:
         return self.model.generate(**inputs)[0, len(prompt) :].tolist()
 
     @torch.no_grad()
-    def difference(self, answer: Answer, is_sampled: bool = False) -> float:
+    def difference(
+        self, answer: Answer, is_sampled: bool = False, strength: float = 1.0
+    ) -> float:
         """Return the largest difference of an answer's logprobs, and of a greedy one's
         from the largest that each token could have."""
         ids = torch.tensor([answer.prompt + answer.tokens])
@@ -168,6 +170,7 @@ class Reference:
                 logits = self.model(input_ids=ids).logits
         else:
             self.model.set_adapter(answer.adapter)
+            self.model.set_scale(answer.adapter, strength)
             logits = self.model(input_ids=ids, labels=labels).logits
         logprobs_TV = logits[0, len(answer.prompt) - 1 : -1].log_softmax(-1)
         chosen_T = logprobs_TV[range(len(answer.tokens)), answer.tokens]

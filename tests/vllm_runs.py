@@ -85,6 +85,7 @@ class Asked(NamedTuple):
 
     adapter: str | None
     prompt: list[int]
+    strength: float = 1.0  # the extra argument is there where it is not 1
 
 
 class Answer(NamedTuple):
@@ -172,7 +173,7 @@ def ask(
     sampling = SamplingParams(detokenize=False, **defaults | settings)
     outputs = llm.generate(
         [{"prompt_token_ids": request.prompt} for request in asked],
-        sampling,
+        [_at_strength(sampling, request.strength) for request in asked],
         lora_request=[lora_request(directory, request.adapter) for request in asked],
         use_tqdm=False,
     )
@@ -190,6 +191,13 @@ def ask(
         for request, output in zip(asked, outputs, strict=True)
         for completion in output.outputs
     ]
+
+
+def _at_strength(sampling: SamplingParams, strength: float) -> SamplingParams:
+    sampling = sampling.clone()
+    if strength != 1:
+        sampling.extra_args = {"loreft_strength": strength}
+    return sampling
 
 
 def lora_request(directory: Path, adapter: str | None) -> LoRARequest | None:
@@ -249,7 +257,13 @@ class Reference:
             self.model.load_adapter(directory / name, name)
 
     @torch.no_grad()
-    def logprobs(self, adapter: str | None, prompt: list[int], answer: list[int]):
+    def logprobs(
+        self,
+        adapter: str | None,
+        prompt: list[int],
+        answer: list[int],
+        strength: float = 1.0,
+    ) -> torch.Tensor:
         """Return the logprobs of every token that can follow each of them."""
         ids = torch.tensor([prompt + answer])
         if adapter is None:
@@ -257,6 +271,8 @@ class Reference:
                 logits = self.model(input_ids=ids).logits
         else:
             self.model.set_adapter(adapter)
+            if hasattr(self.model, "set_scale"):  # not with LoRA's adapters
+                self.model.set_scale(adapter, strength)
             labels = ids.clone()
             labels[:, : len(prompt)] = -100
             logits = self.model(input_ids=ids, labels=labels).logits
@@ -280,7 +296,7 @@ class Reference:
         """Return how far the tokens are below the argmax, if they were not sampled, and
         the largest difference of a logprob, also of the prompt's."""
         prompt, tokens = answer.asked.prompt, answer.tokens
-        all_TV = self.logprobs(adapter, prompt, tokens)
+        all_TV = self.logprobs(adapter, prompt, tokens, answer.asked.strength)
         next_T = torch.tensor([*prompt, *tokens])[1:]
         chosen_T = all_TV[:-1].gather(1, next_T[:, None]).squeeze(1)
         given_T = torch.tensor([*answer.prompt_logprobs, *answer.logprobs])

@@ -39,7 +39,9 @@ def arguments(tokens, width, rank, dtype, has_residual, device="meta"):
     wide, narrow = (torch.empty(8, rank, *w, device=device) for w in ([width], []))
     rows_T = torch.empty(4096, dtype=torch.int64, device=device)
     residual_TD = torch.empty_like(hidden_TD) if has_residual else None
-    return hidden_TD, residual_TD, wide, narrow, wide, rows_T, rows_T, rows_T[:9]
+    strengths_T1 = torch.empty(4097, device=device)
+    rows = rows_T, rows_T, rows_T[:9], strengths_T1
+    return hidden_TD, residual_TD, wide, narrow, wide, *rows
 
 
 def test_a_launch_depends_on_shapes_alone(launch):

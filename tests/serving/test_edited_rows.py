@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from axolotl_reft.serving.edited_rows import EditedRows, edit_rows
+from axolotl_reft.serving.edited_rows import EditedRows, RowsOfEdit, edit_rows
 
 TOKENS, EDITS, RANK, WIDTH = 12, 6, 3, 20
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def build_rows(step):
 
 
 def set_rows(rows, step):
-    rows.set((edit, np.array(list(at))) for edit, at in step.items())
+    rows.set(RowsOfEdit(edit, np.array(list(at))) for edit, at in step.items())
 
 
 def build_stacks():
@@ -103,6 +103,65 @@ def test_the_sum_is_rounded_before_it_is_edited():
         assert not residual_TD.any()
 
 
+# Rows and their strength, by edit; some edits have several.
+STRENGTHS = [(0, [3], 0.5), (0, [7, 8], 2), (2, [1], 1), (4, [0, 11], -1), (5, [5], 0)]
+
+
+def at_strengths(sum_TD, found, stacks):
+    edited_TD = sum_TD.clone()
+    for edit, at, strength in found:
+        whole_TD = edit_one_by_one(sum_TD, {edit: at}, *stacks)
+        edited_TD[at] = sum_TD[at] + strength * (whole_TD[at] - sum_TD[at])
+    return edited_TD
+
+
+@pytest.mark.parametrize("has_residual", [True, False])
+def test_rows_have_their_strengths(has_residual):
+    stacks, (hidden_TD, residual_TD) = build_stacks(), torch.randn(2, TOKENS, WIDTH)
+    before_TD = hidden_TD + residual_TD if has_residual else hidden_TD.clone()
+    expected_TD = at_strengths(before_TD, STRENGTHS, stacks)
+    rows, residual_TD = EditedRows(TOKENS, EDITS, CPU), residual_TD * has_residual
+    rows.set(RowsOfEdit(edit, np.array(at), s) for edit, at, s in STRENGTHS)
+    residual = residual_TD if has_residual else None
+    edit_rows(hidden_TD, residual, *stacks, *rows.tensors)
+    assert_close(hidden_TD + residual_TD, expected_TD, atol=1e-4, rtol=1e-4)
+    assert torch.equal((hidden_TD + residual_TD)[5], before_TD[5])
+
+
+def test_rows_side_by_side_have_strengths_in_turn():
+    """As decode steps of several requests have."""
+    strengths, stacks = [0.5, 2.0, 0.5, 1.0], build_stacks()
+    given_TD = torch.randn(TOKENS, WIDTH)
+    found = [(3, [row], strength) for row, strength in enumerate(strengths)]
+    rows, hidden_TD = EditedRows(TOKENS, EDITS, CPU), given_TD.clone()
+    rows.set([RowsOfEdit(3, np.arange(4), np.array(strengths))])
+    edit_rows(hidden_TD, None, *stacks, *rows.tensors)
+    expected_TD = at_strengths(given_TD, found, stacks)
+    assert_close(hidden_TD, expected_TD, atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_forgets_the_strengths_of_the_one_before():
+    rows = EditedRows(TOKENS, EDITS, CPU)
+    rows.set([RowsOfEdit(0, np.arange(9), 0.5)])
+    assert rows.strengths_T1.tolist() == [0.5] * 9 + [1] * (TOKENS - 9) + [1]
+    rows.set([RowsOfEdit(1, np.arange(2), 2), RowsOfEdit(0, np.arange(3))])
+    assert rows.strengths_T1.tolist() == [1] * 3 + [2] * 2 + [1] * (TOKENS - 5) + [1]
+    rows.set(())
+    rows.set([RowsOfEdit(1, np.arange(TOKENS))])
+    assert rows.strengths_T1.tolist() == [1] * TOKENS + [0]
+
+
+def test_full_strength_is_as_exact_beside_another():
+    stacks, given_TD = build_stacks(), torch.randn(TOKENS, WIDTH)
+    results = []
+    for others in ([], [RowsOfEdit(0, np.array([6]), 0.5)]):
+        rows, hidden_TD = EditedRows(TOKENS, EDITS, CPU), given_TD.clone()
+        rows.set([RowsOfEdit(1, np.arange(3)), *others])
+        edit_rows(hidden_TD, None, *stacks, *rows.tensors)
+        results.append(hidden_TD[:3])
+    assert torch.equal(*results)
+
+
 def test_hidden_states_that_cannot_be_viewed_as_rows_fail():
     """An edit of a copy would be lost."""
     hidden = torch.randn(4, 2, WIDTH).transpose(0, 1)
@@ -114,7 +173,7 @@ def test_the_buffers_hold_rows_in_the_order_of_their_edits():
     rows = EditedRows(TOKENS, EDITS, CPU)
     # Two requests with the adapter of edits 2 and 3, then one with that of edit 0.
     found = [(2, [0, 1]), (3, [4]), (2, [5]), (3, []), (0, [9, 10])]
-    rows.set((edit, np.array(at, dtype=np.int64)) for edit, at in found)
+    rows.set(RowsOfEdit(edit, np.array(at, dtype=np.int64)) for edit, at in found)
     assert rows.starts_E1.tolist() == [0, 2, 2, 5, 6, 6, 6]
     assert rows.rows_T[:6].tolist() == [9, 10, 0, 1, 5, 4]
     assert rows.edits_T[:6].tolist() == [0, 0, 2, 2, 2, 3]

@@ -17,7 +17,7 @@ from stub_engine import (
 from torch.testing import assert_close
 
 from axolotl_reft.core.affine import AffineStack
-from axolotl_reft.serving.edited_rows import EditedRows
+from axolotl_reft.serving.edited_rows import EditedRows, RowsOfEdit
 from axolotl_reft.serving.layers import LayerEdits
 
 ADAPTERS, RANK, TOKENS = 3, 4, 6
@@ -48,7 +48,7 @@ def edited(x_TD, stack, side, rows):
 
 
 def set_rows(rows, **by_edit):
-    rows.set((int(edit[1:]), np.array(at)) for edit, at in by_edit.items())
+    rows.set(RowsOfEdit(int(e[1:]), np.array(at)) for e, at in by_edit.items())
 
 
 @torch.no_grad()

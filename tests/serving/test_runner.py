@@ -46,7 +46,7 @@ def served():
 
 
 def rows_by_edit(served):
-    rows_T, edits_T, starts_E1 = served._rows.tensors
+    rows_T, edits_T, starts_E1, _ = served._rows.tensors
     pairs = zip(*(t[: starts_E1[-1]].tolist() for t in (edits_T, rows_T)), strict=True)
     found = {}
     for edit, row in pairs:
@@ -56,16 +56,24 @@ def rows_by_edit(served):
     return found
 
 
+def build_request(length, strength=None):
+    """The state of a request with a prompt of so many tokens."""
+    extra = None if strength is None else {"loreft_strength": strength}
+    sampling = SimpleNamespace(extra_args=extra)
+    return SimpleNamespace(prompt_token_ids=[1] * length, sampling_params=sampling)
+
+
 def find_rows(served, manager, *requests):
     """The rows by edit, of requests with a prompt of so many tokens, an adapter's
-    number, and the tokens that are computed before and in the step."""
-    entries = [(number, length, done) for length, number, done, _ in requests]
+    number, the tokens that are computed before and in the step, and a strength if it is
+    not 1."""
+    entries = [(number, length, done) for length, number, done, *_ in requests]
     batch = build_batch([(n, *entry) for n, entry in enumerate(entries)])
     states = {
-        n: SimpleNamespace(prompt_token_ids=[1] * length)
-        for n, (length, *_) in enumerate(requests)
+        n: build_request(length, *strength)
+        for n, (length, _, _, _, *strength) in enumerate(requests)
     }
-    scheduled_B = np.array([count for *_, count in requests], dtype=np.int32)
+    scheduled_B = np.array([request[3] for request in requests], dtype=np.int32)
     served.find_rows(batch, scheduled_B, states, manager)
     return rows_by_edit(served)
 
@@ -118,6 +126,31 @@ def test_a_prompt_that_is_computed_again_with_its_answer(served, manager):
     }
 
 
+def test_each_request_has_its_strength(served, manager):
+    """In prefill, in chunks, when computed again, and in decode steps of `all`."""
+    found = find_rows(
+        served,
+        manager,
+        (10, FIRST, 0, 10, 0.5),
+        (10, FIRST, 8, 2),
+        (10, FIRST, 0, 4, 2),
+        (10, FIRST + 1, 0, 10, 0),
+        (3, FIRST + 2, 5, 1, 0.25),
+        (3, FIRST + 2, 5, 1, 0),
+        (3, FIRST + 2, 5, 1, 3.0),
+        (3, FIRST + 2, 5, 1),
+        (3, FIRST + 2, 5, 1, 0.25),
+    )
+    assert found == {
+        UNTIED: [0, 1, 2, 12, 13, 14],
+        UNTIED + 1: [8, 9, 10, 11],
+        ALL: [26, 28, 29, 30],
+    }
+    prefixes, suffixes = [0.5] * 3 + [2] * 3, [0.5] * 2 + [1] * 2
+    expected = [*prefixes, *suffixes, 0.25, 3, 1, 0.25]
+    assert served._rows.strengths_T1[: len(expected)].tolist() == expected
+
+
 @pytest.mark.parametrize("number", [0, LORA])
 def test_a_step_without_loreft_edits_nothing(served, manager, number):
     find_rows(served, manager, (10, FIRST, 0, 10))
@@ -138,9 +171,7 @@ def test_any_schedule_edits_the_tokens_of_the_whole_prompts(served, manager):
         (n, draw.choice(numbers), draw.randint(1, 30), draw.randint(1, 4))
         for n in range(40)
     ]
-    states = {
-        n: SimpleNamespace(prompt_token_ids=[1] * length) for n, _, length, _ in waiting
-    }
+    states = {n: build_request(length) for n, _, length, _ in waiting}
     edited, expected = set(), set()
     for n, number, length, answer in waiting:
         if number in SPECS:

@@ -1,6 +1,7 @@
 """Compiled models: nothing splits the graph, and none is taken from an engine that
 compiled it without edits."""
 
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,9 @@ def test_a_graph_without_edits_is_not_taken_from_the_cache(
         llm = start(tmp_path, enforce_eager=False, lora_target_modules=targets)
         mode = llm.llm_engine.vllm_config.compilation_config.mode
         assert mode == CompilationMode.DYNAMO_TRACE_ONCE
-        return ask(llm, tmp_path, every(texts, adapters))
+        asked = zip(every(texts, adapters), cycle((1.0, 0.5)), strict=False)
+        strengths = [a._replace(strength=s) if a.adapter else a for a, s in asked]
+        return ask(llm, tmp_path, strengths)
 
     compiled = compilation_counter.num_aot_compiles
     without = answer(["q_proj"], [None])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from vllm_runs import ADAPTERS, Reference, ask, conversation, every, prompts
+from vllm_runs import ADAPTERS, Asked, Reference, ask, conversation, every, prompts
 
 MODULES = ["q_proj", "v_proj", "down_proj"]
 
@@ -35,3 +35,5 @@ def test_lora_and_loreft_in_a_batch(start, directory, lora, check, cached):
     others = [answer for answer in answers if answer.asked.adapter != "lora"]
     check(f"LoRA beside LoReFT, prefix caching: {cached}", by_lora, reference=lora)
     check(f"LoReFT beside LoRA, prefix caching: {cached}", others)
+    with pytest.raises(ValueError, match="adapter .lora. is not LoReFT, and"):
+        ask(llm, directory, [Asked("lora", texts[0], 0.5)])

@@ -160,6 +160,52 @@ def test_requests_of_more_adapters_than_slots_are_answered_at_once(server, refer
         assert max(map(reference.difference, answers)) < ROUNDING
 
 
+def test_each_request_may_give_its_adapter_a_strength(server, client, reference):
+    strengths = (0.5, 1, 2, -0.5, 0.5)
+    asked = [(a, t, s) for a in ADAPTERS for t in TEXTS[1:] for s in strengths]
+    random.Random(1).shuffle(asked)
+
+    def ask(request):
+        adapter, text, strength = request
+        return server.ask(adapter, text, vllm_xargs={"loreft_strength": strength})[0]
+
+    with ThreadPoolExecutor(8) as threads:
+        for answer, (*_, strength) in zip(threads.map(ask, asked), asked, strict=True):
+            assert reference.difference(answer, strength=strength) < ROUNDING
+            other = reference.difference(answer, strength=strength / 2)
+            assert other > 10 * ROUNDING
+    for adapter in ADAPTERS:
+        answer, base = ask((adapter, TEXTS[2], 0)), ask((None, TEXTS[2], 0.5))
+        assert (answer.tokens, answer.logprobs) == (base.tokens, base.logprobs)
+    done = client.chat.completions.create(
+        model="turns",
+        messages=MESSAGES,
+        temperature=0,
+        max_tokens=8,
+        logprobs=True,
+        extra_body={"return_token_ids": True, "vllm_xargs": {"loreft_strength": 0.5}},
+    )
+    logprobs = [token.logprob for token in done.choices[0].logprobs.content]
+    tokens = done.choices[0].token_ids
+    answer = Answer("turns", done.prompt_token_ids, tokens, logprobs, "")
+    assert reference.difference(answer, strength=0.5) < ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"loreft_strength": "0.5"}, "'0.5' is not a finite number; pass 1"),
+        ({"loreft_strength": [0.5]}, "[0.5] is not a finite number; pass 1"),
+        ({"loreft_scale": 0.5}, "loreft_scale is not known among a request's extra"),
+    ],
+)
+def test_a_strength_that_cannot_be_is_refused(server, reference, extra, message):
+    refused = server.post("completions", model="ends", prompt="a", vllm_xargs=extra)
+    assert refused.status_code == 400, refused.text
+    assert message in refused.json()["error"]["message"]
+    assert is_answered_right(server, reference)
+
+
 def test_an_adapter_is_loaded_and_unloaded_while_the_server_runs(
     server, client, directory, reference
 ):

@@ -31,6 +31,7 @@ def launch_edit(
     rows_T: Tensor,
     edits_T: Tensor,
     starts_E1: Tensor,
+    strengths_T1: Tensor,
 ) -> None:
     """Edit the first N = ``starts_E1[E]`` of ``rows_T`` as ``edited_rows.edit_rows``
     does; N is read on the device, and T may be less than the capacity of the rows."""
@@ -41,8 +42,9 @@ def launch_edit(
     with torch.cuda.device_of(hidden_TD):  # else Triton takes the current one
         edit_step[(tokens,)](
             hidden_TD, residual, m_ERD, b_ER, p_ERD, rows_T, edits_T, starts_E1,
-            *hidden_TD.stride(), *residual.stride(), E=edits, D=width, R=rank,
-            RP=padded, BLOCK=min(PRODUCTS // padded, triton.next_power_of_2(width)),
+            strengths_T1, *hidden_TD.stride(), *residual.stride(), E=edits, D=width,
+            R=rank, RP=padded,
+            BLOCK=min(PRODUCTS // padded, triton.next_power_of_2(width)),
             HAS_RESIDUAL=residual_TD is not None, num_warps=8,
         )  # fmt: skip
 
@@ -57,6 +59,7 @@ def edit_step(
     rows,
     edits,
     starts,
+    strengths,
     hidden_row,
     hidden_column,
     residual_row,
@@ -68,10 +71,11 @@ def edit_step(
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
-    """In row ``rows[n]`` of ``residual`` (T, D), n being the program, x + Pᵀ(Mx + b)
-    with M and P (E, R, D) and b (E, R) of ``edits[n]``, where x is ``hidden`` +
-    ``residual`` in their dtype, and zero in that of ``hidden``; without a residual, x
-    is ``hidden`` and is replaced. The strides are those of rows and columns."""
+    """In row ``rows[n]`` of ``residual`` (T, D), n being the program, x + αPᵀ(Mx + b)
+    with M and P (E, R, D) and b (E, R) of ``edits[n]`` and α of ``strengths[n]``, where
+    x is ``hidden`` + ``residual`` in their dtype, and zero in that of ``hidden``;
+    without a residual, x is ``hidden`` and is replaced. The strides are those of rows
+    and columns."""
     n = tl.program_id(0)
     if n < tl.load(starts + E):
         row, edit = tl.load(rows + n), tl.load(edits + n)
@@ -91,6 +95,7 @@ def edit_step(
             sums += x[None, :] * tl.load(at_m, mask=in_m, other=0.0)
         source = tl.sum(sums, axis=1)
         source += tl.load(b + edit * R + r, mask=r < R, other=0.0)
+        source *= tl.load(strengths + n)
         # No thread may write a column that another has still to read.
         tl.debug_barrier()
         for start in range(0, D, BLOCK):

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from axolotl_reft.settings.spec import AdapterSpec
 
 Places = NDArray[np.int64]
+# Of a request's extra arguments, the strength of its adapter.
+STRENGTH = "loreft_strength"
 
 
 class EditedTokens:
@@ -64,6 +66,12 @@ class EditedTokens:
             places[slice(*np.searchsorted(places, (start, stop)))]
             for places in self._sides
         ]
+
+
+def strength_of(request: Any) -> float:
+    """Return the strength that a request of vLLM gives its adapter, which the front
+    end has checked."""
+    return float((request.sampling_params.extra_args or {}).get(STRENGTH, 1))
 
 
 def tokens_of(request: Any, spec: AdapterSpec) -> EditedTokens:

@@ -107,7 +107,7 @@ class LayerEdits:
 
 
 _STACK = ("loreft_m", "loreft_b", "loreft_p")
-_ROWS = ("loreft_rows", "loreft_edits", "loreft_starts")
+_ROWS = ("loreft_rows", "loreft_edits", "loreft_starts", "loreft_strengths")
 _edited_classes: dict[type, type] = {}
 
 
@@ -127,6 +127,7 @@ def _edited_class(layer_class: type) -> type:
                 self.loreft_rows,
                 self.loreft_edits,
                 self.loreft_starts,
+                self.loreft_strengths,
             )
             return output
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from axolotl_reft.core.affine import AffineStack
 from axolotl_reft.serving.adapters import is_loreft_number, load_edits, load_spec
-from axolotl_reft.serving.edited_rows import EditedRows
-from axolotl_reft.serving.edited_tokens import Places, tokens_of
+from axolotl_reft.serving.edited_rows import EditedRows, RowsOfEdit
+from axolotl_reft.serving.edited_tokens import strength_of, tokens_of
 from axolotl_reft.serving.engine import layer_class, served_base
 from axolotl_reft.serving.layers import LayerEdits
 from axolotl_reft.settings.spec import AdapterSpec
@@ -78,21 +78,29 @@ class ServedModel:
         computed_B = batch.num_computed_tokens_cpu[:count]
         in_prompt_B = computed_B < batch.num_prompt_tokens[:count]
         starts_B = np.cumsum(scheduled_B) - scheduled_B
-        found: list[tuple[int, Places]] = []
-        # No loop over requests in decode steps, of which there may be hundreds.
+        found: list[RowsOfEdit] = []
+        # Few loops over requests, of which there may be hundreds in a decode step.
         for number in filter(is_loreft_number, set(numbers_B.tolist())):
             edit = 2 * manager.lora_index_to_id.index(number)
             spec = manager._registered_adapters[number].loreft.spec
+            has_it_B = numbers_B == number
             if spec.positions.everywhere:
-                rows_T = np.repeat(numbers_B == number, scheduled_B)
-                found.append((edit, rows_T.nonzero()[0]))
+                ids = [batch.req_ids[b] for b in has_it_B.nonzero()[0].tolist()]
+                strengths_B = np.zeros(count)
+                strengths_B[has_it_B] = [strength_of(requests[id]) for id in ids]
+                strengths_T = strengths_B.repeat(scheduled_B)
+                rows_N = strengths_T.nonzero()[0]
+                found.append(RowsOfEdit(edit, rows_N, strengths_T[rows_N]))
                 continue
             # A generated token is edited by `positions: all` alone.
-            for b in (in_prompt_B & (numbers_B == number)).nonzero()[0].tolist():
-                tokens = tokens_of(requests[batch.req_ids[b]], spec)
-                start = int(computed_B[b])
+            for b in (in_prompt_B & has_it_B).nonzero()[0].tolist():
+                request, start = requests[batch.req_ids[b]], int(computed_B[b])
+                tokens, strength = tokens_of(request, spec), strength_of(request)
+                if strength == 0:
+                    continue
                 sides = tokens.between(start, start + int(scheduled_B[b]))
                 found += [
-                    (edit + i, rows + starts_B[b]) for i, rows in enumerate(sides)
+                    RowsOfEdit(edit + i, rows + starts_B[b], strength)
+                    for i, rows in enumerate(sides)
                 ]
         self._rows.set(found)

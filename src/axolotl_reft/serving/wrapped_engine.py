@@ -6,6 +6,7 @@ Each takes the function that it replaces; ``patches.py`` says which that is.
 from __future__ import annotations
 
 import inspect
+import struct
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -15,10 +16,11 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.lora.request import LoRARequest
 
 from axolotl_reft.serving.adapters import is_loreft_number, load_spec
-from axolotl_reft.serving.edited_tokens import tokens_of
+from axolotl_reft.serving.edited_tokens import STRENGTH, strength_of, tokens_of
 from axolotl_reft.serving.engine import TARGET, check_engine, serves_loreft
 from axolotl_reft.serving.frontend import RefusedRequest, serve
 from axolotl_reft.settings.config_file import package_version
+from axolotl_reft.settings.strength import read_strength
 
 Function = Callable[..., Any]
 
@@ -78,6 +80,7 @@ def process_inputs(original: Function) -> Function:
         if request.lora_request is not None:
             try:
                 request.lora_request = serve(self, request.lora_request)
+                _check_strength(request)
                 if is_loreft_number(request.lora_request.lora_int_id):
                     _check_request(request)
             except ValueError as error:
@@ -85,6 +88,24 @@ def process_inputs(original: Function) -> Function:
         return request
 
     return process_inputs
+
+
+def _check_strength(request: Any) -> None:
+    extra = (request.sampling_params and request.sampling_params.extra_args) or {}
+    for name in extra:
+        if name.startswith("loreft") and name != STRENGTH:
+            raise ValueError(
+                f"{name} is not known among a request's extra arguments; the strength "
+                f"of a LoReFT adapter is {STRENGTH}"
+            )
+    if STRENGTH not in extra:
+        return
+    read_strength(extra[STRENGTH], STRENGTH)
+    if not is_loreft_number(request.lora_request.lora_int_id):
+        raise ValueError(
+            f"{STRENGTH}: the adapter {request.lora_request.lora_name!r} is not "
+            "LoReFT, and would have its full strength; leave it out"
+        )
 
 
 def _check_request(request: Any) -> None:
@@ -154,8 +175,8 @@ def beam_search(original: Function) -> Function:
 
 
 def extra_keys(original: Function) -> Function:
-    """Makes the key of a cached block of what is edited in it, and not of the adapter's
-    name: where nothing is, adapters and base share it."""
+    """Makes the key of a cached block of what is edited in it and how strongly, and not
+    of the adapter's name: where nothing is, adapters and base share it."""
 
     def generate_block_hash_extra_keys(
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
@@ -167,9 +188,10 @@ def extra_keys(original: Function) -> Function:
         kept = [key for key in keys or () if key[0] != "lora"]
         number = lora_request.lora_int_id
         tokens = tokens_of(request, load_spec(lora_request.lora_path, number))
-        adapter = number.to_bytes(8, "little")
+        strength = strength_of(request)
+        adapter = struct.pack("<qd", number, strength)
         edited = tokens.key(adapter, start_token_idx, end_token_idx)
-        if edited is not None:
+        if edited is not None and strength != 0:
             kept.append(("loreft", edited))
         return tuple(kept) or None, mm_idx
 
