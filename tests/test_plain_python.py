@@ -76,12 +76,13 @@ def test_there_are_six_snippets():
         "TRL's SFTTrainer",
         "TRL's other trainers",
         "Using it",
+        "How strongly",
         "One prompt, several answers",
         "On a base in 4 bits",
     ]
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(7))
 def test_the_snippets_run(tiny, monkeypatch, number):
     monkeypatch.chdir(tiny)
     names = {}
@@ -91,7 +92,7 @@ def test_the_snippets_run(tiny, monkeypatch, number):
     exec(code, names)
     saved = "adapter-dpo" if number == 2 else "adapter"
     assert (tiny / saved / "adapter_config.json").is_file()
-    if number == 5:
+    if number == 6:
         kinds = {type(m).__name__ for m in names["base"].modules()}
         assert "Linear4bit" in kinds
         assert isinstance(names["model"], PeftModel)
