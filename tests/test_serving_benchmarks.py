@@ -114,7 +114,8 @@ def test_memory_is_that_of_the_tensors():
     edits, width, layers, rank = 2, TOY.hidden_size, TOY.layers, TOY.rank
     of_an_adapter = 4 * layers * edits * rank * (2 * width + 1)
     assert held.values["loaded adapters"] == [3 * of_an_adapter]
-    rows = 8 * (2 * 8192 + 2 * 3 + 1)
+    # Rows and their edits, where each edit's begin, and their strengths.
+    rows = 8 * (2 * 8192 + 2 * 3 + 1) + 4 * (8192 + 1)
     assert held.values["slots"] == [3 * of_an_adapter + rows]
     assert {len(values) for values in seconds.values.values()} == {3}
 

@@ -306,9 +306,11 @@ def copy_slice(head: nn.Module, args: Args) -> Args | None:
     """
     if not args or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    if args[0].device.type != "cpu":
+    h = args[0]
+    # A row's stride tells a slice of a longer row, also where there is one row.
+    if h.device.type != "cpu" or h.ndim != 3 or h.stride(0) == h.shape[1:].numel():
         return None
-    return args[0].clone(memory_format=torch.contiguous_format), *args[1:]
+    return h.clone(memory_format=torch.contiguous_format), *args[1:]
 
 
 def _named(names: list[str], args: Args, kwargs: Kwargs) -> Inputs:
