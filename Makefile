@@ -30,7 +30,8 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: install lint unit test test-axolotl test-slow test-peft demo start-of-demo \
-  demo-real start-of-demo-real adapter-of-demo demo-serving test-serving docs bench bench-environments clean
+  demo-real start-of-demo-real adapter-of-demo demo-serving test-serving docs bench \
+  bench-environments clean
 
 install: $(VENV)/installed
 

@@ -188,7 +188,8 @@ def test_costs_are_ratios_within_rounds(tmp_path):
         Cost("LoReFT l7", 20, [1.0, 1.0], [20.0, 20.0], 40_000_000, 2_000),
     ]
     costs.write(found, tmp_path / "costs.json")
-    assert costs.read(tmp_path / "costs.json") == found
+    written = json.loads((tmp_path / "costs.json").read_text())["costs"]
+    assert [Cost(**cost) for cost in written] == found
     line = (
         "| LoReFT l7 | 20 | 1.00 | 0.38 (0.25–0.50) | 40 | 2 | 20 | 3.00 (2.00–4.00) |"
     )
@@ -202,7 +203,7 @@ def test_methods_take_turns_and_leave_the_base_as_it_was(tokenizer, toy, monkeyp
     }
     before = {name: p.clone() for name, p in toy.named_parameters()}
     monkeypatch.setattr(costs, "METHODS", made_up)
-    monkeypatch.setattr(costs, "_memory_of", lambda method: 7)
+    monkeypatch.setattr(costs, "_memory_of", lambda method, batch: 5 + batch)
     task = Task("fruit", FRUIT, FRUIT, FRUIT)
     monkeypatch.setattr(costs, "load", lambda name, answers: task)
     found = costs.measure(toy, tokenizer, 2, 2)

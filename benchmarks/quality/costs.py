@@ -1,7 +1,7 @@
 """What methods cost: a step's time and memory, the adapter's bytes, and generation.
 
 The methods take turns in one process. The memory of each is that of another process,
-``python -m benchmarks.quality.costs METHOD``.
+``python -m benchmarks.quality.costs METHOD BATCH``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.harness import hardware, middle_half, now, take_turns, versions
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.training import Training, base_of, train
 from benchmarks.tasks import resident
-from examples.real.answers import head_by_copy, turns_of
+from examples.real.answers import greedy, turns_of
 from examples.real.tasks import Task, load
 
 RESULTS = Path(__file__).parent / "costs.json"
@@ -76,7 +76,8 @@ def measure(base: Any, tokenizer: Any, batch: int, rounds: int) -> list[Cost]:
     for name in names:
         steps, tokens = map(list, zip(*values[name], strict=True))
         parameters, size = sizes[name]
-        costs.append(Cost(name, parameters, steps, tokens, _memory_of(name), size))
+        memory = _memory_of(name, batch)
+        costs.append(Cost(name, parameters, steps, tokens, memory, size))
     return costs
 
 
@@ -85,13 +86,6 @@ def write(costs: Sequence[Cost], path: Path = RESULTS) -> None:
     about = {"versions": versions(), "hardware": machine, "date": now()}
     content = {"costs": [asdict(cost) for cost in costs], **about}
     path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def read(path: Path = RESULTS) -> list[Cost]:
-    """Read what was measured; nothing, if it was not."""
-    if not path.exists():
-        return []
-    return [Cost(**cost) for cost in json.loads(path.read_text())["costs"]]
 
 
 def report(costs: Sequence[Cost], floor: str = "LoRA r8") -> str:
@@ -116,27 +110,18 @@ def _ratios(own: Sequence[float], floor: Sequence[float]) -> str:
     return f"{middle:.2f} ({low:.2f}–{high:.2f})"
 
 
-@torch.no_grad()
 def _generate(model: Any, tokenizer: Any, task: Task) -> float:
     """Return the tokens a second."""
     prompts = [turns_of(tokenizer, c)[0][0] for c in task.test[:_ROWS]]
-    inputs = tokenizer.pad(
-        {"input_ids": prompts}, padding_side="left", return_tensors="pt"
-    )
-    model.eval()
-    with head_by_copy(model):
-        start = perf_counter()
-        ids_BT = model.generate(
-            **inputs, do_sample=False, max_new_tokens=_TOKENS, min_new_tokens=_TOKENS
-        )
-    new = ids_BT.shape[1] - inputs["input_ids"].shape[1]
-    return ids_BT.shape[0] * new / (perf_counter() - start)
+    start = perf_counter()
+    ids_BT = greedy(model, tokenizer, prompts, _TOKENS, fewest=_TOKENS)
+    return ids_BT.numel() / (perf_counter() - start)
 
 
-def _memory_of(method: str) -> int:
+def _memory_of(method: str, batch: int) -> int:
     module = "benchmarks.quality.costs"
     done = subprocess.run(
-        [sys.executable, "-m", module, method],
+        [sys.executable, "-m", module, method, str(batch)],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
@@ -144,7 +129,7 @@ def _memory_of(method: str) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-def _memory(method: str, batch: int = 6) -> int:
+def _memory(method: str, batch: int) -> int:
     """Return the bytes that a training needs beyond the base, at its highest."""
     base, tokenizer = base_of()
     gc.collect()
@@ -156,4 +141,4 @@ def _memory(method: str, batch: int = 6) -> int:
 
 
 if __name__ == "__main__":
-    print(_memory(sys.argv[1]))
+    print(_memory(sys.argv[1], int(sys.argv[2])))

@@ -77,14 +77,22 @@ def head_by_copy(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def greedy(model: Any, tokenizer: Any, prompts: list[list[int]], most: int) -> Any:
+def greedy(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    most: int,
+    fewest: int | None = None,
+) -> Any:
     """Return the ids that greedy decoding adds to each prompt."""
     model.eval()
     inputs = tokenizer.pad(
         {"input_ids": prompts}, padding_side="left", return_tensors="pt"
     ).to(model.device)
     with head_by_copy(model):
-        ids_BT = model.generate(**inputs, do_sample=False, max_new_tokens=most)
+        ids_BT = model.generate(
+            **inputs, do_sample=False, max_new_tokens=most, min_new_tokens=fewest
+        )
     return ids_BT[:, inputs["input_ids"].shape[1] :]
 
 
