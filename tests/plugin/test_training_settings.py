@@ -157,3 +157,14 @@ def test_logits_of_labelled_tokens_alone_change_no_loss(
     assert len(losses) >= 4
     assert losses == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(got, numbers, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_cpu_trains_in_bfloat16(config, tmp_path):
+    _, expected = train(config, 12, output_dir=str(tmp_path / "float32"))
+    model, losses = train(config, 12, bf16=True, output_dir=str(tmp_path / "bfloat16"))
+    assert {p.dtype for p in model.get_base_model().lm_head.parameters()} == {
+        torch.bfloat16
+    }
+    assert all(n.dtype == torch.float32 for n in adapter_numbers(model).values())
+    assert losses == pytest.approx(expected, abs=0.1) and losses != expected

@@ -165,6 +165,11 @@ class LoreftPlugin(BasePlugin):
             # Patch: where axolotl looks for the patterns when fp32_norms is off.
             model._axolotl_fp32_norm_patterns = patterns
 
+    def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
+        """Let a CPU train in bfloat16: unless told that it is meant, transformers takes
+        ``bf16`` for a GPU's."""
+        return {"use_cpu": True} if cfg.bf16 and str(cfg.device) == "cpu" else {}
+
     def add_callbacks_post_trainer(
         self, cfg: DictDefault, trainer: Trainer
     ) -> list[TrainerCallback]:
