@@ -46,6 +46,12 @@ def _loreft(**settings: Any) -> Method:
     return Method({"positions": "l7", "rank": 8, **settings})
 
 
+def _from_identity(**settings: Any) -> Method:
+    """Without a random edit to unlearn first, higher rates are stable."""
+    loreft = _loreft(init_weights="identity", **settings)
+    return Method(loreft.settings, (9e-4, 2e-3, 4e-3))
+
+
 def _lora(rank: int) -> Method:
     """As axolotl's LoRA with `lora_target_linear`, with alpha twice the rank."""
     settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
@@ -58,6 +64,10 @@ METHODS = {
     "LoRA r8": _lora(8),
     "LoReFT f7+l7": _loreft(positions="f7+l7"),
     "LoRA r1": _lora(1),
+    "LoReFT all, identity": _from_identity(positions="all"),
+    "LoReFT all, identity, rank 4": _from_identity(positions="all", rank=4),
+    "LoReFT l7, identity": _from_identity(),
+    "LoReFT f7+l7, identity": _from_identity(positions="f7+l7"),
     "LoReFT l7, 4 layers": _loreft(layers=FOUR_LAYERS),
     "LoReFT l7, rank 1": _loreft(rank=1),
     "LoReFT l1": _loreft(positions="l1"),

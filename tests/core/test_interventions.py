@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from axolotl_reft.core.interventions import INTERVENTION_CLASSES
+from axolotl_reft.core.kinds import KINDS
 from axolotl_reft.exchange.objects import make_pyreft_object
 from axolotl_reft.settings.spec import INTERVENTIONS
 
@@ -44,6 +45,22 @@ def test_every_intervention_of_the_config_has_a_class():
 
 def test_the_object_is_pyrefts(name):
     assert isinstance(build(name), PYREFT_CLASSES[name])
+
+
+@pytest.mark.parametrize("name", [n for n in INTERVENTIONS if n != "consreft"])
+def test_an_identity_changes_nothing_and_is_trained(name):
+    ours = INTERVENTION_CLASSES[name](
+        embed_dim=SIZE, low_rank_dimension=RANK, init_weights="identity"
+    )
+    hidden = torch.randn(2, 5, SIZE)
+    new = ours(hidden)
+    assert torch.equal(new, hidden)
+    new.square().sum().backward()
+    learned = ours.weight if KINDS[name].has_weight else ours.bias
+    assert learned.grad.abs().sum() > 0
+    with torch.no_grad():
+        learned.sub_(learned.grad)
+    assert not torch.equal(ours(hidden), hidden)
 
 
 @pytest.mark.parametrize("act_fn", [None, "gelu"])

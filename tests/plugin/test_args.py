@@ -18,6 +18,7 @@ def test_a_good_config_gets_every_default():
         "intervention": "loreft",
         "component": "block_output",
         "dropout": 0.0,
+        "init_weights": "random",
         "frozen_prompt": "auto",
     }
 

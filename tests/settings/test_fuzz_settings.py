@@ -55,6 +55,7 @@ NEAR = {
     | st.text("ml.[]1p", max_size=8).map("{}.output".format),
     "dropout": st.floats(0, 1) | st.sampled_from([0, 1, "0.1", -0.0]),
     "act_fn": st.sampled_from(["gelu", "relu", "silu", "prelu", "tanh", "linear", ""]),
+    "init_weights": st.sampled_from(["random", "identity", "Identity", True]),
     "lora": st.fixed_dictionaries(
         {},
         optional={

@@ -109,6 +109,9 @@ def test_ranks_that_do_not_suit_the_layers(layers, rank, message):
         ({"act_fn": "None"}, "act_fn: 'None' is unknown.*; or null, which is linear"),
         ({"act_fn": "relu", "intervention": "lobireft"}, "lobireft has no Wh"),
         ({"act_fn": "prelu"}, "act_fn: 'prelu' has parameters of its own"),
+        ({"init_weights": True}, "init_weights: True is neither random nor identity"),
+        ({"init_weights": "identity", "intervention": "consreft"}, "consreft has no W"),
+        ({"init_weights": "identity", "act_fn": "relu"}, "identity: with act_fn: relu"),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_with_the_remedy(settings, message):
@@ -133,7 +136,7 @@ def test_a_setting_of_pyrefts_or_loras_is_answered_with_ours():
 def test_every_setting_is_described():
     described = LoreftConfig.__dataclass_fields__
     own = ("layers", "positions", "rank", "tied_weights", "intervention", "component",
-           "dropout", "act_fn", "lora", "modules_to_save")  # fmt: skip
+           "dropout", "act_fn", "init_weights", "lora", "modules_to_save")  # fmt: skip
     assert all(described[name].metadata["help"] for name in own)
 
 

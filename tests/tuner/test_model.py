@@ -71,6 +71,29 @@ def test_parameters_at_the_sizes_of_llama(shape, settings, expected):
     assert trainable(get_peft_model(base, LoreftConfig(**settings))) == expected
 
 
+@pytest.mark.parametrize("positions", ["l2", "f2+l2", "all"])
+def test_an_identity_begins_with_the_bases_logits(tmp_path, ids, positions):
+    base = build_model()
+    expected = logits(base, ids)
+    config = LoreftConfig(
+        positions=positions, tied_weights=False, init_weights="identity"
+    )
+    model = get_peft_model(base, config)
+    assert torch.equal(logits(model, ids), expected)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    trained = logits(model, ids)
+    assert not torch.allclose(trained, expected, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build_model(), tmp_path)
+    assert torch.equal(logits(loaded, ids), trained)
+    lean = PeftModel.from_pretrained(build_model(), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(lean, ids), trained)
+
+
 @pytest.mark.parametrize("intervention", INTERVENTIONS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_number_reloads_bit_for_bit(tmp_path, ids, intervention, tied):

@@ -26,7 +26,7 @@ from transformers.activations import ACT2FN
 from axolotl_reft.core.affine import StackCache, affine_rows
 from axolotl_reft.core.kinds import KINDS, InterventionKind
 from axolotl_reft.core.pyreft_bases import extend_when_imported
-from axolotl_reft.core.rotation import random_base
+from axolotl_reft.core.rotation import random_base, rotation
 from axolotl_reft.core.tensors import AdapterLeaf
 
 
@@ -39,6 +39,7 @@ class Intervention(AdapterLeaf):
         dropout: probability of zeroing an entry of the **whole** new hidden state, as
             pyreft does; not of the edit.
         act_fn: key of transformers' ``ACT2FN``; None is linear.
+        init_weights: the first parameters, ``random`` or ``identity``.
     """
 
     kind: InterventionKind
@@ -65,6 +66,7 @@ class Intervention(AdapterLeaf):
         low_rank_dimension: int,
         dropout: float = 0.0,
         act_fn: str | None = None,
+        init_weights: str = "random",
     ) -> None:
         size, rank = embed_dim, low_rank_dimension
         if not 1 <= rank <= size:
@@ -78,6 +80,7 @@ class Intervention(AdapterLeaf):
         # Not through nn.Module's setattr: activations are modules, and this is a leaf.
         self.__dict__["act_fn"] = ACT2FN[act_fn or "linear"]
         self.is_linear = act_fn in (None, "linear")
+        self.init_weights = init_weights
         self._cache = StackCache()
         kind = self.kind
         if kind.has_rotation:
@@ -94,7 +97,10 @@ class Intervention(AdapterLeaf):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start as pyreft does: R uniformly, W, b and W₂ as ``nn.Linear``; what is on
-        the meta device is left for whoever fills it."""
+        the meta device is left for whoever fills it.
+
+        With ``identity``, b = 0 and W = R, or 0 where nothing is subtracted: Φ(h) = h.
+        """
         if self.kind.has_rotation:
             self.rotation.zero_()
             if not self.rotation_base.is_meta:
@@ -107,6 +113,17 @@ class Intervention(AdapterLeaf):
             nn.init.uniform_(self.bias)
         if not self.kind.has_rotation:
             nn.init.kaiming_uniform_(self.proj_weight, a=math.sqrt(5))
+        if self.init_weights == "identity" and not self.bias.is_meta:
+            self.bias.zero_()
+            if self.kind.subtracts:
+                self.weight.copy_(self._p_RD())
+            elif self.kind.has_weight:
+                self.weight.zero_()
+
+    def _p_RD(self) -> Tensor:
+        if self.kind.has_rotation:
+            return rotation(self.rotation, self.rotation_base).mT
+        return self.proj_weight
 
     @property
     def is_affine(self) -> bool:

@@ -72,6 +72,7 @@ class AdapterSpec:
             )
         if act_fn is not None:
             _check_act_fn(act_fn, kind)
+        _check_init_weights(settings.get("init_weights", "random"), kind, act_fn)
         tied = tied or not positions.two_sided
         return cls(
             layers, rank, positions, turns, tied, kind, component, dropout, act_fn
@@ -182,4 +183,25 @@ def _check_act_fn(act_fn: object, kind: InterventionKind) -> None:
         raise ValueError(
             f"act_fn: {shown(act_fn)} has parameters of its own, which an adapter "
             "would not train; choose for example gelu, relu, silu or tanh"
+        )
+
+
+def _check_init_weights(
+    init_weights: object, kind: InterventionKind, act_fn: str | None
+) -> None:
+    if init_weights not in ("random", "identity"):
+        raise ValueError(
+            f"init_weights: {shown(init_weights)} is neither random nor identity"
+        )
+    if init_weights == "random":
+        return
+    if kind.subtracts and not kind.has_weight:
+        raise ValueError(
+            f"init_weights: identity: {kind.name} has no Wh that could cancel Rh; use "
+            "random"
+        )
+    if act_fn not in (None, "linear"):
+        raise ValueError(
+            f"init_weights: identity: with act_fn: {act_fn} it would be none, or would "
+            "not be trained; use random, or act_fn: null"
         )

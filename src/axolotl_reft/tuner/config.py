@@ -100,6 +100,11 @@ class LoreftConfig(PeftConfig):
         "Activation f in h + Rᵀ(f(Wh + b) − Rh), a key of transformers' ACT2FN; null "
         "is linear.",
     )
+    init_weights: str = _setting(
+        "random",
+        "The edit that training begins with: 'random', as pyreft draws it, or "
+        "'identity', none: W = R, or 0 in kinds without − Rh, and b = 0.",
+    )
     turn_markers: dict[str, list] | None = _setting(
         None,
         "Marks of the chat template that tell the turns of a conversation: what "

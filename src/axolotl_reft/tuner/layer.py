@@ -104,6 +104,7 @@ class LoreftDecoderLayer(nn.Module, BaseTunerLayer):
                     low_rank_dimension=rank,
                     dropout=spec.dropout,
                     act_fn=spec.act_fn,
+                    init_weights=config.init_weights,
                 )
             self.specs[name] = self.state.adapters[name] = spec
             # A vocabulary's size is there where embeddings are trained.
