@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from chat_templates import build_byte_tokenizer
+from matplotlib.figure import Figure
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.quality import costs, measuring, plots, training
@@ -182,6 +183,22 @@ def test_plots_have_a_panel_for_each_task(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
+def test_a_method_has_its_colour_where_others_were_not_run():
+    def run(task, method):
+        return Run(task, method, 1e-3, 0, 1000, 50, 80, 30.0, [2.0, 1.0])
+
+    runs = [*(run("fruit", method) for method in plots.CURVES), run("nuts", "LoRA r8")]
+    colours = dict[str, list[str]]()
+    for task in ("fruit", "nuts"):
+        axis = Figure().add_subplot()
+        plots._curves(axis, Results({}, {}, runs), task)
+        colours[task] = [
+            line.get_color() for line in axis.lines if line.get_label() == "LoRA r8"
+        ]
+    assert colours["nuts"] == colours["fruit"]
+    assert len(colours["nuts"]) == 1
+
+
 def test_costs_are_ratios_within_rounds(tmp_path):
     found = [
         Cost("LoRA r8", 200, [2.0, 4.0], [10.0, 5.0], 80_000_000, 20_000),
@@ -199,15 +216,16 @@ def test_costs_are_ratios_within_rounds(tmp_path):
 def test_methods_take_turns_and_leave_the_base_as_it_was(tokenizer, toy, monkeypatch):
     made_up = {
         "LoReFT": Method({"positions": "l2", "rank": 2}),
-        "LoRA": Method({"r": 2, "target_modules": ["q_proj"]}),
+        "LoReFT of higher rank": Method({"positions": "l2", "rank": 4}),
+        "LoRA r8": Method({"r": 2, "target_modules": ["q_proj"]}),
     }
     before = {name: p.clone() for name, p in toy.named_parameters()}
     monkeypatch.setattr(costs, "METHODS", made_up)
     monkeypatch.setattr(costs, "_memory_of", lambda method, batch: 5 + batch)
     task = Task("fruit", FRUIT, FRUIT, FRUIT)
     monkeypatch.setattr(costs, "load", lambda name, answers: task)
-    found = costs.measure(toy, tokenizer, 2, 2)
-    assert [cost.method for cost in found] == ["LoReFT", "LoRA"]
+    found = costs.measure(toy, tokenizer, 2, 2, ["LoReFT"])
+    assert [cost.method for cost in found] == ["LoReFT", "LoRA r8"]
     for cost in found:
         assert len(cost.step_seconds) == len(cost.tokens_per_second) == 2
         assert cost.adapter > 4 * cost.parameters and cost.memory == 7

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--costs",
         type=int,
         metavar="ROUNDS",
-        help="measure time and memory of all methods in turns instead",
+        help="measure time and memory of the methods in turns instead",
     )
     return parser
 
@@ -62,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     if options.costs:
-        found = costs.measure(*base_of(), options.batch, options.costs)
+        chosen = options.method or METHODS
+        found = costs.measure(*base_of(), options.batch, options.costs, chosen)
         costs.write(found)
         print(costs.report(found))
         return

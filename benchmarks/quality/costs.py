@@ -10,7 +10,7 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from examples.real.tasks import Task, load
 
 RESULTS = Path(__file__).parent / "costs.json"
 TASK = "linguistic mappings"
+FLOOR = "LoRA r8"
 _STEPS, _ROWS, _TOKENS = 4, 20, 32
 
 
@@ -53,8 +54,10 @@ class Cost:
     adapter: int
 
 
-def measure(base: Any, tokenizer: Any, batch: int, rounds: int) -> list[Cost]:
-    """Let the methods take turns."""
+def measure(
+    base: Any, tokenizer: Any, batch: int, rounds: int, methods: Collection[str]
+) -> list[Cost]:
+    """Let the methods and the floor take turns."""
     task, sizes = load(TASK, 200), dict[str, tuple[int, int]]()
 
     def turn(method: str) -> tuple[float, float]:
@@ -70,7 +73,11 @@ def measure(base: Any, tokenizer: Any, batch: int, rounds: int) -> list[Cost]:
         return found
 
     # What pyreft trains is in another process.
-    names = [name for name, method in METHODS.items() if not method.by_pyreft]
+    names = [
+        name
+        for name, method in METHODS.items()
+        if (name in methods or name == FLOOR) and not method.by_pyreft
+    ]
     values = take_turns({name: partial(turn, name) for name in names}, rounds)
     costs = list[Cost]()
     for name in names:
@@ -88,12 +95,12 @@ def write(costs: Sequence[Cost], path: Path = RESULTS) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def report(costs: Sequence[Cost], floor: str = "LoRA r8") -> str:
+def report(costs: Sequence[Cost]) -> str:
     """Return a table; times as medians of the rounds' ratios to the floor's."""
-    header = ["method", "parameters", "step, s", f"step / {floor}", "memory, MB"]
-    header += ["adapter, kB", "tokens/s", f"tokens/s / {floor}"]
+    header = ["method", "parameters", "step, s", f"step / {FLOOR}", "memory, MB"]
+    header += ["adapter, kB", "tokens/s", f"tokens/s / {FLOOR}"]
     lines = [table.row(header), table.row(["---"] * len(header))]
-    (slowest,) = (cost for cost in costs if cost.method == floor)
+    (slowest,) = (cost for cost in costs if cost.method == FLOOR)
     for cost in costs:
         steps = _ratios(cost.step_seconds, slowest.step_seconds)
         tokens = _ratios(cost.tokens_per_second, slowest.tokens_per_second)

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.quality.results import Results, Run
 
 # Of which the learning curves are drawn.
-CURVES = ("LoReFT l7", "LoReFT f7+l7", "LoRA r8")
+CURVES = ("LoReFT l7", "LoReFT all, identity", "LoRA r8")
 _SMOOTHED = 5
 
 
@@ -60,7 +60,12 @@ def _figure(
 
 def _by_parameters(axis: Any, results: Results, task: str) -> None:
     _points(axis, results, task, lambda runs: runs[0].parameters)
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("trained parameters")
 
 
@@ -94,13 +99,14 @@ def _points(
 
 
 def _curves(axis: Any, results: Results, task: str) -> None:
-    for method in CURVES:
+    for number, method in enumerate(CURVES):
         if runs := results.of(task, method):
-            steps = [mean(at) for at in zip(*(r.losses for r in runs), strict=True)]
+            steps = [mean(of) for of in zip(*(r.losses for r in runs), strict=True)]
             parts = [
                 steps[max(0, n - _SMOOTHED + 1) : n + 1] for n in range(len(steps))
             ]
-            axis.plot(range(1, len(steps) + 1), list(map(mean, parts)), label=method)
+            at = range(1, len(steps) + 1)
+            axis.plot(at, list(map(mean, parts)), color=f"C{number}", label=method)
     axis.set_yscale("log")
     axis.set_xlabel(f"step (mean of the last {_SMOOTHED})")
     axis.set_ylabel("training loss")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -85,7 +84,8 @@ def _kept(name: str, build: Callable[[Path], None]) -> Path:
     if not kept.exists():
         with TemporaryDirectory(dir=FOLDER) as made:
             build(Path(made))
-            shutil.copytree(Path(made) / "model", kept)
+            # At once: a build that was interrupted leaves no half of a model.
+            (Path(made) / "model").rename(kept)
     return kept.resolve()
 
 
