@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.activations import ACT2FN
 
-from axolotl_reft.core.affine import StackCache, affine_rows
+from axolotl_reft.core.affine import StackCache, affine_rows, projections
 from axolotl_reft.core.kinds import KINDS, InterventionKind
 from axolotl_reft.core.pyreft_bases import extend_when_imported
-from axolotl_reft.core.rotation import random_base, rotation
+from axolotl_reft.core.rotation import random_base
 from axolotl_reft.core.tensors import AdapterLeaf
 
 
@@ -116,14 +116,9 @@ class Intervention(AdapterLeaf):
         if self.init_weights == "identity" and not self.bias.is_meta:
             self.bias.zero_()
             if self.kind.subtracts:
-                self.weight.copy_(self._p_RD())
+                self.weight.copy_(projections([self])[0])
             elif self.kind.has_weight:
                 self.weight.zero_()
-
-    def _p_RD(self) -> Tensor:
-        if self.kind.has_rotation:
-            return rotation(self.rotation, self.rotation_base).mT
-        return self.proj_weight
 
     @property
     def is_affine(self) -> bool:
