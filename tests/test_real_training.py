@@ -100,6 +100,17 @@ def test_other_options_are_axolotls(config, monkeypatch):
     assert trained == [(written, ["--max-steps", "9", "--mo=x"])]
 
 
+@pytest.mark.parametrize("given", [["--output-dir", "out"], ["--base-model=other"]])
+def test_what_scoring_reads_from_the_config_is_no_option(
+    given, config, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "train", lambda *given: None)
+    monkeypatch.setattr(train, "report", lambda *given: None)
+    with pytest.raises(SystemExit):
+        train.main([str(config), *given])
+    assert "scoring reads it from the config; set it there" in capsys.readouterr().err
+
+
 def answered(*right: bool) -> list[Answer]:
     return [Answer(f"q{n}", f"a{n}\n", f"b{n}", is_) for n, is_ in enumerate(right)]
 

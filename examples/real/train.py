@@ -14,6 +14,8 @@ from examples.real.settings import TASK_NAMES, adapted, read
 _KEPT_LINES = 30
 _LOSS = re.compile(r"'loss': '([\d.e+-]+)'")
 _STEP = re.compile(r"(\d+)/(\d+) \[([\d:]+)<")
+# Options of axolotl without which the wrong adapter or base would be scored.
+_OF_THE_CONFIG = ("--output-dir", "--base-model")
 
 
 def train(config: Path, options: Sequence[str]) -> None:
@@ -59,6 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--shown", type=int, default=3, metavar="N", help="questions to show"
     )
     options, others = parser.parse_known_args(arguments)
+    for name in (other.partition("=")[0] for other in others):
+        if name in _OF_THE_CONFIG:
+            parser.error(f"{name}: scoring reads it from the config; set it there")
     configs = [adapted(path, options.model, options.task) for path in options.config]
     for config in configs:
         train(config, others)
