@@ -100,7 +100,9 @@ def test_other_options_are_axolotls(config, monkeypatch):
     assert trained == [(written, ["--max-steps", "9", "--mo=x"])]
 
 
-@pytest.mark.parametrize("given", [["--output-dir", "out"], ["--base-model=other"]])
+@pytest.mark.parametrize(
+    "given", [["--output-dir", "x"], ["--base-model=x"], ["--bf16", "true"]]
+)
 def test_what_scoring_reads_from_the_config_is_no_option(
     given, config, monkeypatch, capsys
 ):
@@ -109,6 +111,13 @@ def test_what_scoring_reads_from_the_config_is_no_option(
     with pytest.raises(SystemExit):
         train.main([str(config), *given])
     assert "scoring reads it from the config; set it there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [train.main, score.main])
+def test_a_config_that_is_not_there_is_told(main, capsys):
+    with pytest.raises(SystemExit):
+        main(["nope.yml"])
+    assert "argument config: there is no file 'nope.yml'" in capsys.readouterr().err
 
 
 def answered(*right: bool) -> list[Answer]:

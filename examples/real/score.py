@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.real.answers import Answer, answers
-from examples.real.settings import read, task_name
+from examples.real.settings import config_file, read, task_name
 from examples.real.tasks import load
 
 
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         "and their base: the share of right answers to the held-out questions of the "
         "task.",
     )
-    parser.add_argument("config", nargs="+", type=Path)
+    parser.add_argument("config", nargs="+", type=config_file)
     parser.add_argument(
         "--shown", type=int, default=3, metavar="N", help="questions to show"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ TASK_NAMES = {folder_of(name): name for name in TASKS}
 def read(config: Path) -> dict[str, Any]:
     settings: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
     return settings
+
+
+def config_file(path: str) -> Path:
+    """Return an argument's path; ArgumentTypeError if there is no such file."""
+    if not Path(path).is_file():
+        raise ArgumentTypeError(f"there is no file {path!r}")
+    return Path(path)
 
 
 def task_name(settings: dict[str, Any]) -> str:

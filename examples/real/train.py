@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.real.score import report
-from examples.real.settings import TASK_NAMES, adapted, read
+from examples.real.settings import TASK_NAMES, adapted, config_file, read
 
 _KEPT_LINES = 30
 _LOSS = re.compile(r"'loss': '([\d.e+-]+)'")
 _STEP = re.compile(r"(\d+)/(\d+) \[([\d:]+)<")
-# Options of axolotl without which the wrong adapter or base would be scored.
-_OF_THE_CONFIG = ("--output-dir", "--base-model")
+# Options of axolotl that scoring, which reads the config, would not know of.
+_OF_THE_CONFIG = ("--output-dir", "--base-model", "--bf16")
 
 
 def train(config: Path, options: Sequence[str]) -> None:
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         "adapters and their base. Other options are axolotl's, such as "
         "--max-steps 100.",
     )
-    parser.add_argument("config", nargs="+", type=Path)
+    parser.add_argument("config", nargs="+", type=config_file)
     parser.add_argument("--model", help="the base's folder; default: the config's")
     parser.add_argument(
         "--task", choices=TASK_NAMES, help="its data's folder; default: the config's"

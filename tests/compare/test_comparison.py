@@ -69,7 +69,7 @@ def test_the_table_has_what_was_found(found):
     assert table["eval_loss"] == ["3", "6", "9", "12"]
     assert table["time"] == ["1:23"] * 4
     assert table["parameters"] == ["780", "780", "672", "780"]
-    assert "state" not in table and "best eval_loss" not in table
+    assert "state" not in table and "best_eval_loss" not in table
     assert table["size"][0].endswith("kB")
 
 
@@ -165,10 +165,35 @@ def test_the_picture_has_a_line_for_each_of_the_other_settings(found):
     lines = {line.get_label(): line.get_xydata().tolist() for line in column.lines}
     assert lines == {
         "method LOREFT, positions l3, rank 4": [[0.001, 12], [0.01, 3]],
-        "method LOREFT, positions f2+l2, rank 4": [[0.01, 6]],
-        "method LORA, rank 2": [[0.002, 9]],
+        "third": [[0.01, 6]],
+        "lora": [[0.002, 9]],
     }
     assert column.get_xscale() == "log" and column.get_ylabel() == "eval_loss"
+
+
+def test_long_names_leave_room_for_the_lines(tmp_path):
+    for number in range(10):
+        name = f"a_run_with_a_long_name_{number}={'x' * 80}"
+        others = {f"other_setting_{n}": f"{number}-{n}" for n in range(20)}
+        finish(save_loreft(tmp_path / name), learning_rate=number + 1, **others)
+    drawing = figure(compare(find_runs([str(tmp_path)])))
+    drawing.draw_without_rendering()
+    assert all(axis.get_position().width > 0.3 for axis in drawing.axes)
+    lines = drawing.axes[1].lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 10
+
+
+def test_a_run_alone_has_its_name_and_not_all_its_settings(tmp_path):
+    for name, rate, seed in (("a", 0.1, 1), ("b", 0.2, 1), ("c", 0.1, 2)):
+        finish(save_loreft(tmp_path / name), learning_rate=rate, seed=seed)
+    lines = figure(compare(find_runs([str(tmp_path)]))).axes[1].lines
+    assert [line.get_label() for line in lines] == ["seed 1", "c"]
+
+
+def test_settings_that_change_no_result_are_not_compared(tmp_path):
+    finish(save_loreft(tmp_path / "a"), debug=False, shard=False)
+    finish(save_loreft(tmp_path / "b"), debug_num_examples=3)
+    assert compare(find_runs([str(tmp_path)])).differing == []
 
 
 def test_without_a_number_that_differs_parameters_are_the_axis(root):

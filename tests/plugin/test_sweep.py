@@ -130,6 +130,24 @@ def test_runs_share_a_base_and_give_what_each_gives_alone(
         assert record(config, name)["state"] == "finished"
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"val_set_size": [0.1]}, True),
+        ({"val_set_size": [0.1], "eval_strategy": ["no"]}, True),
+        ({"eval_steps": [2]}, True),
+        ({"val_set_size": [0.1], "eval_steps": [2]}, False),
+        ({"test_datasets": [[{"path": "test.jsonl"}]], "evals_per_epoch": [1]}, False),
+    ],
+)
+def test_runs_without_evaluations_are_told_before_they_train(
+    config, trained, capsys, settings, told
+):
+    unset = {"test_datasets": [None], "val_set_size": [0], "eval_steps": [None]}
+    run_sweep(str(config), write(config, {**unset, "seed": [1, 2], **settings}))
+    assert ("No run is evaluated" in capsys.readouterr().out) == told
+
+
 def test_what_is_finished_is_not_trained_again(config, trained, capsys):
     file = write(config, SWEEP)
     run_sweep(str(config), file)

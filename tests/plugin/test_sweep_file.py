@@ -106,7 +106,7 @@ def test_every_run_has_the_plugin_that_records_it(tmp_path):
     ("sweep", "message"),
     [
         ("seed: 3", "SWEEP: seed: 3 is not a list of values to try; write seed: .3."),
-        ("seed: []", "SWEEP: seed: .. is not a list of values"),
+        ("seed: []", "SWEEP: seed: .. is not a list of values .*; write at least one"),
         ("loreft: {rank: 4}", "SWEEP: loreft.rank: 4 is not a list of values to try"),
         ("output_dir: [a, b]", "SWEEP: output_dir: each run has a directory below"),
         ("_: {seed: 1}", "SWEEP: _: .* is not a list of settings that belong together"),

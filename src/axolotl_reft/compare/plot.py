@@ -6,6 +6,7 @@ Lines differ in shade, dash and marker, so that they can be told apart in grey.
 from __future__ import annotations
 
 import math
+from textwrap import shorten
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -15,11 +16,17 @@ from axolotl_reft.compare.command import Comparison, short_names
 from axolotl_reft.compare.results import Run
 from axolotl_reft.compare.text import as_text
 
-_COLORS = ["#003f7f", "#e08214", "#222222", "#5aae61", "#9970ab"]
+_COLORS = [
+    "#003f7f", "#e08214", "#222222", "#5aae61", "#9970ab", "#c51b7d", "#35978f",
+    "#8c510a",
+]  # fmt: skip
 _STYLES = ["-", "--", "-.", ":"]
-_MARKERS = ["o", "s", "^", "D", "v"]
+# Of another number than the colors, so that no line looks like the one eight before.
+_MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 # More lines would not be told apart.
 _MAX_CURVES = 8
+# Longer labels would leave no room for the lines.
+_LABEL_LENGTH = 60
 
 
 def figure(found: Comparison) -> Figure:
@@ -52,7 +59,7 @@ def _draw_curves(axis: Axes, found: Comparison) -> None:
         curve = run.curves[name]
         every = max(len(curve) // 8, 1)
         style = _style(number) | {"markevery": every}
-        axis.plot(list(curve), list(curve.values()), label=label, **style)
+        axis.plot(list(curve), list(curve.values()), label=_short(label), **style)
     left_out = len(drawn) - _MAX_CURVES
     more = f" (the best {_MAX_CURVES} of {len(drawn)})" if left_out > 0 else ""
     axis.set_title(f"{name} by step{more}", fontsize=10)
@@ -63,16 +70,22 @@ def _draw_curves(axis: Axes, found: Comparison) -> None:
 
 def _draw_column(axis: Axes, found: Comparison) -> None:
     """Draw the sorted column over the numeric setting with the most values, a line for
-    each combination of the others; over parameters if no setting is numeric."""
+    each combination of the others; over parameters if no setting is numeric.
+
+    A line has the settings for a name, one run alone its own name.
+    """
     x_name = x_axis(found)
     others = [name for name in found.differing if name != x_name]
     lines: dict[str, list[tuple[float, float]]] = {}
-    for run in found.runs:
+    alone: dict[str, str] = {}
+    for name, run in zip(short_names(found.runs), found.runs, strict=True):
         x, y = found.value(run, x_name), found.value(run, found.sort)
         if _is_number(x) and _is_number(y):
-            lines.setdefault(_label(run, others), []).append((x, y))
+            lines.setdefault(label := _label(run, others), []).append((x, y))
+            alone[label] = name
     for number, (label, points) in enumerate(sorted(lines.items())):
-        axis.plot(*zip(*sorted(points), strict=True), label=label, **_style(number))
+        shown = _short(label if len(points) > 1 else alone[label])
+        axis.plot(*zip(*sorted(points), strict=True), label=shown, **_style(number))
     values = [x for points in lines.values() for x, _ in points]
     if values and min(values) > 0 and max(values) >= 4 * min(values):
         axis.set_xscale("log")
@@ -93,6 +106,10 @@ def x_axis(found: Comparison) -> str:
         if len(numbers) > 1:
             counts[name] = len(numbers)
     return max(counts, key=lambda name: counts[name]) if counts else "parameters"
+
+
+def _short(label: str) -> str:
+    return shorten(label, _LABEL_LENGTH, placeholder=" …")
 
 
 def _label(run: Run, names: list[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_LAST = 10
+LAST = 10
 # Of the trainer's evaluations, beside its metrics.
 _NO_SCORES = ("eval_loss", "eval_runtime", "_per_second")
 _RESUMES = ("resume_from_checkpoint", "auto_resume_from_checkpoints")
@@ -66,7 +66,7 @@ def read_history(run: Run, history: list[dict[str, Any]], saved: int | None) -> 
         run.curves[name] = {e["step"]: e[name] for e in history if name in e}
     losses = [entry["loss"] for entry in until if "loss" in entry]
     if losses:
-        last = losses[-_LAST:]
+        last = losses[-LAST:]
         run.loss, run.mean_loss = losses[-1], sum(last) / len(last)
         if not math.isfinite(losses[-1]):
             run.notes.append("the training loss is no number: the training diverged")

@@ -16,7 +16,8 @@ _NOTED = {
 # Keys of axolotl's config that change no result.
 _NO_RESULT = re.compile(
     r"(output_dir|axolotl_config_path|dataset_prepared_path|plugins|adapter|loreft_log_"
-    r"edits|(wandb|mlflow|comet|trackio|hub)_.*|use_wandb|use_mlflow|use_comet)"
+    r"edits|debug.*|shard|(wandb|mlflow|comet|trackio|hub)_.*|use_wandb|use_mlflow|"
+    r"use_comet)"
 )
 # Data and tokens that a loss is the mean over.
 _OF_THE_LOSS = (

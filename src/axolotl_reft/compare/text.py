@@ -10,16 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from axolotl_reft.compare.command import NUMBERS, Comparison, short_names
+from axolotl_reft.compare.results import LAST
 
 # Wide enough that nothing wraps where there is no terminal.
 _PIPED_WIDTH = 240
-_TITLES = {
-    "mean_loss": "mean of last 10",
-    "edit_size": "edit size",
-    "seconds": "time",
-    "bytes": "size",
-    "best_eval_loss": "best eval_loss",
-}
+# Shown in other units; all other columns have the names that --sort takes.
+_TITLES = {"seconds": "time", "bytes": "size"}
 
 
 def print_comparison(found: Comparison) -> None:
@@ -38,7 +34,8 @@ def print_comparison(found: Comparison) -> None:
         same = ", ".join(f"{name}: {value}" for name, value in found.same.items())
         console.print(f"In all runs: {same}")
     console.print(table)
-    console.print(f"Sorted by {found.sort}, the best first.")
+    meaning = f" (of the last {LAST} logged steps)" if found.sort == "mean_loss" else ""
+    console.print(f"Sorted by {found.sort}{meaning}, the best first.")
     for name, run in zip(short_names(found.runs), found.runs, strict=True):
         for note in run.notes:
             console.print(f"{name}: {note}")

@@ -70,6 +70,11 @@ def run_sweep(config: str, sweep: str, launcher: str = "python") -> list[Path]:
     if launcher == "python" and outside:
         how += f", since {', '.join(outside)} may change the process"
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before; {how}")
+    if not any(is_evaluated(run.config) for run in runs):
+        print(
+            "No run is evaluated, so that they are sorted by the training loss. With "
+            "test_datasets or val_set_size, set eval_steps."
+        )
     # axolotl collects garbage five times a training: longer than a short one takes.
     gc.freeze()
     failed = []
@@ -96,6 +101,13 @@ def run_sweep(config: str, sweep: str, launcher: str = "python") -> list[Path]:
             f"error, and the same command tries them again:{names}"
         )
     return directories
+
+
+def is_evaluated(config: dict[str, Any]) -> bool:
+    """Return whether axolotl evaluates in a training: not by held-out data alone."""
+    data = "test_datasets", "val_set_size"
+    when = map(config.get, ("eval_steps", "evals_per_epoch", "eval_strategy"))
+    return any(map(config.get, data)) and any(v and v != "no" for v in when)
 
 
 def is_finished(run: SweptRun) -> bool:

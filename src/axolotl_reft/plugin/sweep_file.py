@@ -104,9 +104,10 @@ def _lists(swept: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         elif isinstance(values, list) and values:
             yield key, values
         else:
+            remedy = f"{key}: [{values}]" if values != [] else "at least one"
             raise ValueError(
                 f"SWEEP: {key}: {shown(values)} is not a list of values to try; write "
-                f"{key}: [{values}]"
+                f"{remedy}"
             )
 
 
