@@ -71,6 +71,10 @@ METHODS = {
     "LoReFT l7, 4 layers": _loreft(layers=FOUR_LAYERS),
     "LoReFT l7, rank 1": _loreft(rank=1),
     "LoReFT l1": _loreft(positions="l1"),
+    "LoReFT l1, rank 4": _loreft(positions="l1", rank=4),
+    # The highest rank with a tenth of the parameters of LoRA r8.
+    "LoReFT l1, rank 7": _loreft(positions="l1", rank=7),
+    "LoReFT all, identity, rank 7": _from_identity(positions="all", rank=7),
     "LoReFT all": _loreft(positions="all"),
     "DiReFT l7": _loreft(intervention="direft"),
     "NoReFT l7": _loreft(intervention="noreft"),

@@ -88,7 +88,7 @@ def _points(
             [[middle - min(scores)], [max(scores) - middle]],
             # LoRA's stand out.
             marker="s" if method.startswith("LoRA") else "o",
-            color=f"C{number}" if number < 10 else f"C{number % 10}",
+            color=f"C{number}",
             mfc="white" if number >= 10 else None,
             capsize=2,
             linestyle="",
