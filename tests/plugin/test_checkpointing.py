@@ -77,10 +77,12 @@ def gradients(model, tokens, context=None):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def assert_equal(got, expected):
+def assert_alike(got, expected):
     assert list(got) == list(expected)
     for name in expected:
-        assert torch.equal(got[name], expected[name]), name
+        # Some CPUs add in another order where a layer is computed again.
+        scale = float(expected[name].abs().max())
+        assert (got[name] - expected[name]).abs().max() <= 1e-5 * scale, name
         assert expected[name].any(), name
 
 
@@ -92,7 +94,7 @@ def model(request):
 @pytest.mark.parametrize("way", list(WAYS))
 def test_gradients_are_those_of_a_plain_step(model, tokens, way):
     expected = gradients(model, tokens)
-    assert_equal(gradients(model, tokens, WAYS[way](model)), expected)
+    assert_alike(gradients(model, tokens, WAYS[way](model)), expected)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -115,7 +117,7 @@ def test_checkpointing_inside_a_layers_own_forward(
     monkeypatch.setattr(GradientCheckpointingLayer, "__call__", nn.Module.__call__)
     monkeypatch.setattr(LlamaDecoderLayer, "forward", checkpointed)
     checkpoint(model, use_reentrant=use_reentrant)
-    assert_equal(gradients(model, tokens), expected)
+    assert_alike(gradients(model, tokens), expected)
     assert len(calls) == LAYERS * 2
 
 

@@ -155,7 +155,9 @@ def test_what_is_attended_to_across_is_handed_on(tokens, architecture):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("component", ["block_output", "fc1.output"])
 @pytest.mark.parametrize("architecture", ["opt", "bart"])
-def test_checkpointing_is_exact(tokens, architecture, component, use_reentrant):
+def test_checkpointing_changes_no_gradient(
+    tokens, architecture, component, use_reentrant
+):
     model = adapt(build(architecture), component=component).train()
     ids = tokens(2, 9)
     labels = ids.clone()
@@ -170,7 +172,8 @@ def test_checkpointing_is_exact(tokens, architecture, component, use_reentrant):
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     for one, other in zip(gradients(), expected, strict=True):
-        assert torch.equal(one, other)
+        # Some CPUs add in another order where a layer is computed again.
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
     assert any(gradient.any() for gradient in expected)
 
 
