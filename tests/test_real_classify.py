@@ -75,6 +75,7 @@ def test_a_table_has_each_methods_parameters_without_the_heads(
     assert [row[1:4] for row in rows] == [
         ["head alone", "0", "0.01"],
         ["LoReFT f3, rank 1", f"{2 * (2 * 16 + 1)}", "0.01"],
+        ["LoReFT all, identity, rank 8", f"{2 * (2 * 8 * 16 + 8)}", "0.01"],
         # Queries and values, in and out.
         ["LoRA rank 8", f"{2 * 2 * 2 * 8 * 16:,}", "0.01"],
     ]

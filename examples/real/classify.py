@@ -58,6 +58,12 @@ METHODS = {
         LoreftConfig(task_type="SEQ_CLS", positions="f3", rank=1),
         (1e-3, 4e-3, 1.5e-2),
     ),
+    "LoReFT all, identity, rank 8": Method(
+        LoreftConfig(
+            task_type="SEQ_CLS", positions="all", rank=8, init_weights="identity"
+        ),
+        (1e-3, 4e-3, 1.5e-2),
+    ),
     "LoRA rank 8": Method(
         LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16), (1e-3, 3e-3, 1e-2)
     ),
