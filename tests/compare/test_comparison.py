@@ -180,6 +180,8 @@ def test_long_names_leave_room_for_the_lines(tmp_path):
     drawing.draw_without_rendering()
     assert all(axis.get_position().width > 0.3 for axis in drawing.axes)
     lines = drawing.axes[1].lines
+    names = [f"a_run_with_a_long_name_{n}={'x' * 34}…" for n in range(10)]
+    assert sorted(line.get_label() for line in lines) == names
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 10
 
 

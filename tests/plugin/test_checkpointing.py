@@ -80,7 +80,7 @@ def gradients(model, tokens, context=None):
 def assert_alike(got, expected):
     assert list(got) == list(expected)
     for name in expected:
-        # Some CPUs add in another order where a layer is computed again.
+        # On an AMD EPYC the last bits differ under reentrant checkpointing.
         scale = float(expected[name].abs().max())
         assert (got[name] - expected[name]).abs().max() <= 1e-5 * scale, name
         assert expected[name].any(), name

@@ -172,7 +172,7 @@ def test_checkpointing_changes_no_gradient(
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     for one, other in zip(gradients(), expected, strict=True):
-        # Some CPUs add in another order where a layer is computed again.
+        # On an AMD EPYC the last bits differ under reentrant checkpointing.
         assert (one - other).abs().max() <= 1e-5 * other.abs().max()
     assert any(gradient.any() for gradient in expected)
 

@@ -6,7 +6,6 @@ Lines differ in shade, dash and marker, so that they can be told apart in grey.
 from __future__ import annotations
 
 import math
-from textwrap import shorten
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -21,7 +20,7 @@ _COLORS = [
     "#8c510a",
 ]  # fmt: skip
 _STYLES = ["-", "--", "-.", ":"]
-# Of another number than the colors, so that no line looks like the one eight before.
+# One fewer than the colors, so that their pairs repeat late.
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 # More lines would not be told apart.
 _MAX_CURVES = 8
@@ -72,7 +71,7 @@ def _draw_column(axis: Axes, found: Comparison) -> None:
     """Draw the sorted column over the numeric setting with the most values, a line for
     each combination of the others; over parameters if no setting is numeric.
 
-    A line has the settings for a name, one run alone its own name.
+    A line is labelled with its settings, and one of a single run with the run's name.
     """
     x_name = x_axis(found)
     others = [name for name in found.differing if name != x_name]
@@ -109,7 +108,8 @@ def x_axis(found: Comparison) -> str:
 
 
 def _short(label: str) -> str:
-    return shorten(label, _LABEL_LENGTH, placeholder=" …")
+    # Not textwrap.shorten: it leaves nothing of a long name without spaces.
+    return label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 1]}…"
 
 
 def _label(run: Run, names: list[str]) -> str:
