@@ -57,6 +57,10 @@ SHAPES = {
     "examples/real/smollm2": _shape(
         "llama", 49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True
     ),
+    # Gemma 3 270M.
+    "examples/real/gemma3": _shape(
+        "gemma3_text", 262144, 640, 2048, 18, 4, 1, head_dim=256
+    ),
 }
 # Bits a number in bitsandbytes' NF4 with double quantisation: 4, an 8-bit scale for 64
 # numbers, and a 32-bit one for 256 scales (arXiv 2305.14314, section 3).

@@ -24,6 +24,7 @@ from axolotl_reft.plugin import plugin
 from axolotl_reft.training import edit_log
 from axolotl_reft.training.edit_log import EditLog, layer_groups
 from axolotl_reft.training.first_batch import FirstBatch
+from axolotl_reft.training.first_edit import FirstEdit
 from axolotl_reft.tuner.layer import interventions_of
 
 PROMPT, ANSWER = 9, 3
@@ -38,15 +39,19 @@ def sample(seed=0, prompt=PROMPT):
     return {"input_ids": ids, "labels": labels}
 
 
-def train(model, tmp_path, data=None, **settings):
-    """The trainer, once it has run with both callbacks, and what was told."""
+def trainer_of(model, tmp_path, data=None, **settings):
     defaults = {
         "logging_steps": 1, "max_steps": 4, "report_to": [], "use_cpu": True,
         "per_device_train_batch_size": 2, "save_strategy": "no", "disable_tqdm": True,
         "max_grad_norm": 0.01,
     }  # fmt: skip
     arguments = TrainingArguments(str(tmp_path), **defaults | settings)
-    trainer = Trainer(model, arguments, train_dataset=data or [sample()] * 16)
+    return Trainer(model, arguments, train_dataset=data or [sample()] * 16)
+
+
+def train(model, tmp_path, data=None, **settings):
+    """The trainer, once it has run with both callbacks, and what was told."""
+    trainer = trainer_of(model, tmp_path, data, **settings)
     told = []
     trainer.add_callback(EditLog(trainer))
     trainer.add_callback(FirstBatch(model, TOKENIZER, told.append))
@@ -245,7 +250,7 @@ def test_it_starts_on_a_line_of_its_own(monkeypatch, terminal):
     written.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", written)
     monkeypatch.setattr(
-        plugin.LOG, "info", lambda form, text: written.write(form % text + "\n")
+        plugin.LOG, "log", lambda _, form, text: written.write(form % text + "\n")
     )
     with tqdm(total=3, file=written, desc="steps", ncols=40):
         plugin._log("LoReFT edits at f1")
@@ -400,11 +405,113 @@ def test_padding_is_not_shown(tmp_path):
     assert lines(told)[1] == "sample 1: 11 tokens, 9 in prompts, 11 edited"
 
 
+def first_edit(model, tmp_path, data=None, **settings):
+    """What is told of the first edit in a training, and what is warned of."""
+    trainer = trainer_of(model, tmp_path, data, **settings)
+    told, warned = [], []
+    trainer.add_callback(FirstEdit(model, told.append, warned.append))
+    trainer.train()
+    return told, warned
+
+
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_what_the_first_edit_costs_is_told_once(tmp_path, accumulated):
+    model = build_adapter(build_model())
+    one = {key: value[None] for key, value in sample().items()}
+    with torch.no_grad():
+        edited = model(**one).loss
+        with model.disable_adapter():
+            base = model(**one).loss
+    assert abs(edited - base) > 0.02
+    settings = {"gradient_accumulation_steps": accumulated}
+    told, warned = first_edit(model, tmp_path, **settings)
+    assert told == [
+        f"the first batch's loss is {base:.2f} without the adapter and {edited:.2f} "
+        "with its first edit"
+    ]
+    assert not warned
+
+
+def ruinous(**settings):
+    """An adapter whose edits are far longer than the hidden states."""
+    model = build_adapter(build_model(), **settings)
+    with torch.no_grad():
+        for *_, module in interventions_of(model, "default"):
+            module.learned_source.bias.fill_(1000.0)
+        model.get_base_model().lm_head.weight *= 100
+    return model
+
+
+def test_a_random_first_edit_that_ruins_the_base_is_warned_of(tmp_path):
+    told, (warning,) = first_edit(ruinous(), tmp_path)
+    assert "init_weights: identity" in warning and not told
+    # The remedy would be none.
+    told, warned = first_edit(ruinous(init_weights="identity"), tmp_path)
+    assert len(told) == 1 and not warned
+
+
+def test_telling_of_the_first_edit_does_not_change_the_training(tmp_path):
+    losses = []
+    for tells in (False, True):
+        model = build_adapter(build_model(), dropout=0.3, init_weights="random")
+        trainer = trainer_of(model, tmp_path, learning_rate=0.1)
+        if tells:
+            trainer.add_callback(FirstEdit(model, lambda _: None, lambda _: None))
+        torch.manual_seed(0)
+        trainer.train()
+        losses.append([entry["loss"] for entry in logged(trainer)])
+    assert losses[0] == losses[1]
+
+
+def test_the_first_batch_is_one_to_train_on(tmp_path):
+    told = []
+    for evaluated in (None, [sample(seed=5)]):
+        model = build_adapter(build_model())
+        trainer = trainer_of(model, tmp_path, eval_on_start=bool(evaluated))
+        trainer.eval_dataset = evaluated
+        trainer.add_callback(FirstEdit(model, told.append, told.append))
+        trainer.train()
+    assert told[0] == told[1]
+
+
+def test_a_resumed_training_has_no_first_edit(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    told, _ = first_edit(build_adapter(build_model()), tmp_path, **settings)
+    trainer = trainer_of(build_adapter(build_model()), tmp_path, max_steps=6)
+    trainer.add_callback(FirstEdit(trainer.model, told.append, told.append))
+    trainer.train(resume_from_checkpoint=True)
+    assert len(told) == 1 and trainer.state.global_step == 6
+
+
+@pytest.mark.parametrize("kind", ["no labels", "compiled"])
+def test_without_a_loss_to_compare_nothing_is_told(tmp_path, kind):
+    model = build_adapter(build_model())
+    trainer = trainer_of(model, tmp_path, max_steps=1)
+    told, forwards = [], []
+    callback = FirstEdit(model, told.append, told.append)
+    trainer.args.torch_compile = kind == "compiled"
+    callback.on_train_begin(trainer.args, TrainerState(), None)
+    inputs = {key: value[None] for key, value in sample().items()}
+    if kind == "no labels":
+        del inputs["labels"]
+    model.get_base_model().register_forward_hook(lambda *_: forwards.append(1))
+    for _ in range(2):
+        model(**inputs)
+    assert not told and len(forwards) == 2
+    hooks = model.get_base_model()._forward_pre_hooks
+    assert len(hooks) == len(
+        build_adapter(build_model()).base_model.model._forward_pre_hooks
+    )
+
+
 def test_the_key_turns_it_off(tmp_path):
     model = build_adapter(build_model())
     trainer, _ = train(model, tmp_path, max_steps=1)
     trainer.processing_class = TOKENIZER
     on = plugin.edit_callbacks(DictDefault(adapter="loreft"), trainer)
+    assert [type(callback) for callback in on] == [EditLog, FirstEdit, FirstBatch]
+    going_on = DictDefault(adapter="loreft", lora_model_dir="saved")
+    on = plugin.edit_callbacks(going_on, trainer)
     assert [type(callback) for callback in on] == [EditLog, FirstBatch]
     for cfg in ({"adapter": "loreft", "loreft_log_edits": False}, {"adapter": "lora"}):
         assert plugin.edit_callbacks(DictDefault(cfg), trainer) == []

@@ -68,8 +68,8 @@ class LoreftArgs(BaseModel):
     )
     loreft_log_edits: bool | None = Field(
         None,
-        description="Log the sizes of edits and gradients, and show which tokens are "
-        "edited before the first step. Default: true.",
+        description="Log the sizes of edits and gradients, and before the first step "
+        "show which tokens are edited and what the first edit costs. Default: true.",
     )
     loreft_labelled_logits: bool | None = Field(
         None,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import MutableMapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from axolotl_reft.plugin.prompt_forms import (
 from axolotl_reft.saved.card import keep_in_trainers_card
 from axolotl_reft.training.edit_log import EditLog
 from axolotl_reft.training.first_batch import FirstBatch
+from axolotl_reft.training.first_edit import FirstEdit
 from axolotl_reft.training.frozen_prompt import use_frozen_prompt
 from axolotl_reft.training.run_record import RunRecord
 from axolotl_reft.tuner.config import LoreftConfig
@@ -218,6 +221,9 @@ def edit_callbacks(cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
     if not adapted or cfg.loreft_log_edits is False:
         return []
     callbacks: list[TrainerCallback] = [EditLog(trainer)]
+    if not cfg.lora_model_dir:
+        warn = partial(_log_once, level=logging.WARNING)
+        callbacks.append(FirstEdit(trainer.model, _log_once, warn))
     # A processor holds its tokenizer.
     tokenizer = trainer.processing_class
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
@@ -226,16 +232,16 @@ def edit_callbacks(cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
     return callbacks
 
 
-def _log_once(text: str) -> None:
+def _log_once(text: str, level: int = logging.INFO) -> None:
     """Log on the first process."""
     if is_local_main_process():
-        _log(f"LoReFT: {text}")
+        _log(f"LoReFT: {text}", level)
 
 
-def _log(text: str) -> None:
+def _log(text: str, level: int = logging.INFO) -> None:
     """Log on a new line, not behind a progress bar."""
     with tqdm.external_write_mode():
         if not sys.stderr.isatty():
             # In a file the bar cannot be cleared.
             print(file=sys.stderr, flush=True)
-        LOG.info("%s", text)
+        LOG.log(level, "%s", text)
