@@ -75,10 +75,8 @@ def run_sweep(config: str, sweep: str, launcher: str = "python") -> list[Path]:
             "No run is evaluated, so that they are sorted by the training loss. With "
             "test_datasets or val_set_size, set eval_steps."
         )
-    # axolotl collects garbage five times a training: longer than a short one takes.
-    gc.freeze()
     failed = []
-    with keep_base() if together else nullcontext():
+    with _uncollected(), keep_base() if together else nullcontext():
         for run in waiting:
             number = f"run {runs.index(run) + 1} of {len(runs)}: {run.directory.name}"
             print(number, flush=True)
@@ -101,6 +99,18 @@ def run_sweep(config: str, sweep: str, launcher: str = "python") -> list[Path]:
             f"error, and the same command tries them again:{names}"
         )
     return directories
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep what there is from garbage collection: axolotl collects five times a
+    training, which takes longer than a short one."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        # Else the process ends with it, and triton's bindings report leaks.
+        gc.unfreeze()
 
 
 def is_evaluated(config: dict[str, Any]) -> bool:

@@ -2,8 +2,8 @@
 
 A random edit that one base hardly feels ruins another: at the last seven tokens it adds
 0.6 nats to SmolLM2-135M's loss and 12.5 to Gemma 3 270M's, whose hidden states have
-nearly all of their length in a few entries. The losses that a trainer logs do not show it,
-since none is the base's.
+nearly all of their length in a few entries. The losses that a trainer logs do not show
+it, since none is the base's.
 """
 
 from __future__ import annotations
