@@ -177,7 +177,7 @@ class _Subject:
             tokens = row["intervention_locations"][0]
             locations.append([padding + token for token in tokens])
         self._model.eval()
-        # See head_by_copy of training.py.
+        # See head_by_copy of examples.real.answers.
         self._model.model.get_output_embeddings().weight.requires_grad_(True)
         _, ids_BT = self._model.generate(
             inputs,
