@@ -66,7 +66,7 @@ class FirstEdit(TrainerCallback):
         random = self._model.peft_config["default"].init_weights == "random"
         if random and edited - base > _TOO_MUCH:
             self._warn(
-                f"{text}: a random edit does not suit this base at these positions; "
+                f"{text}: training from such an edit can fail; "
                 "init_weights: identity starts without one"
             )
         else:
